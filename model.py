@@ -1,0 +1,307 @@
+"""
+What is the network? One transformer that reads a clean stream and a noisy stream.
+
+Every token has a kind (clean or noisy) and a position. With block size b:
+
+    clean at i  attends to  clean at j   iff  j <= i                (token-causal; j//b <= i//b if not cfg.clean_causal)
+    noisy at i  attends to  clean at j   iff  j//b <  i//b          (everything before its own block)
+                            noisy at j   iff  j//b == i//b          (its own block, in both directions)
+
+That rule is the whole model. Training, generating, verifying, AR and full diffusion are the same forward on other inputs:
+
+    use               clean tokens in                              noisy tokens in                   b
+    train             positions 0..T-1                             positions 0..T-1                  any, one per row
+    generate a block  the finished block (earlier: in the cache)   one block                         the block size
+    verify            the proposed block                           pure noise, same positions        1
+    autoregressive    the last token                               one pure-noise token              1
+    full diffusion    none (nobody would read them)                positions 0..T-1                  T
+
+The layers are BlockGen's (arXiv 2606.02241), a pre-LN DiT (arXiv 2212.09748): LayerNorm with a gain only, rotary positions,
+GELU-tanh MLP, untied head with bias, and adaLN time conditioning if asked for.
+
+Letters: B rows, C clean tokens, N noisy tokens, S = C + N, D width, H heads, V vocabulary. `block_size` is the denoised
+block, `seq_len` the context, `Layer` a transformer layer.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int  # V: logits per position, the mask token included for masked noise
+    seq_len: int  # T: positions 0..T-1 exist
+    n_layers: int = 4
+    n_heads: int = 4
+    d_model: int = 128
+    mlp_ratio: int = 4
+    n_extra_tokens: int = 0  # input ids V, V+1, ... that are read but never predicted
+    clean_causal: bool = True  # False: block-causal clean stream (single-block-size models only; its cache serves one b)
+    time_conditioning: bool = False  # adaLN: the noisy stream sees sigma = -log(alpha_t)
+    condition_clean: bool = False  # published BlockGen weights: both streams see sigma, and sigma was 0 throughout
+    cond_dim: int = 128
+    rope_base: float = 10000.0
+
+
+# ----- the attention rule
+
+
+def attention_mask(block_size, n_past, n_clean, n_noisy, start, clean_causal=True, device=None):
+    """
+    The rule above as a (B or 1, S, n_past + S) bool tensor, True where a query (row) may read a key (column).
+    Keys: clean 0..n_past+C-1, then noisy start..start+N-1; queries the same without the n_past cached ones.
+    With block_size 2 and four positions, input [clean | noisy]:
+
+                   clean 0 1 2 3   noisy 0 1 2 3
+        clean 0          # . . .         . . . .      clean text reads itself, causally
+        clean 1          # # . .         . . . .
+        clean 2          # # # .         . . . .
+        clean 3          # # # #         . . . .
+        noisy 0          . . . .         # # . .      a noisy block reads itself in both directions
+        noisy 1          . . . .         # # . .
+        noisy 2          # # . .         . . # #      and the clean blocks before it,
+        noisy 3          # # . .         . . # #      never its own clean copy: that would leak the answer
+    """
+    b = block_size.view(-1, 1, 1).to(device) if torch.is_tensor(block_size) else block_size
+    clean = torch.arange(n_past + n_clean, device=device)
+    noisy = torch.arange(start, start + n_noisy, device=device)
+    ask = clean[n_past:, None]  # (C, 1)
+    own = noisy[:, None] // b  # (N, 1), or (B, N, 1) with one block size a row
+    B = b.size(0) if torch.is_tensor(b) else 1
+    mask = torch.zeros(B, n_clean + n_noisy, n_past + n_clean + n_noisy, dtype=torch.bool, device=device)
+    mask[:, :n_clean, : n_past + n_clean] = clean <= ask if clean_causal else clean // b <= ask // b
+    mask[:, n_clean:, : n_past + n_clean] = clean // b < own
+    mask[:, n_clean:, n_past + n_clean :] = noisy // b == own
+    return mask
+
+
+class KVCache:
+    """
+    Keys and values of clean tokens at positions 0..length-1, in buffers (n_layers, B, H, max_len, D/H) allocated once.
+    A forward commits the clean tokens it was given and nothing else; noisy keys pass through the free space behind
+    `length` and are forgotten. Setting `length` back forgets committed tokens (a verifier does: its block is a guess).
+    """
+
+    def __init__(self, cfg, batch_size, max_len=None, device=None, dtype=torch.float32):
+        shape = (cfg.n_layers, batch_size, cfg.n_heads, max_len or 2 * cfg.seq_len, cfg.d_model // cfg.n_heads)
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer, k, v):
+        """Put (B, H, S, D/H) behind the committed tokens and return views of everything up to them."""
+        end = self.length + k.size(2)
+        assert end <= self.k.size(3), f"the cache holds {self.k.size(3)} tokens, asked for {end}"
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def keep(self, rows):
+        """Drop the batch rows not in `rows` (bool or indices): a finished row costs nothing more."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+# ----- the layers
+
+
+def precise(x):
+    """At least float32, whatever the weights' dtype."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (arXiv 2104.09864), half-split: dimension j pairs with j + D/2. x (B, H, S, D), cos (S, D/2)."""
+    a, b = precise(x).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def spread(m, n_clean, n_noisy):
+    """One vector a stream, (B, 2, D), to one a token, (B, C + N, D); a single vector (B, 1, D) serves all as it is."""
+    if m.size(1) == 1:
+        return m
+    return torch.cat((m[:, :1].expand(-1, n_clean, -1), m[:, 1:].expand(-1, n_noisy, -1)), dim=1)
+
+
+def modulate(h, shift, scale):
+    """adaLN (arXiv 2212.09748): the noise level moves and stretches what a norm returns. Nothing without conditioning."""
+    return h if scale is None else h * (1 + scale) + shift
+
+
+class Layer(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        D = cfg.d_model
+        self.n_heads = cfg.n_heads
+        self.norm1, self.norm2 = nn.LayerNorm(D, bias=False), nn.LayerNorm(D, bias=False)
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.out = nn.Linear(D, D, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(D, cfg.mlp_ratio * D), nn.GELU("tanh"), nn.Linear(cfg.mlp_ratio * D, D))
+        self.modulation = nn.Linear(cfg.cond_dim, 6 * D) if cfg.time_conditioning else None
+
+    def forward(self, x, n_clean, skip, rope, mask, cond, cache, index):
+        """
+        x (B, C + N, D) -> (B, C + N - skip, D): keys and values from every token, an output for all but the first `skip`.
+        rope: cos and sin (S, D/2H). mask (B or 1, 1, S - skip, keys). cond (B, 1 or 2, cond_dim), one vector a stream.
+        """
+        B, S, D = x.shape
+        shift1, scale1, gate1, shift2, scale2, gate2 = [None] * 6
+        if cond is not None:
+            m = self.modulation(cond).chunk(6, dim=-1)
+            shift1, scale1 = (spread(y, n_clean, S - n_clean) for y in m[:2])
+            gate1, shift2, scale2, gate2 = (spread(y, n_clean - skip, S - n_clean) for y in m[2:])
+
+        h = modulate(self.norm1(x), shift1, scale1)
+        q = F.linear(h[:, skip:], self.qkv.weight[:D])  # (B, S - skip, D)
+        k, v = F.linear(h, self.qkv.weight[D:]).chunk(2, dim=-1)  # (B, S, D)
+        q, k, v = (y.view(B, -1, self.n_heads, D // self.n_heads).transpose(1, 2) for y in (q, k, v))  # (B, H, S, D/H)
+        cos, sin = rope
+        q, k = rotate(q, cos[skip:], sin[skip:]), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = (y.to(q.dtype) for y in cache.extend(index, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = self.out(y.transpose(1, 2).reshape(B, S - skip, D))
+        x = x[:, skip:] + (y if gate1 is None else gate1 * y)
+        y = self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return x + (y if gate2 is None else gate2 * y)
+
+
+class Transformer(nn.Module):
+    """logits = model(clean, noisy, block_size): see forward. At initialisation every token costs exactly log V nats."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        assert cfg.d_model % (2 * cfg.n_heads) == 0, f"d_model {cfg.d_model} needs an even width for each of {cfg.n_heads} heads"
+        self.cfg, D = cfg, cfg.d_model
+        self.embed = nn.Embedding(cfg.vocab_size + cfg.n_extra_tokens, D)
+        self.time = (
+            nn.Sequential(nn.Linear(256, cfg.cond_dim), nn.SiLU(), nn.Linear(cfg.cond_dim, cfg.cond_dim)) if cfg.time_conditioning else None
+        )
+        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layers))
+        self.norm = nn.LayerNorm(D, bias=False)
+        self.modulation = nn.Linear(cfg.cond_dim, 2 * D) if cfg.time_conditioning else None
+        self.head = nn.Linear(D, cfg.vocab_size)
+        nn.init.normal_(self.embed.weight)  # the reference draws +-D**-0.5; at this scale the diffusion mode learns far faster
+        for zero in [self.head, self.modulation] + [layer.modulation for layer in self.layers]:
+            if zero is not None:  # uniform logits at step 0, and every gate shut: the layers start as the identity
+                nn.init.zeros_(zero.weight), nn.init.zeros_(zero.bias)
+
+    def forward(self, clean, noisy, block_size, start=0, sigma=None, cache=None):
+        """
+        clean (B, C) int64 ids, or None   real tokens at positions cache.length, cache.length + 1, ... (0, 1, ... without)
+        noisy (B, N) int64 ids, or None   at positions start, start + 1, ...
+        block_size  int, or (B,) int64: one a row
+        start       0 in training, the length of the context when generating or verifying
+        sigma (B,)  noise level -log(alpha_t); zeros if None; unused without time conditioning
+        cache       a KVCache: adds the clean tokens before, and commits `clean` to it
+        Returns logits (B, N, V) float32 for the noisy positions, nothing forbidden, not normalised.
+        """
+        n_past = cache.length if cache is not None else 0
+        if cache is None and isinstance(block_size, int) and noisy is not None and start + noisy.size(1) <= block_size:
+            clean = None  # every noisy token is in the first block: no one would read the clean stream
+        tokens = torch.cat([s for s in (clean, noisy) if s is not None], dim=1)  # (B, S)
+        B, S = tokens.shape
+        N = 0 if noisy is None else noisy.size(1)
+        C = S - N
+        if n_past + C > self.cfg.seq_len or start + N > self.cfg.seq_len:
+            raise ValueError(f"positions up to {max(n_past + C, start + N)}, but the model has seq_len {self.cfg.seq_len}")
+        positions = torch.cat(
+            (torch.arange(n_past, n_past + C, device=tokens.device), torch.arange(start, start + N, device=tokens.device))
+        )
+        rope = self._rope(positions)
+        cond = self._condition(sigma, B, C, N) if self.time is not None else None
+        x = self.embed(tokens)  # (B, S, D)
+
+        mask = None  # one noisy block behind its whole context: everyone reads everything
+        if (
+            C
+            or not isinstance(block_size, int)
+            or start // block_size * block_size < n_past
+            or (start + N - 1) // block_size > start // block_size
+        ):
+            mask = attention_mask(block_size, n_past, C, N, start, self.cfg.clean_causal, tokens.device)[:, None]
+            # added to the scores: SDPA would otherwise convert the booleans again in every layer
+            mask = torch.zeros(mask.shape, device=mask.device, dtype=self._dtype(x)).masked_fill_(~mask, -math.inf)
+
+        for i, layer in enumerate(self.layers):
+            skip = C if i == len(self.layers) - 1 else 0  # nobody reads the last layer's clean outputs, only keys and values
+            if skip and N == 0 and cache is None:
+                break
+            x = layer(x, C, skip, rope, mask if mask is None else mask[:, :, skip:], cond, cache, i)
+        if cache is not None:
+            cache.length += C
+        shift, scale = self.modulation(cond[:, -1:]).chunk(2, dim=-1) if cond is not None else (None, None)
+        with torch.autocast(x.device.type, enabled=False):  # a bfloat16 logit keeps 3 digits: the uniform bound needs 7
+            x = F.layer_norm(precise(x), x.shape[-1:], precise(self.norm.weight))
+            return F.linear(modulate(x, shift, scale), precise(self.head.weight), precise(self.head.bias))
+
+    def _rope(self, positions):
+        """cos and sin of position * base^(-2i/d), (S, D/2H) each, in float32 or better."""
+        half = self.cfg.d_model // self.cfg.n_heads // 2
+        dtype = torch.promote_types(self.embed.weight.dtype, torch.float32)
+        angle = positions[:, None] * self.cfg.rope_base ** (-torch.arange(half, device=positions.device, dtype=dtype) / half)
+        return angle.cos(), angle.sin()
+
+    def _condition(self, sigma, B, C, N):
+        """(B, 1 or 2, cond_dim): one vector a stream. The clean one sees sigma = 0 always, so that its cache holds for any t."""
+        sigma = self.embed.weight.new_zeros(B) if sigma is None else sigma.to(self.embed.weight)
+        streams = sigma[:, None] if self.cfg.condition_clean or C == 0 else torch.stack((torch.zeros_like(sigma), sigma), dim=1)
+        frequency = torch.exp(-math.log(10000) * torch.arange(128, device=sigma.device) / 128)
+        angle = precise(streams)[..., None] * frequency  # (B, 1 or 2, 128)
+        return F.silu(self.time(torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.embed.weight)))
+
+    def _dtype(self, x):
+        return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+# ----- published weights
+
+
+def from_reference(weights, cfg):
+    """
+    A Transformer from the state dict of the public BlockGen / Duo code and its settings.
+    weights: name -> array or tensor; prefixes `w.`, `backbone.`, `_orig_mod.` are dropped, `rotary_emb.inv_freq` is implied.
+    cfg: hidden_size, n_heads, n_blocks, cond_dim, vocab_size, length, mlp_ratio, adaLN, x0_causal, rope_base
+    (with or without `cfg.` in front). BlockGen's code conditions both streams on sigma, so its weights do here.
+    Raises RuntimeError, naming them, for weights that are missing or left over.
+    """
+    cfg = {k.removeprefix("cfg."): v for k, v in cfg.items()}
+    ours = ModelConfig(
+        vocab_size=int(cfg["vocab_size"]),
+        seq_len=int(cfg["length"]),
+        n_layers=int(cfg["n_blocks"]),
+        n_heads=int(cfg["n_heads"]),
+        d_model=int(cfg["hidden_size"]),
+        mlp_ratio=int(cfg.get("mlp_ratio", 4)),
+        clean_causal=bool(cfg.get("x0_causal", True)),
+        time_conditioning=bool(cfg.get("adaLN", True)),
+        condition_clean="x0_causal" in cfg,
+        cond_dim=int(cfg.get("cond_dim", 128)),
+        rope_base=float(cfg.get("rope_base", 10000)),
+    )
+    theirs_to_ours = {
+        "vocab_embed.embedding": "embed.weight",
+        "output_layer.norm_final": "norm",
+        "output_layer.linear": "head",
+        "output_layer.adaLN_modulation": "modulation",
+        "sigma_map.mlp": "time",
+        "blocks": "layers",
+        "attn_qkv": "qkv",
+        "attn_out": "out",
+        "adaLN_modulation": "modulation",
+    }
+    state = {}
+    for name, value in weights.items():
+        for prefix in ("w.", "backbone."):
+            name = name.removeprefix(prefix)
+        name = name.replace("_orig_mod.", "")
+        if name == "rotary_emb.inv_freq":
+            continue
+        for old, new in theirs_to_ours.items():
+            name = name.replace(old, new)
+        state[name] = torch.as_tensor(value)
+    model = Transformer(ours)
+    model.load_state_dict(state)
+    return model

@@ -1,0 +1,175 @@
+"""Why believe model.py? Logits of the public reference implementation, a brute-force mask, and cached = uncached."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import diffusion as d
+import model as m
+
+GOLDEN = Path(__file__).parent / "golden"
+BLOCKDIT = ["blockdit_adaln_x0causal", "blockdit_adaln_x0block", "blockdit_noadaln_x0causal"]
+
+
+def load(name):
+    z = np.load(GOLDEN / f"{name}.npz")
+    arrays = {k: torch.from_numpy(z[k]) for k in z.files if z[k].ndim}
+    net = m.from_reference({k: v for k, v in arrays.items() if k.startswith("w.")}, {k: z[k] for k in z.files if k.startswith("cfg.")})
+    return net.eval(), arrays, {k: int(z[k]) for k in z.files if z[k].ndim == 0 and k != "cfg.dropout"}
+
+
+def close(logits, golden):
+    gap = (logits - golden).abs().max().item()
+    assert gap < 1e-4, f"logits differ by {gap:.2e}"
+
+
+@pytest.mark.parametrize("name", BLOCKDIT)
+@torch.no_grad()
+def test_golden_training_at_every_block_size(name):
+    net, a, _ = load(name)
+    for b in a["train.block_sizes"].tolist():
+        close(net(a["x0"], a["xt"], b, sigma=a["sigma"]), a[f"train.logits.bs{b}"])
+        if f"train.logits.bs{b}.sigma0" in a:
+            close(net(a["x0"], a["xt"], b), a[f"train.logits.bs{b}.sigma0"])
+    sizes = torch.tensor(a["train.block_sizes"].tolist()[:2])  # one block size a row
+    both = torch.stack([a[f"train.logits.bs{b}"][i] for i, b in enumerate(sizes.tolist())])
+    close(net(a["x0"], a["xt"], sizes, sigma=a["sigma"]), both)
+
+
+@pytest.mark.parametrize("name", BLOCKDIT)
+@torch.no_grad()
+def test_golden_generate_and_verify_cached_and_not(name):
+    net, a, s = load(name)
+    sigma, b, ctx = a["sigma"], s["gen.block_size"], s["gen.context_len"]
+    close(net(a["gen.x0"], a["gen.xt"], b, start=ctx, sigma=sigma), a["gen.logits"])
+    close(net(None, a["gen_first.xt"], b, sigma=sigma), a["gen_first.logits"])
+    v = s["arv.context_len"]
+    close(net(a["arv.x0"], a["arv.xt"], 1, start=v, sigma=sigma), a["arv.logits"])
+    close(net(a["arv.x0"], a["arv_rand.xt"], 1, start=v, sigma=sigma), a["arv_rand.logits"])
+    close(net(a["arv_noctx.x0"], a["arv_noctx.xt"], 1, sigma=sigma), a["arv_noctx.logits"])
+
+    cache = m.KVCache(net.cfg, 2)
+    for i in range(0, ctx, b):  # each call commits the block before it and reads the next one
+        prev = a["gen.x0"][:, i - b : i] if i else None
+        net(prev, a["x0"][:, i : i + b], b, start=i, sigma=sigma, cache=cache)
+    close(net(a["gen.x0"][:, ctx - b :], a["gen.xt"], b, start=ctx, sigma=sigma, cache=cache), a["gen.logits"])
+    assert cache.length == ctx
+    close(net(None, a["gen.xt"], b, start=ctx, sigma=sigma, cache=cache), a["gen.logits"])  # again, nothing left to commit
+    close(net(a["arv.x0"][:, v:], a["arv.xt"], 1, start=v, sigma=sigma, cache=cache), a["arv_cached.logits"])
+    cache.length = v  # the verified tokens were a guess
+    close(net(None, a["gen.xt"], b, start=ctx, sigma=sigma, cache=cache), a["gen.logits"])
+
+
+@torch.no_grad()
+def test_golden_full_diffusion():
+    net, a, s = load("dit_duo")
+    L = s["cfg.length"]
+    close(net(None, a["xt"], L, sigma=a["sigma"]), a["logits"])
+    close(net(None, a["xt"], L), a["logits.sigma0"])
+    close(net(None, a["xt"][:, : L // 2], L, sigma=a["sigma"]), a["logits.half_length"])
+    close(net(a["x0"], a["xt"], L, sigma=a["sigma"]), a["logits"])  # a clean stream nobody reads is skipped
+    close(net(a["x0"], a["xt"], torch.tensor([L, L]), sigma=a["sigma"]), a["logits"])  # or computed, and not read
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("b, past, C, N, start", [(4, 0, 12, 12, 0), (3, 6, 3, 3, 9), (1, 5, 4, 4, 5), (8, 8, 0, 8, 8), (5, 0, 12, 12, 0)])
+def test_mask_equals_the_rule_word_by_word(b, past, C, N, start, causal):
+    got = m.attention_mask(b, past, C, N, start, causal)[0]
+    keys = [("clean", j) for j in range(past + C)] + [("noisy", start + j) for j in range(N)]
+    for row, (kind, i) in enumerate(keys[past:]):
+        for column, (other, j) in enumerate(keys):
+            if kind == "clean":
+                want = other == "clean" and (j <= i if causal else j // b <= i // b)
+            else:
+                want = j < b * (i // b) if other == "clean" else j // b == i // b
+            assert got[row, column] == want, f"{kind} {i} -> {other} {j}"
+
+
+def small(**kw):
+    torch.manual_seed(0)
+    net = m.Transformer(m.ModelConfig(vocab_size=11, seq_len=24, n_layers=3, n_heads=2, d_model=32, cond_dim=16, **kw)).eval()
+    for p in net.parameters():  # nothing hidden behind a zero
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.3)
+    return net
+
+
+@torch.no_grad()
+def test_a_fresh_model_costs_log_V():
+    net = m.Transformer(m.ModelConfig(vocab_size=11, seq_len=8, time_conditioning=True))
+    assert net(None, torch.randint(11, (2, 8)), 8, sigma=torch.ones(2)).abs().max() == 0
+
+
+@torch.no_grad()
+def test_information_flows_where_the_rule_says():
+    """A clean token moves no noisy position of its own or an earlier block, and does move every later block."""
+    net, b = small(), 4
+    clean, noisy = torch.randint(11, (1, 24)), torch.randint(11, (1, 24))
+    base = net(clean, noisy, b)
+    for j in (0, 6, 13):
+        other = clean.clone()
+        other[0, j] = (other[0, j] + 1) % 11
+        moved = (net(other, noisy, b) - base).abs().amax(-1)[0] > 1e-6
+        assert moved.tolist() == [i // b > j // b for i in range(24)]
+
+
+@torch.no_grad()
+def test_the_clean_stream_does_not_see_time():
+    """Else a cache filled at one noise level would be wrong at the next. Two sigmas, one cache."""
+    net = small(time_conditioning=True)
+    clean, noisy = torch.randint(11, (2, 8)), torch.randint(11, (2, 4))
+    a, b = m.KVCache(net.cfg, 2), m.KVCache(net.cfg, 2)
+    la = net(clean, noisy, 4, start=8, sigma=torch.tensor([0.1, 0.2]), cache=a)
+    lb = net(clean, noisy, 4, start=8, sigma=torch.tensor([3.0, 4.0]), cache=b)
+    assert torch.equal(a.k[..., :8, :], b.k[..., :8, :]) and torch.equal(a.v[..., :8, :], b.v[..., :8, :])
+    assert (la - lb).abs().max() > 1e-3  # and the noisy stream does see it
+    close(net(None, noisy, 4, start=8, sigma=torch.tensor([3.0, 4.0]), cache=a), lb)
+    whole = net(torch.cat((clean, clean[:, :4]), 1), torch.cat((clean, noisy), 1), 4, sigma=torch.tensor([3.0, 4.0]))
+    close(whole[:, 8:], lb)
+
+
+@torch.no_grad()
+def test_a_noisy_stream_may_cover_the_answer_only():
+    """Prompts need no noisy copy: the same logits as with one."""
+    net = small()
+    clean, noisy = torch.randint(11, (3, 24)), torch.randint(11, (3, 24))
+    sizes = torch.tensor([1, 4, 8])
+    close(net(clean, noisy[:, 8:], sizes, start=8), net(clean, noisy, sizes)[:, 8:])
+
+
+@pytest.mark.parametrize("name", BLOCKDIT[:2])
+def test_reference_weights_generate_with_a_cache_as_without(name):
+    """Their clean stream is conditioned too, on sigma = 0 always: a cache made at one noise level must hold at the next."""
+    net, _, s = load(name)
+    process, runs = d.Masked(s["cfg.vocab_size"], s["cfg.mask_index"]), []
+    for cached in (True, False):
+        for state in d.generate(net.double(), process, [(), (1, 2, 3)], block_size=8, steps=3, use_cache=cached):
+            pass
+        runs.append(state.x)
+    assert torch.equal(*runs)
+
+
+@torch.no_grad()
+def test_logits_are_float32_whatever_the_weights():
+    net = small(time_conditioning=True)
+    ids = torch.randint(11, (2, 8))
+    exact = net(ids, ids, 4, sigma=torch.ones(2))
+    rounded = net.bfloat16()(ids, ids, 4, sigma=torch.ones(2))
+    assert rounded.dtype == torch.float32 and (rounded - exact).abs().max() < 0.1 * exact.abs().max()
+    assert net.double()(ids, ids, 4).dtype == torch.float64
+
+
+def test_positions_beyond_the_context_are_refused():
+    with pytest.raises(ValueError, match="seq_len 24"):
+        small()(None, torch.zeros(1, 25, dtype=torch.long), 25)
+
+
+def test_leftover_or_missing_weights_are_named():
+    z = np.load(GOLDEN / "dit_duo.npz")
+    w, cfg = {k: z[k] for k in z.files if k.startswith("w.")}, {k: z[k] for k in z.files if k.startswith("cfg.")}
+    with pytest.raises(RuntimeError, match="surprise"):
+        m.from_reference({**w, "w.surprise": z["sigma"]}, cfg)
+    del w["w.output_layer.linear.bias"]
+    with pytest.raises(RuntimeError, match="head.bias"):
+        m.from_reference(w, cfg)
