@@ -1,0 +1,487 @@
+"""
+What is the maths? Noise schedules, the two noise processes, losses and the generation loop.
+
+Conventions: t = 0 is clean and t = 1 is noise, so alpha(0) = 1 and alpha(1) = 0. Both processes corrupt every token alone:
+
+    q(x_t | x_0) = alpha_t onehot(x_0) + (1 - alpha_t) pi        pi = the mask token, or uniform over the vocabulary
+
+Everything is in nats per token. Letters: B rows, L positions, V vocabulary (the mask token included for masked noise),
+x0 clean ids, xt noisy ids, a_t short for alpha_t. An alpha is a number, or a tensor (B,), (B, 1) or (B, L).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from model import KVCache, precise
+
+# ----- schedules
+
+
+def loglinear(t, eps=0.0):
+    """
+    alpha_t = 1 - (1 - eps) t and its derivative, for a tensor t in [0, 1] (MDLM, arXiv 2406.07524; "log-linear" speaks of sigma).
+    eps = 0 makes x_1 pure noise, so that the loss is a bound with no prior term; released models used 1e-3.
+    """
+    return eps + (1 - eps) * (1 - t), torch.full_like(t, -(1 - eps))
+
+
+def cosine(t, eps=0.0):
+    """alpha_t = eps + (1 - eps) (1 - cos(pi/2 (1 - t))) and its derivative: lingers at high noise."""
+    angle = math.pi / 2 * (1 - t)
+    return eps + (1 - eps) * (1 - angle.cos()), -(1 - eps) * math.pi / 2 * angle.sin()
+
+
+SCHEDULES = {"loglinear": loglinear, "cosine": cosine}
+
+
+def sigma(alpha):
+    """The noise level a time-conditioned network reads, -log(alpha_t), at most 6.9 (alpha = 1e-3) so that t = 1 is finite."""
+    return -alpha.clamp(min=1e-3).log()
+
+
+# ----- random numbers
+
+MASK63 = (1 << 63) - 1
+
+
+def _signed(x):
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def _mix(z):
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit ints under which counters look random."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * _signed(factor)  # torch shifts int64 with its sign: cut it off
+    return z ^ (z >> 31 & (1 << 33) - 1)
+
+
+def _float(device):
+    """float64, which Apple's GPUs lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class Noise:
+    """
+    Uniform numbers in (0, 1] with 63 random bits that depend on (seed, row, position, step, how many were taken before) and on
+    nothing else: not on the batch mates, the number of processes, the device or any global state.
+    rows (B,), positions (L,): integer tensors. noise.uniform(n) is (B, L, n) float64; with `where` (B, L) bool, (M, n).
+    """
+
+    def __init__(self, seed, rows, positions, step=0):
+        number = lambda n: torch.full((), n, dtype=torch.long, device=rows.device)  # noqa: E731  without a copy from the CPU
+        key = _mix(number(seed) + 1)
+        for part in (number(step), rows[:, None], positions[None]):
+            key = _mix(key + (part + 1) * _signed(0x9E3779B97F4A7C15))
+        self.key, self.taken = key, 0  # (B, L)
+
+    @classmethod
+    def like(cls, x):
+        """Noise for x (B, L), seeded from torch's global generator: what the methods below use when given none."""
+        seed = torch.randint(1 << 62, ()).item()
+        return cls(seed, torch.arange(x.size(0), device=x.device), torch.arange(x.size(1), device=x.device))
+
+    def uniform(self, n, where=None):
+        key = self.key if where is None else self.key[where]
+        count = torch.arange(self.taken + 1, self.taken + 1 + n, device=key.device)
+        self.taken += n  # the same for everyone, whoever takes part
+        bits = _mix(key[..., None] + count * _signed(0x9E3779B97F4A7C15)) & MASK63
+        return (bits.to(_float(bits.device)) + 0.5) * 2.0**-63
+
+
+def _race(log_mass, u):
+    """Gumbel-max: argmax(log_mass - log E), E exponential, draws i with probability proportional to exp(log_mass_i)."""
+    return (log_mass.double() - (-torch.log1p(-u)).log()).argmax(-1)  # E's small values, which decide the tail, are exact
+
+
+def draw(logits, uniform):
+    """
+    One exact draw a row from softmax(logits), logits (M, V) -> (M,) int64, without building probabilities: the vocabulary
+    is cut into about sqrt(V) groups; a group wins by its mass, then a member of that group. 2 sqrt(V) random numbers of
+    63 bits instead of V; 32-bit uniforms would starve the tail, which is a lower temperature in disguise.
+    uniform(n) returns (M, n) numbers.
+    """
+    M, V = logits.shape
+    size = math.isqrt(V - 1) + 1
+    groups = F.pad(logits, (0, -V % size), value=-math.inf).view(M, -(-V // size), size)
+    g = _race(groups.logsumexp(-1), uniform(groups.size(1)))
+    return g * size + _race(groups[torch.arange(M, device=logits.device), g], uniform(size))
+
+
+def sharpen(logits, temperature=1.0, top_p=1.0):
+    """
+    Temperature, then nucleus (arXiv 1904.09751): the fewest most likely tokens whose probability reaches top_p.
+    Temperature 0 is greedy: all mass on the argmax. logits (..., V) -> (..., V). Raises ValueError out of range.
+    """
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature} must be finite and >= 0, top_p {top_p} in (0, 1]")
+    if temperature == 0:
+        return torch.full_like(logits, -math.inf).scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
+    if temperature != 1:
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest at 0: a tiny temperature overflows nothing
+    if top_p < 1:
+        value, index = logits.sort(-1, descending=True)
+        p = value.softmax(-1)
+        outside = p.cumsum(-1) - p >= top_p  # what stands before it is enough already
+        logits = logits.masked_fill(outside.scatter(-1, index, outside), -math.inf)
+    return logits
+
+
+# ----- noise processes
+
+
+def _column(alpha, like):
+    """An alpha as float64 that broadcasts against (B, L); small numbers like 1 - alpha must not be rounded first."""
+    alpha = torch.as_tensor(alpha).to(like.device, _float(like.device))
+    return alpha[:, None] if alpha.dim() == 1 else alpha
+
+
+def _cross_entropy(logits, x0):
+    return F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view_as(x0)  # (B, L)
+
+
+class Masked:
+    """Absorbing noise: a token is replaced by mask_id with probability 1 - alpha_t (MDLM, arXiv 2406.07524)."""
+
+    def __init__(self, vocab_size, mask_id):
+        self.vocab_size, self.mask_id = vocab_size, mask_id
+        self.ar_token = mask_id  # what block size 1 reads in place of the token it predicts
+
+    def prior(self, shape, noise=None, device=None):
+        """Pure noise: all masks, (B, L) int64."""
+        return torch.full(shape, self.mask_id, dtype=torch.long, device=device)
+
+    ar_input = prior
+
+    def corrupt(self, x0, alpha, noise=None):
+        """A draw of q(x_t | x_0), (B, L) int64."""
+        u = (noise or Noise.like(x0)).uniform(1)[..., 0]
+        return torch.where(u <= 1 - _column(alpha, x0), self.mask_id, x0)
+
+    def _forbid(self, logits):
+        """The mask is never the answer: its logit goes to -inf (SUBS, first half)."""
+        logits = precise(logits).clone()
+        logits[..., self.mask_id] = -math.inf
+        return logits
+
+    def ce(self, logits, x0, xt):
+        """-log p(x_0 | x_t) (B, L): cross-entropy at masks, 0 where the token is visible (SUBS, second half: it is carried over)."""
+        return torch.where(xt == self.mask_id, _cross_entropy(self._forbid(logits), x0), 0.0)
+
+    def nll(self, logits, x0, xt, alpha, dalpha):
+        """
+        Integrand of the bound E_t[...] >= -log p(x_0), one t a row, (B, L) nats (MDLM eq. 10):
+            -alpha'_t / (1 - alpha_t) * 1[x_t = mask] * -log p(x_0 | x_t)
+        """
+        alpha, dalpha = _column(alpha, logits), _column(dalpha, logits)
+        ce = self.ce(logits, x0, xt)
+        return (-dalpha / (1 - alpha)).to(ce.dtype) * ce
+
+    def posterior_probs(self, logits, xt, alpha_t, alpha_s, temperature=1.0, top_p=1.0):
+        """
+        q(x_s | x_t, p), s < t, dense float64 (B, L, V), for reading and for tests:
+            x_t = mask:  (alpha_s - alpha_t) / (1 - alpha_t) p  +  (1 - alpha_s) / (1 - alpha_t) onehot(mask)
+            otherwise:   onehot(x_t)
+        """
+        a_t, a_s = (_column(a, logits)[..., None] for a in (alpha_t, alpha_s))
+        stay = F.one_hot(xt, self.vocab_size).double()
+        p = sharpen(self._forbid(logits.double()), temperature, top_p).softmax(-1)
+        move = (a_s - a_t) / (1 - a_t)
+        return torch.where((xt == self.mask_id)[..., None], move * p + (1 - move) * stay, stay)
+
+    def posterior_sample(self, logits, xt, alpha_t, alpha_s, temperature=1.0, top_p=1.0, noise=None):
+        """One draw of the above, (B, L) int64. Logits are read only at the masks that lift in this step."""
+        noise = noise or Noise.like(xt)
+        a_t, a_s = _column(alpha_t, logits), _column(alpha_s, logits)
+        lift = (xt == self.mask_id) & (noise.uniform(1)[..., 0] <= (a_s - a_t) / (1 - a_t))
+        xs = xt.clone()
+        xs[lift] = draw(sharpen(self._forbid(logits[lift]), temperature, top_p), lambda n: noise.uniform(n, lift))
+        return xs
+
+
+class Uniform:
+    """
+    Uniform noise: a token is replaced by a uniformly drawn one with probability 1 - alpha_t (UDLM, arXiv 2412.10193; Duo, 2506.10892).
+
+    predicts: what the network was trained to output.
+        "loo"       l = p(x0_i | x_t without its own token i), the minimiser of the uniform bound: published weights
+        "denoiser"  D = p(x0_i | x_t), the minimiser of cross-entropy
+    Seeing x_t itself is evidence for it, and that is all that tells them apart (arXiv 2605.22765):
+        D(v) ∝ l(v) (1 + 1[v = x_t] V alpha_t / (1 - alpha_t))
+    The bound and the reverse step below want l, so D is converted first: one logit moves.
+
+    ar_token: block size 1 reads this id in place of the token it predicts. None: a random token, as published; its NLL is then
+    the mean over that token of -log p, a bound on the NLL of text generated so (Jensen), not the exact one.
+    """
+
+    mask_id = None
+
+    def __init__(self, vocab_size, predicts="loo", ar_token=None):
+        assert predicts in ("loo", "denoiser"), f"predicts {predicts!r}: loo or denoiser"
+        self.vocab_size, self.predicts, self.ar_token = vocab_size, predicts, ar_token
+
+    def prior(self, shape, noise=None, device=None):
+        """Pure noise: uniform ids, (B, L) int64."""
+        if noise is None:
+            return torch.randint(self.vocab_size, shape, device=device)
+        return self._ids(noise.uniform(1)[..., 0])
+
+    def ar_input(self, shape, noise=None, device=None):
+        if self.ar_token is None:
+            return self.prior(shape, noise, device)
+        return torch.full(shape, self.ar_token, dtype=torch.long, device=device)
+
+    def _ids(self, u):
+        return (u * self.vocab_size).long().clamp(max=self.vocab_size - 1)
+
+    def corrupt(self, x0, alpha, noise=None):
+        """A draw of q(x_t | x_0), (B, L) int64."""
+        u = (noise or Noise.like(x0)).uniform(2)
+        return torch.where(u[..., 0] <= 1 - _column(alpha, x0), self._ids(u[..., 1]), x0)
+
+    def loo_logits(self, logits, xt, alpha):
+        """The network's output as leave-one-out logits: D -> l subtracts log(1 + V alpha / (1 - alpha)) at x_t. (..., V)"""
+        logits = precise(logits)
+        if self.predicts == "loo":
+            return logits
+        alpha = _column(alpha, logits)
+        bonus = torch.log1p(self.vocab_size * alpha / (1 - alpha)).to(logits.dtype).expand(xt.shape)
+        return logits.scatter_add(-1, xt[..., None], -bonus[..., None])
+
+    def ce(self, logits, x0, xt):
+        """-log D(x_0) (B, L): plain cross-entropy at every position, noisy or not."""
+        return _cross_entropy(precise(logits), x0)
+
+    def nll(self, logits, x0, xt, alpha, dalpha):
+        """
+        Integrand of the bound E_t[...] >= -log p(x_0), one t a row, (B, L) nats (Duo, arXiv 2506.10892, as a Bregman form), z = x_t:
+            -alpha'_t / (V alpha_t) * sum_v [ r_v log(r_v / rh_v) - r_v + rh_v ] >= 0
+            r_v = xb_v(onehot(x_0)) / xb_z(onehot(x_0)),   rh_v = xb_v(l) / xb_z(l),   xb_v(p) = V alpha_t p_v + 1 - alpha_t
+        r takes two values, 1 and c = (1 - alpha) / (V alpha + 1 - alpha) or its inverse, so the sum over v needs only
+        S = sum_v log xb_v, its entries at z and x_0, and l_z. With xb = b (1 + q), q = V alpha l / b, all b's cancel before
+        they are rounded; the difference of the linear terms is taken by hand for the same reason.
+        """
+        V, a, da = self.vocab_size, _column(alpha, logits), _column(dalpha, logits)
+        b = 1 - a
+        logp = self.loo_logits(logits, xt, a).log_softmax(-1)  # (B, L, V)
+        cast = lambda x: x.to(logp.dtype)  # noqa: E731  numbers a row: formed in float64, used in the logits' precision
+        log1q = F.softplus(logp + cast((V * a / b).log())[..., None])  # log(1 + q_v)
+        at = lambda x, ids: x.gather(-1, ids[..., None])[..., 0]  # noqa: E731
+        S, S_z, S_0, p_z = log1q.sum(-1), at(log1q, xt), at(log1q, x0), at(logp, xt).exp()
+        same, log_c = x0 == xt, -torch.log1p(V * a / b)
+        c = log_c.exp()
+        r_log_r = torch.where(same, cast((V - 1) * c * log_c), cast(-log_c / c))
+        r_log_rh = torch.where(same, cast(c) * (S - V * S_z), S - V * S_z + cast(V * a / b) * (S_0 - S_z))
+        linear = (same.to(p_z) - p_z) * V / (cast(V * a * same + b) * (cast(b) + cast(V * a) * p_z))  # (sum rh - r) / (V alpha)
+        return cast(-da / (V * a)) * (r_log_r - r_log_rh) + cast(-da) * linear
+
+    def posterior_probs(self, logits, xt, alpha_t, alpha_s, temperature=1.0, top_p=1.0):
+        """
+        q(x_s | x_t, l), s < t, dense float64 (B, L, V), for reading and for tests. z = x_t, a_ts = alpha_t / alpha_s:
+            [ (V alpha_t l_z + a_ts - alpha_t) onehot(z) + (alpha_s - alpha_t) l + (1 - a_ts) (1 - alpha_s) / V ]
+            / (V alpha_t l_z + 1 - alpha_t)
+        """
+        a_t, a_s = (_column(a, logits)[..., None] for a in (alpha_t, alpha_s))
+        p = sharpen(self.loo_logits(logits.double(), xt, a_t[..., 0]), temperature, top_p).softmax(-1)
+        z = F.one_hot(xt, self.vocab_size).double()
+        seen = self.vocab_size * a_t * (p * z).sum(-1, keepdim=True)
+        a_ts = a_t / a_s
+        return ((seen + a_ts - a_t) * z + (a_s - a_t) * p + (1 - a_ts) * (1 - a_s) / self.vocab_size) / (seen + 1 - a_t)
+
+    def posterior_sample(self, logits, xt, alpha_t, alpha_s, temperature=1.0, top_p=1.0, noise=None):
+        """
+        One draw of the above, (B, L) int64, as the three-way choice it is: a fresh uniform token, x_t again, or a token from l.
+        Of (V,)-vectors it needs only log-sum-exp, and a draw where the third case came up.
+        """
+        noise = noise or Noise.like(xt)
+        V, a_t, a_s = self.vocab_size, _column(alpha_t, logits), _column(alpha_s, logits)
+        loo = sharpen(self.loo_logits(logits, xt, a_t), temperature, top_p)
+        p_z = (loo.gather(-1, xt[..., None])[..., 0] - loo.logsumexp(-1)).double().exp()
+        seen = V * a_t * p_z
+        u, fresh = noise.uniform(2).unbind(-1)
+        c1 = (1 - a_t / a_s) * (1 - a_s) / (seen + 1 - a_t)
+        c2 = (seen + a_t * (1 / a_s - 1)) / (seen + 1 - a_t)
+        xs = torch.where(u <= c1, self._ids(fresh), xt)
+        move = u > c1 + c2
+        xs[move] = draw(loo[move], lambda n: noise.uniform(n, move))
+        return xs
+
+
+# ----- training
+
+
+def stratified_draw(block_sizes, n, seed, step):
+    """
+    A block size and a time for each of the n rows of one optimizer step, over all ranks and accumulation steps together
+    (every rank makes the same call and takes its rows): sizes (n,) int64, t (n,) float64 in (0, 1).
+    block_sizes: size -> weight. Each size gets its share of the rows to within one row, and the rows of a size get one
+    time in each of as many equal slices of (0, 1): lower variance than independent draws, same mean.
+    """
+    u = Noise(seed, torch.tensor([-1]), torch.arange(n), step).uniform(3)[0]  # (n, 3)
+    sizes = torch.tensor(list(block_sizes))
+    edges = torch.tensor(list(block_sizes.values()), dtype=torch.float64).cumsum(0)
+    slot = (torch.arange(n) + u[0, 0]) / n  # a comb of n teeth with one random offset
+    which = torch.searchsorted(edges, slot).clamp(max=len(sizes) - 1)  # rounding may leave the last edge below 1
+    t = torch.empty(n, dtype=torch.float64)
+    for k in range(len(sizes)):
+        rows = (which == k).nonzero()[:, 0]
+        t[rows] = (torch.arange(len(rows)) + u[rows, 1]) / len(rows)
+    order = u[:, 2].argsort()  # who gets which: no link between a row of the batch and its noise level
+    return sizes[which][order], t[order].clamp(max=1 - 1e-9)
+
+
+def token_loss(model, process, x0, block_size, t, objective, answer=None, schedule=loglinear, start=0, noise=None):
+    """
+    Loss of every noisy token in nats, (B, L - start), one forward.
+    x0 (B, L) clean ids; block_size (B,) int64, or an int; t (B,) float64 in (0, 1).
+    objective: a name for all block sizes, or {size: name}; block size 1 is pure noise with cross-entropy whatever it says,
+    which is the exact autoregressive NLL. The names, with D or l the network's output:
+        elbo      the process's bound: process.nll
+        ce        -log D(x_0), unweighted ("low variance", arXiv 2602.15014)
+        ce_noisy  the same, only where x_t != x_0
+    answer (B, L) bool: tokens to predict; the others are prompts, never noised, and their loss is 0. None: all.
+    start: the first position with a noisy copy, a multiple of every block size, no answer before it.
+    noise: a Noise for (B, L - start).
+    """
+    x = x0[:, start:]
+    noise = noise or Noise.like(x)
+    sizes = torch.full((x.size(0),), block_size) if isinstance(block_size, int) else block_size
+    names = {s: objective if isinstance(objective, str) else objective[s] for s in set(sizes.tolist()) - {1}}
+    alpha, dalpha = schedule(t)
+    ar = (sizes == 1)[:, None].to(x.device)
+    open = torch.ones_like(x, dtype=torch.bool) if answer is None else answer[:, start:]
+    xt = torch.where(ar, process.prior(x.shape, noise, x.device), process.corrupt(x, alpha, noise))
+    xt = torch.where(open, xt, x)
+    read = torch.where(ar & open, process.ar_input(x.shape, noise, x.device), xt)
+    logits = model(x0, read, block_size, start, sigma(torch.where(sizes == 1, 0.0, alpha)))  # (B, L - start, V)
+
+    ce = loss = process.ce(logits, x, xt)
+    for name in set(names.values()) - {"ce"}:
+        assert name in ("elbo", "ce_noisy"), f"objective {name!r}: elbo, ce or ce_noisy"
+        other = process.nll(logits, x, xt, alpha, dalpha) if name == "elbo" else torch.where(xt == x, 0.0, ce)
+        rows = torch.isin(sizes, torch.tensor([s for s in names if names[s] == name])).to(x.device)
+        loss = torch.where(rows[:, None], other, loss)
+    return torch.where(open, loss, 0.0)
+
+
+# ----- generation
+
+
+NOTHING = -1  # in State.x: not written yet, or behind the end of a row
+
+
+@dataclass
+class State:
+    """What generate yields after every step."""
+
+    x: torch.Tensor  # (B, W) int64: prompts, finished blocks, the block at work with its noise; NOTHING elsewhere
+    span: tuple  # (first, end) of the block at work
+    step: int  # steps done on it, 1..n_steps; 0 before the first
+    n_steps: int
+    done: torch.Tensor  # (B,) bool: the row has ended
+    nfe: int  # forward passes so far
+    nfe_rows: torch.Tensor  # (B,) int64: those that worked on an open token of this row
+    token_forwards: int  # tokens pushed through the network so far: what a pass really costs
+
+
+@torch.no_grad()
+def generate(model, process, prompt, *, block_size, steps=8, max_new_tokens=None, ar_tokens=0, temperature=1.0, top_p=1.0,
+             seed=0, eos_id=None, schedule=loglinear, use_cache=True):  # fmt: skip
+    """
+    Block-by-block ancestral sampling (BD3-LM, arXiv 2503.09573; BlockGen), an iterator of States, at least one.
+
+    prompt          (B, P) int64, or a list of B id sequences of any lengths; they may be empty and may end inside a block
+    block_size      tokens denoised together; 1 is autoregressive: one pass a token, whatever `steps` says
+    steps           passes per block, over a linear grid of times from 1 to 0
+    max_new_tokens  per row, default up to the model's seq_len. Blocks are always whole: a surplus is cut off at the end,
+                    so the tokens kept have exactly the model's distribution
+    ar_tokens       so many tokens first by block size 1, then blocks (AR-then-block)
+    temperature, top_p   sharpen the predicted p(x_0); 0 is greedy
+    eos_id          a row ends at its first generated eos_id; ended rows leave the batch
+    seed            same seed, same row number, same prompt: same text, whatever else is in the batch
+    use_cache       False recomputes everything at every pass: slow, equal, for tests
+
+    Raises ValueError for lengths the model cannot hold, bad temperature or top_p, and AR tokens from a model whose clean
+    stream is block-causal (its cache fits one block size only).
+    """
+    cfg, device = model.cfg, next(model.parameters()).device
+    home = torch.device("cpu") if device.type == "mps" else device  # sampling wants float64
+    prompt = [torch.as_tensor(p, dtype=torch.long) for p in prompt]
+    if block_size < 1 or steps < 1 or not prompt or ar_tokens < 0:
+        raise ValueError(
+            f"block_size {block_size}, steps {steps} and {len(prompt)} prompts must be at least 1, ar_tokens {ar_tokens} at least 0"
+        )
+    first = torch.tensor([len(p) for p in prompt])  # (B,) first generated position
+    end = first + max_new_tokens if max_new_tokens is not None else first.clamp(min=cfg.seq_len)  # (B,)
+    B, W = len(prompt), -(-int(end.max()) // block_size) * block_size
+    sharpen(torch.zeros(1), temperature, top_p)  # complains now, not at the first pass
+    if W > cfg.seq_len:
+        raise ValueError(f"{int(end.max())} tokens in blocks of {block_size} take {W} positions; the model has {cfg.seq_len}")
+    if ar_tokens and block_size > 1 and not cfg.clean_causal:
+        raise ValueError("the clean stream of this model is block-causal: its cache cannot serve block size 1 as well")
+
+    x = torch.full((B, W), NOTHING, device=home)
+    for row, p in zip(x, prompt, strict=True):
+        row[: len(p)] = p.to(home)
+    rows, known = torch.arange(B), first.clone()  # rows still in the batch, and how far each is written (on the CPU: no syncs)
+    done, nfe_rows = first >= end, torch.zeros(B, dtype=torch.long)
+    nfe = token_forwards = 0
+    cache = KVCache(cfg, B, W, device, model.embed.weight.dtype) if use_cache else None
+    yield State(x.clone(), (0, 0), 0, steps, done.clone(), 0, nfe_rows.clone(), 0)
+
+    def leave():
+        """Drop the rows that are done from the batch; what lies behind their end is nothing."""
+        nonlocal rows
+        stay = ~done[rows]
+        if cache is not None and not stay.all():
+            cache.keep(stay.to(device))
+        rows = rows[stay]
+
+    leave()
+    ar_end = torch.minimum(first + ar_tokens, end)
+    for b, stop in ((1, ar_end), (block_size, end)):  # two phases; either may be empty
+        n_steps = 1 if b == 1 else steps
+        grid = (
+            schedule(torch.linspace(1, 0, n_steps + 1, dtype=torch.float64))[0] if b > 1 else torch.tensor([0.0, 1.0], dtype=torch.float64)
+        )
+        if len(rows) == 0:
+            break
+        begin = int(known[rows].min()) // b * b
+        if cache is not None:
+            cache.length = min(cache.length, begin)  # tokens of rows that waited in the first phase are not real yet
+        while len(rows) and begin < int(stop[rows].max()):
+            span = torch.arange(begin, begin + b)
+            begin += b
+            open = (span >= known[rows, None]) & (known[rows] < stop[rows])[:, None]  # (R, b): to be written now
+            if not open.any():
+                continue  # prompt in every row: the next pass reads it
+            at, mine, live = span.to(home), open.to(home), rows.to(home)
+            for step in range(n_steps):
+                noise = Noise(seed, live, at, step)
+                if step == 0:
+                    block = torch.where(mine, process.prior((len(rows), b), noise, home), x[live[:, None], at].clamp(min=0))
+                n_clean = cache.length if cache is not None else 0
+                clean = x[live, n_clean : span[0]].clamp(min=0)  # NOTHING only in rows that wait: never read by the others
+                read = torch.where(mine, process.ar_input(block.shape, noise, home), block) if b == 1 else block
+                level = None if cfg.condition_clean else sigma(grid[step]).expand(len(rows))
+                logits = model(clean.to(device), read.to(device), b, int(span[0]), level, cache).to(home)
+                new = process.posterior_sample(logits, block, grid[step], grid[step + 1], temperature, top_p, noise)
+                block = torch.where(mine, new, block)
+                nfe, token_forwards = nfe + 1, token_forwards + clean.numel() + read.numel()
+                nfe_rows[rows] += open.any(1)
+                x[live[:, None], at] = torch.where(mine, block, x[live[:, None], at])
+                if step + 1 == n_steps:
+                    known[rows] = torch.where(open.any(1), span[-1] + 1, known[rows])
+                    cut = end[rows]  # (R,)
+                    if eos_id is not None:
+                        hit = open & (span < end[rows, None]) & (block == eos_id).cpu()
+                        cut = torch.where(hit.any(1), span[hit.int().argmax(1)] + 1, cut)
+                    over = known[rows] >= cut
+                    for r, c in zip(rows[over].tolist(), cut[over].tolist(), strict=True):
+                        done[r], x[r, c:] = True, NOTHING
+                yield State(
+                    x.clone(), (int(span[0]), int(span[-1]) + 1), step + 1, n_steps, done.clone(), nfe, nfe_rows.clone(), token_forwards
+                )
+            leave()

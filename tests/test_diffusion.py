@@ -1,0 +1,574 @@
+"""
+Why believe diffusion.py? The reference's float64 losses and posteriors, and truths small enough to enumerate: a vocabulary of
+3, sequences of 4, every noisy state and every time.
+"""
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import diffusion as d
+from model import ModelConfig, Transformer
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "losses.npz")
+V3 = 3  # letters of the enumerable alphabet
+G = {k: torch.from_numpy(GOLDEN[k]) for k in GOLDEN.files if GOLDEN[k].ndim}
+VOCAB, MASK = int(GOLDEN["vocab_size"]), int(GOLDEN["mask_index"])
+P_VALUE = 1e-4
+
+
+def close(ours, golden):
+    gap = (ours - golden).abs() / (1 + golden.abs())
+    assert gap.max() < 1e-9, f"relative gap {gap.max():.1e}"
+
+
+def chi_squared(counts, p):
+    """Survival probability of Pearson's statistic, cells with an expected count below 5 pooled (Wilson-Hilferty)."""
+    expected = p * counts.sum()
+    small = expected < 5
+    o = torch.cat((counts[~small], counts[small].sum()[None])).double()
+    e = torch.cat((expected[~small], expected[small].sum()[None])).double()
+    o, e = o[e > 0], e[e > 0]
+    assert counts[p == 0].sum() == 0, "drew the impossible"
+    k = len(o) - 1
+    z = (((o - e) ** 2 / e).sum() / k) ** (1 / 3)
+    z = (z - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
+    return 0.5 * math.erfc(z / math.sqrt(2))
+
+
+# ----- the reference's numbers
+
+
+def test_golden_schedules():
+    for name, schedule in d.SCHEDULES.items():
+        alpha, dalpha = schedule(G["noise.t"], eps=float(GOLDEN["noise.eps"]))
+        close(alpha, G[f"noise.{name}.alpha"])
+        close(dalpha, G[f"noise.{name}.dalpha"])
+
+
+@pytest.mark.parametrize("kind, xt", [("uniform", "xt_uniform"), ("absorb", "xt_absorb")])
+def test_golden_losses(kind, xt):
+    process = d.Uniform(VOCAB) if kind == "uniform" else d.Masked(VOCAB, MASK)
+    elbo = process.nll(G["logits"], G["x0"], G[xt], G["alpha_t"], G["dalpha_t"])
+    ce = process.ce(G["logits"], G["x0"], G[xt])
+    close(elbo, G[f"{kind}.elbo"])
+    close(elbo, G[f"{kind}.blockgen.elbo"])
+    close(ce, G[f"{kind}.blockgen.ce"])
+    close(torch.where(G[xt] == G["x0"], 0.0, ce), G[f"{kind}.blockgen.ce_noisy"])
+    valid = G["valid_tokens"].bool()
+    close((elbo * valid).sum() / valid.sum(), torch.tensor(GOLDEN[f"{kind}.elbo.mean"]))
+
+
+@pytest.mark.parametrize("alpha", [1e-5, 0.01, 0.5, 0.99, 1 - 1e-5])
+def test_the_uniform_bound_is_stable_in_float32(alpha):
+    """At V = 50258 the published form loses 3 % in float32. Random and confident logits, x_t = x_0 and not."""
+    torch.manual_seed(0)
+    V = 50258
+    logits = torch.randn(1, 8, V) * torch.tensor([1, 1, 3, 3, 8, 8, 0.1, 0.1])[None, :, None]
+    x0, xt = torch.randint(V, (1, 8)), torch.randint(V, (1, 8))
+    xt[0, ::2] = x0[0, ::2]
+    logits[0, 4:6, x0[0, 4]] += 30
+    exact = d.Uniform(V).nll(logits.double(), x0, xt, alpha, -1.0)
+    assert ((d.Uniform(V).nll(logits, x0, xt, alpha, -1.0) - exact).abs() / (exact.abs() + 1e-2)).max() < 1e-3
+    assert exact.min() >= 0
+
+
+@pytest.mark.parametrize("kind", ["uniform", "absorb"])
+def test_golden_posteriors(kind):
+    process = d.Uniform(VOCAB) if kind == "uniform" else d.Masked(VOCAB, MASK)
+    xt, a_t, a_s = G[f"post.xt_{kind}"], G["post.alpha_t"], G["post.alpha_s"]
+    close(process.posterior_probs(G["post.logits"], xt, a_t, a_s), G[f"post.{kind}.probs"])
+    known = torch.full_like(G["post.logits"], -math.inf).scatter_(-1, G["post.x0"][..., None], 0.0)
+    close(process.posterior_probs(known, xt, a_t, a_s), G[f"post.{kind}.probs_x0_known"])
+
+
+# ----- random numbers and draws
+
+
+def test_noise_is_uniform_and_depends_on_its_names_only():
+    rows, cols = torch.arange(200), torch.arange(50)
+    u = d.Noise(1, rows, cols).uniform(20)
+    assert u.min() > 0 and u.max() <= 1
+    for x in (u[:, :, 0], u[:, 0, :], u[0]):  # over rows, positions, counts
+        counts = torch.histc(x.float(), 16, 0, 1)
+        assert chi_squared(counts, torch.full((16,), 1 / 16)) > P_VALUE
+    flat = u.flatten() - 0.5
+    for lag in (1, 20, 1000):  # neighbours in count, position, row
+        r = (flat[lag:] * flat[:-lag]).mean() * 12 * math.sqrt(len(flat) - lag)
+        assert abs(r) < 4, f"lag {lag}: {r:.1f} standard errors"
+    assert torch.equal(d.Noise(1, rows[7:9], cols[3:5]).uniform(20), u[7:9, 3:5])
+    some = torch.rand(200, 50) < 0.3
+    assert torch.equal(d.Noise(1, rows, cols).uniform(20, some), u[some])
+    assert not torch.equal(d.Noise(1, rows, cols, step=1).uniform(20), u)
+
+
+@pytest.mark.parametrize("V", [3, 5, 7, 16, 65, 1000])
+def test_draw_is_exact(V):
+    torch.manual_seed(V)
+    logits, M = torch.randn(V) * 2, 100_000
+    logits[V // 2] = -math.inf
+    tokens = d.draw(logits.expand(M, V), lambda n: torch.rand(M, n, dtype=torch.float64))
+    assert chi_squared(tokens.bincount(minlength=V), logits.softmax(-1)) > P_VALUE
+    assert chi_squared(tokens.bincount(minlength=V), (logits / 1.05).softmax(-1)) < P_VALUE  # the test sees 5 % of temperature
+
+
+def test_the_tail_is_drawn():
+    """E = -log(1 - u) must reach 2^-60: 24-bit uniforms stop at 6e-8 and never draw what is rarer than that."""
+    u = d.Noise(0, torch.arange(1000), torch.arange(1000)).uniform(1)
+    for x in (1e-5, 1e-4):
+        n = 1e6 * x
+        assert abs((u < x).sum() - n) < 5 * math.sqrt(n)
+    z = torch.tensor([0.0, -60.0]).expand(2, 2)
+    assert d.draw(z, lambda n: torch.tensor([[0.5, 1e-28], [0.5, 1e-20]], dtype=torch.float64)[:, :n]).tolist() == [1, 0]
+
+
+def test_sharpen():
+    z = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
+    assert torch.equal(d.sharpen(z), z)
+    assert d.sharpen(z, 0).softmax(-1).tolist() == [[0, 1, 0, 0]]
+    assert torch.allclose(d.sharpen(z, 0.5).softmax(-1), (2 * z).softmax(-1))
+    p = z.softmax(-1)[0]  # 0.087 0.644 0.237 0.032
+    for top_p, kept in ((0.6, [1]), (0.7, [1, 2]), (0.9, [1, 2, 0]), (1.0, [0, 1, 2, 3])):
+        want = torch.zeros(4).index_copy(0, torch.tensor(kept), p[kept])
+        assert torch.allclose(d.sharpen(z, 1.0, top_p).softmax(-1)[0], want / want.sum())
+    for bad in ((-1, 1), (math.nan, 1), (math.inf, 1), (1, 0), (1, 1.1), (1, math.nan)):
+        with pytest.raises(ValueError):
+            d.sharpen(z, *bad)
+
+
+# ----- processes with exact predictors
+
+
+def states(V, L):
+    return torch.tensor(list(itertools.product(range(V), repeat=L)))
+
+
+def processes():
+    return {"masked": d.Masked(V3 + 1, V3), "loo": d.Uniform(V3), "denoiser": d.Uniform(V3, predicts="denoiser")}
+
+
+def forward_probs(process, x0, xt, alpha):
+    """q(xt_i | x0_i) for all pairs of rows: (n, L) x (m, L) -> (n, m, L)."""
+    same, masked = x0[:, None] == xt[None], isinstance(process, d.Masked)
+    return alpha * same + (1 - alpha) * ((xt[None] == process.mask_id).double() if masked else 1 / process.vocab_size)
+
+
+def exact_logits(process, data, x0, xt, alpha):
+    """log p(x0_i = v | x_t) (or without token i, for "loo") under the data distribution: what a perfect network outputs."""
+    q = forward_probs(process, x0, xt, alpha)  # (n, m, L)
+    L, out = x0.size(1), torch.full((*xt.shape, process.vocab_size), -math.inf, dtype=torch.float64)
+    for i in range(L):
+        others = [j for j in range(L) if j != i or not (isinstance(process, d.Uniform) and process.predicts == "loo")]
+        joint = data[:, None] * q[:, :, others].prod(-1)  # (n, m)
+        for v in range(V3):
+            out[:, i, v] = joint[x0[:, i] == v].sum(0).log()
+    return out
+
+
+@pytest.mark.parametrize("schedule", ["loglinear", "cosine"])
+@pytest.mark.parametrize("name", ["masked", "loo", "denoiser"])
+def test_with_the_perfect_network_the_bound_is_the_entropy(name, schedule):
+    """In continuous time the exact predictor reverses the noise exactly: E[bound] = H(data). A wrong sign, weight or conversion fails."""
+    process, L = processes()[name], 3
+    torch.manual_seed(1)
+    x0 = states(V3, L)
+    data = (2 * torch.randn(len(x0), dtype=torch.float64)).softmax(0)
+    xt = states(process.vocab_size, L)
+    node, weight = np.polynomial.legendre.leggauss(60)
+    total = 0.0
+    for t, w in zip((node + 1) / 2, weight / 2, strict=True):
+        t, w = t**2 * (3 - 2 * t), w * 6 * t * (1 - t)  # bend the nodes towards both ends
+        alpha, dalpha = d.SCHEDULES[schedule](torch.tensor([t], dtype=torch.float64))
+        z = exact_logits(process, data, x0, xt, alpha.item())
+        q = forward_probs(process, x0, xt, alpha.item()).prod(-1) * data[:, None]  # (n, m)
+        n, m = (q > 1e-300).nonzero(as_tuple=True)
+        loss = process.nll(torch.nan_to_num(z[m], neginf=-500.0), x0[n], xt[m], alpha, dalpha).sum(-1)
+        total += w * (q[n, m] * loss).sum().item()
+    entropy = -(data * data.log()).sum().item()
+    assert abs(total - entropy) < 2e-4, f"{total:.6f} nats, entropy {entropy:.6f}"
+
+
+def test_the_two_uniform_predictors_convert_into_each_other():
+    process, L = processes(), 3
+    torch.manual_seed(2)
+    x0 = states(V3, L)
+    data = (2 * torch.randn(len(x0), dtype=torch.float64)).softmax(0)
+    for alpha in (0.0, 0.03, 0.5, 0.97):
+        loo, D = (exact_logits(process[k], data, x0, x0, alpha).log_softmax(-1) for k in ("loo", "denoiser"))
+        assert torch.allclose(process["denoiser"].loo_logits(D, x0, alpha).log_softmax(-1), loo, atol=1e-12)
+        a_s = alpha + 0.02
+        a, b = (process[k].posterior_probs(z, x0, alpha, a_s) for k, z in (("loo", loo), ("denoiser", D)))
+        assert torch.allclose(a, b, atol=1e-12)
+        # the reverse marginal by Bayes' rule: sum over x0 of p(x0 | xt) q(xs_i | xt_i, x0_i)
+        post = data[:, None] * forward_probs(process["loo"], x0, x0, alpha).prod(-1)
+        post = post / post.sum(0)  # (n, m)
+        known = torch.full((len(x0), L, V3), -math.inf, dtype=torch.float64).scatter_(-1, x0[..., None], 0.0)
+        for m in range(0, len(x0), 5):
+            each = process["loo"].posterior_probs(known, x0[m].expand(len(x0), L), alpha, a_s)  # (n, L, V)
+            assert torch.allclose((post[:, m, None, None] * each).sum(0), a[m], atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (0.0, 1.0), (1.0, 0.8)])
+@pytest.mark.parametrize("name", ["masked", "loo", "denoiser"])
+def test_a_posterior_draw_equals_the_dense_posterior(name, temperature, top_p):
+    torch.manual_seed(3)
+    process, n = processes()[name], 40_000
+    V = process.vocab_size
+    for a_t, a_s in ((0.0, 0.3), (0.3, 0.6), (0.7, 1.0), (0.0, 1.0)):
+        logits, xt = 2 * torch.randn(1, V, V), torch.arange(V)[None]  # every x_t once
+        p = process.posterior_probs(logits, xt, a_t, a_s, temperature, top_p)[0]
+        assert torch.allclose(p.sum(-1), torch.ones(V, dtype=torch.float64))
+        xs = process.posterior_sample(logits.expand(n, V, V), xt.expand(n, V), a_t, a_s, temperature, top_p)
+        for i in range(V):
+            counts = xs[:, i].bincount(minlength=V)
+            if (p[i] > 1e-12).sum() == 1:
+                assert counts[p[i].argmax()] == n
+            else:
+                assert chi_squared(counts, p[i].where(p[i] > 1e-12, 0.0)) > P_VALUE, f"{p[i]} {counts / n}"
+
+
+def test_corruption_has_the_marginal_it_says():
+    for process in processes().values():
+        x0 = torch.zeros(20_000, 3, dtype=torch.long)
+        alpha = torch.tensor([0.0, 0.4, 1.0])[None]  # one a position
+        xt = process.corrupt(x0, alpha)
+        for i in range(3):
+            p = forward_probs(process, x0[:1, :1], torch.arange(process.vocab_size)[:, None], alpha[0, i].item())[0, :, 0]
+            counts = xt[:, i].bincount(minlength=process.vocab_size)
+            assert counts[p.argmax()] == 20_000 if p.max() == 1 else chi_squared(counts, p) > P_VALUE
+
+
+# ----- a random network, enumerated
+
+
+def net(process, seed=0, **kw):
+    """A small Transformer with random weights and peaked outputs."""
+    torch.manual_seed(seed)
+    extra = 1 if getattr(process, "ar_token", None) is not None else 0
+    model = Transformer(
+        ModelConfig(process.vocab_size, 8, n_layers=2, n_heads=2, d_model=16, cond_dim=8, n_extra_tokens=extra, **kw)
+    ).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.5)
+    return model
+
+
+def kernel(model, process, context, b, n_fixed, a_t, a_s, **kw):
+    """Exact one-step kernel (m, m) on the V^b states of the block behind `context`, whose first n_fixed tokens are prompt."""
+    x = states(process.vocab_size, b)
+    with torch.no_grad():
+        logits = model(context.expand(len(x), -1), x, b, start=context.size(0), sigma=d.sigma(torch.tensor(a_t)).expand(len(x)))
+    p = process.posterior_probs(logits, x, a_t, a_s, **kw)  # (m, b, V)
+    free = torch.stack([p[:, i, x[:, i]] for i in range(n_fixed, b)]).prod(0)
+    return free * (x[:, None, :n_fixed] == x[None, :, :n_fixed]).all(-1)
+
+
+def enumerated(model, process, b, steps, L, prompt=(), **kw):
+    """The exact distribution of blockwise ancestral sampling, by matrix products: {sequence: probability}."""
+    done = {(): 1.0}
+    grid = d.loglinear(torch.linspace(1, 0, steps + 1, dtype=torch.float64))[0].tolist()
+    x = states(process.vocab_size, b)
+    for n in range(0, L, b):
+        longer, fixed = {}, torch.tensor(prompt[n : n + b], dtype=torch.long)
+        k = len(fixed)
+        prior = (
+            (x[:, k:] == process.mask_id).all(-1).double()
+            if isinstance(process, d.Masked)
+            else torch.full((len(x),), process.vocab_size ** -float(b - k))
+        )
+        for context, weight in done.items():
+            p = prior.double() * (x[:, :k] == fixed).all(-1)
+            for a_t, a_s in zip(grid[:-1], grid[1:], strict=True) if k < b else ():
+                p = p @ kernel(model, process, torch.tensor(context, dtype=torch.long), b, k, a_t, a_s, **kw)
+            longer.update({context + tuple(state): weight * q for state, q in zip(x.tolist(), p.tolist(), strict=True) if q > 0})
+        done = longer
+    return done
+
+
+def last(iterator):
+    for state in iterator:  # noqa: B007
+        pass
+    return state
+
+
+KINDS = {
+    "masked": (lambda: d.Masked(V3 + 1, V3), {}),
+    "uniform loo": (lambda: d.Uniform(V3), {}),
+    "uniform denoiser, timed": (lambda: d.Uniform(V3, "denoiser"), {"time_conditioning": True}),
+    "uniform denoiser, ar token": (lambda: d.Uniform(V3, "denoiser", ar_token=V3), {"time_conditioning": True}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_block_size_1_is_the_exact_autoregressive_likelihood(kind):
+    make, kw = KINDS[kind]
+    process = make()
+    model, L = net(process, **kw).double(), 4
+    x0 = states(V3, L)
+    noise = d.Noise(0, torch.zeros(len(x0), dtype=torch.long), torch.arange(L))  # the same pure noise in every row
+    with torch.no_grad():
+        nll = d.token_loss(model, process, x0, 1, torch.full((len(x0),), 0.5, dtype=torch.float64), "elbo", noise=noise)
+    assert abs(nll.sum(-1).double().neg().exp().sum() - 1) < 1e-5, "exp(-NLL) sums to 1 over all sequences"
+    if process.mask_id is not None or process.ar_token is not None:
+        chain = enumerated_ar(model, process, L)
+        for row, seq in zip(nll.double(), x0.tolist(), strict=True):
+            assert abs(row.sum().item() + math.log(chain[tuple(seq)])) < 1e-5
+
+
+def enumerated_ar(model, process, L):
+    done = {(): 1.0}
+    for n in range(L):
+        probe = process.ar_input((1, 1))
+        longer = {}
+        for context, w in done.items():
+            ctx = torch.tensor([context], dtype=torch.long)
+            with torch.no_grad():
+                z = model(ctx, probe, 1, start=n, sigma=d.sigma(torch.zeros(1)))
+            for v, q in enumerate(process.posterior_probs(z, process.prior((1, 1)), 0.0, 1.0)[0, 0].tolist()):
+                longer[(*context, v)] = longer.get((*context, v), 0) + w * q
+        done = longer
+    return {k: v for k, v in done.items() if v > 0}
+
+
+@pytest.mark.parametrize("b", [2, 4])
+@pytest.mark.parametrize("kind", ["masked", "uniform loo", "uniform denoiser, timed"])
+def test_bounds_lie_above_the_exact_nll_and_monte_carlo_finds_them(kind, b):
+    """The bound by quadrature over t and enumeration of x_t, against the exact NLL of the model's own many-step process."""
+    make, kw = KINDS[kind]
+    process, L = make(), 4
+    model = net(process, **kw)
+    x0 = states(V3, L)[torch.randperm(V3**L, generator=torch.Generator().manual_seed(0))[:6]]
+    fine, finer = (enumerated(model, process, b, n, L) for n in (48, 96))
+    bound = torch.zeros(len(x0), dtype=torch.float64)
+    node, weight = np.polynomial.legendre.leggauss(40)
+    xt = states(process.vocab_size, b)
+    for t, w in zip((node + 1) / 2, weight / 2, strict=True):
+        alpha, dalpha = d.loglinear(torch.tensor([t], dtype=torch.float64))
+        for j, seq in enumerate(x0):
+            for i in range(0, L, b):
+                q = forward_probs(process, seq[None, i : i + b], xt, alpha.item()).prod(-1)[0]
+                m = q > 0
+                with torch.no_grad():
+                    z = model(seq[None, :i].expand(int(m.sum()), -1), xt[m], b, start=i, sigma=d.sigma(alpha).expand(int(m.sum())))
+                each = process.nll(z.double(), seq[None, i : i + b].expand(int(m.sum()), -1), xt[m], alpha, dalpha).sum(-1)
+                bound[j] += w * (q[m] * each).sum()
+    exact = torch.tensor([-math.log(finer[tuple(s)]) for s in x0.tolist()])
+    error = max(abs(exact[j].item() + math.log(fine[tuple(s)])) for j, s in enumerate(x0.tolist()))  # what is left of finite steps
+    print(f"{kind}, block {b}: bound {bound.mean():.4f}, exact {exact.mean():.4f}, discretisation {error:.4f}")
+    assert (bound > exact - error).all()
+    n = 20_000
+    rows = x0.repeat(n // len(x0) + 1, 1)
+    t = d.stratified_draw({b: 1.0}, len(rows), 0, 0)[1]
+    with torch.no_grad():
+        loss = d.token_loss(model, process, rows, b, t, "elbo", noise=d.Noise(1, torch.arange(len(rows)), torch.arange(L))).sum(-1).double()
+    error = loss.std() / math.sqrt(len(rows))
+    assert abs(loss.mean() - bound.mean()) < 4 * error, f"Monte Carlo {loss.mean():.4f} +- {error:.4f}, bound {bound.mean():.4f}"
+
+
+@pytest.mark.parametrize(
+    "b, steps, prompt, sharp", [(2, 3, (), (1.0, 1.0)), (4, 4, (), (1.0, 1.0)), (2, 2, (2,), (1.0, 1.0)), (2, 2, (), (1.5, 0.9))]
+)
+@pytest.mark.parametrize("kind", ["masked", "uniform loo", "uniform denoiser, timed"])
+def test_the_sampler_draws_the_enumerated_distribution(kind, b, steps, prompt, sharp):
+    make, kw = KINDS[kind]
+    process, L, n = make(), 4, 40_000
+    model = net(process, seed=1, **kw)
+    p = enumerated(model, process, b, steps, L, prompt, temperature=sharp[0], top_p=sharp[1])
+    x = last(
+        d.generate(
+            model, process, [prompt] * n, block_size=b, steps=steps, max_new_tokens=L - len(prompt), temperature=sharp[0], top_p=sharp[1]
+        )
+    ).x
+    counts = (x * torch.tensor([V3**k for k in range(L)])).sum(-1).bincount(minlength=V3**L)
+    expected = torch.zeros(V3**L, dtype=torch.float64)
+    for seq, q in p.items():
+        expected[sum(v * V3**k for k, v in enumerate(seq))] = q
+    assert abs(expected.sum() - 1) < 1e-6
+    assert chi_squared(counts, expected) > P_VALUE
+    other = enumerated(model, process, b, steps + 2, L, prompt, temperature=sharp[0], top_p=sharp[1])
+    wrong = torch.zeros_like(expected)
+    for seq, q in other.items():
+        wrong[sum(v * V3**k for k, v in enumerate(seq))] = q
+    if (wrong - expected).abs().sum() > 0.1:  # the test can tell two step counts apart
+        assert chi_squared(counts, wrong) < P_VALUE
+
+
+@pytest.mark.parametrize("kind", ["masked", "uniform denoiser, ar token"])
+def test_ar_sampling_and_ar_then_block_draw_their_distributions(kind):
+    make, kw = KINDS[kind]
+    process, n = make(), 40_000
+    model = net(process, seed=1, **kw)
+    chain = enumerated_ar(model, process, 3)
+    x = last(d.generate(model, process, [()] * n, block_size=1, max_new_tokens=3)).x
+    expected = torch.zeros(V3**3, dtype=torch.float64)
+    for seq, q in chain.items():
+        expected[sum(v * V3**k for k, v in enumerate(seq))] = q
+    code = lambda x: (x * torch.tensor([1, V3, V3**2])).sum(-1).bincount(minlength=V3**3)  # noqa: E731
+    assert chi_squared(code(x), expected) > P_VALUE
+    # two tokens by AR, then a block of two
+    state = last(d.generate(model, process, [()] * n, block_size=2, steps=2, max_new_tokens=4, ar_tokens=2))
+    assert state.nfe == 2 + 2
+    expected = torch.zeros(V3**4, dtype=torch.float64)
+    for context, w in enumerated_ar(model, process, 2).items():
+        for seq, q in enumerated(model, process, 2, 2, 4, context).items():
+            expected[sum(v * V3**k for k, v in enumerate(seq))] += w * q
+    assert chi_squared((state.x * torch.tensor([V3**k for k in range(4)])).sum(-1).bincount(minlength=V3**4), expected) > P_VALUE
+    # AR that stops inside a block: the block keeps its first token
+    state = last(d.generate(model, process, [()] * 50, block_size=4, steps=2, max_new_tokens=4, ar_tokens=1, seed=3))
+    ar = last(d.generate(model, process, [()] * 50, block_size=1, max_new_tokens=1, seed=3))
+    assert torch.equal(state.x[:, :1], ar.x)
+
+
+# ----- the loop
+
+
+RAGGED = [(), (1,), (0, 2, 1), (2, 2, 2, 2, 0), (1, 0)]
+
+
+@pytest.mark.parametrize("b, ar_tokens", [(1, 0), (2, 0), (4, 0), (4, 3)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ragged_prompts_and_batch_mates_change_nothing(kind, b, ar_tokens):
+    make, kw = KINDS[kind]
+    process = make()
+    model = net(process, **kw).double()
+    run = lambda prompts, **k: last(  # noqa: E731
+        d.generate(model, process, prompts, block_size=b, steps=3, seed=5, max_new_tokens=3, ar_tokens=ar_tokens, **k)
+    )
+    together = run(RAGGED)
+    assert together.done.all()
+    for cached in (True, False):
+        assert torch.equal(run(RAGGED, use_cache=cached).x, together.x)
+    for i, prompt in enumerate(RAGGED):
+        n = len(prompt)
+        assert together.x[i, :n].tolist() == list(prompt), "the prompt stays"
+        assert (together.x[i, n : n + 3] >= 0).all() and (together.x[i, n + 3 :] == d.NOTHING).all()
+        mates = [prompt] * (i + 1)  # same row number, other mates
+        assert torch.equal(run(mates).x[i, : n + 3], together.x[i, : n + 3])
+
+
+@pytest.mark.parametrize("kind", ["masked", "uniform loo"])
+def test_a_row_ends_at_its_first_generated_eos_and_leaves(kind):
+    make, kw = KINDS[kind]
+    process, eos = make(), 1
+    model = net(process, **kw)
+    prompts = [(1, 0), (0,), (1, 1, 1), ()] * 10  # an EOS in the prompt ends nothing
+    free = last(d.generate(model, process, prompts, block_size=2, steps=2, max_new_tokens=5, seed=2))
+    sizes = []
+    forward = model.forward
+    model.forward = lambda clean, noisy, *a: sizes.append(noisy.size(0)) or forward(clean, noisy, *a)
+    state = last(d.generate(model, process, prompts, block_size=2, steps=2, max_new_tokens=5, seed=2, eos_id=eos))
+    ended = 0
+    for i, p in enumerate(prompts):
+        new, unstopped = state.x[i, len(p) : len(p) + 5].tolist(), free.x[i, len(p) : len(p) + 5].tolist()
+        stop = unstopped.index(eos) + 1 if eos in unstopped else 5
+        ended += stop < 4
+        assert new[:stop] == unstopped[:stop], "stopping changes no token before it"
+        assert (state.x[i, len(p) + stop :] == d.NOTHING).all()
+    assert ended > 3 and sizes[-1] < sizes[0] == len(prompts), "ended rows cost no more passes"
+    assert state.nfe == len(sizes) and state.nfe_rows.max() <= state.nfe and state.nfe_rows.min() < state.nfe_rows.max()
+
+
+def test_the_loop_is_an_iterator_of_states_and_counts():
+    process = d.Masked(V3 + 1, V3)
+    seen = list(d.generate(net(process), process, [(0,)] * 3, block_size=4, steps=2, max_new_tokens=7))
+    assert [(s.span, s.step, s.nfe) for s in seen] == [((0, 0), 0, 0), ((0, 4), 1, 1), ((0, 4), 2, 2), ((4, 8), 1, 3), ((4, 8), 2, 4)]
+    assert (seen[1].x[:, 4:] == d.NOTHING).all() and (seen[-1].x < V3).all()
+    # every pass: 4 noisy tokens a row, plus the first block's 4 clean ones once
+    assert seen[-1].token_forwards == 3 * (4 * 4 + 4) and seen[-1].nfe_rows.tolist() == [4, 4, 4]
+    moved = seen[1].x != V3
+    assert torch.equal(seen[2].x[moved], seen[1].x[moved]), "masked: a written token stays"
+    assert not torch.equal(seen[1].x, seen[2].x)
+    none = list(d.generate(net(process), process, [(0,)], block_size=4, max_new_tokens=0))
+    assert len(none) == 1 and none[0].done.all()
+
+
+def test_greedy_needs_no_luck_and_bad_requests_are_refused():
+    process = d.Masked(V3 + 1, V3)
+    model = net(process)
+    run = lambda **k: last(d.generate(model, process, [(0,), (1, 2)], **{"block_size": 1, **k})).x  # noqa: E731
+    assert torch.equal(run(temperature=0.0, seed=1), run(temperature=0.0, seed=2))
+    assert not torch.equal(run(seed=1), run(seed=2))
+    for bad in (
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"top_p": 0},
+        {"block_size": 3},
+        {"max_new_tokens": 20},
+        {"steps": 0, "block_size": 2},
+    ):
+        with pytest.raises(ValueError):
+            run(**bad)
+    single = net(process, clean_causal=False)
+    with pytest.raises(ValueError, match="block-causal"):
+        last(d.generate(single, process, [()], block_size=4, ar_tokens=2))
+    run = lambda cached: last(d.generate(single.double(), process, [(0,), (1, 2, 0, 1, 2)], block_size=4, use_cache=cached)).x  # noqa: E731
+    assert torch.equal(run(True), run(False)), "its own block size it serves"
+
+
+# ----- training
+
+
+def test_the_draw_is_stratified_over_the_global_batch():
+    weights = {1: 0.25, 4: 0.25, 16: 0.5}
+    means = []
+    for step in range(50):
+        sizes, t = d.stratified_draw(weights, 22, 7, step)
+        for b, w in weights.items():
+            mine = t[sizes == b]
+            assert abs(len(mine) - 22 * w) < 1
+            assert sorted((mine * len(mine)).long().tolist()) == list(range(len(mine))), "one time in every slice"
+        means.append(sizes.float())
+    again = d.stratified_draw(weights, 22, 7, 49)
+    assert torch.equal(again[0], sizes) and torch.equal(again[1], t)
+    where = torch.stack(means).mean(0)  # no row of the batch is always the small block
+    assert (where > 3).all() and (where < 15).all()
+
+
+@pytest.mark.parametrize("name, b", [("masked", 4), ("masked", 1), ("loo", 4), ("denoiser", 8)])
+def test_a_model_that_knows_nothing_costs_log_V(name, b):
+    """Uniform logits cost log V a token at every t and block size, in expectation: E[weight] = 1."""
+    process = processes()[name]
+    blank = lambda clean, noisy, *a: torch.zeros(*noisy.shape, process.vocab_size)  # noqa: E731
+    n = 8192
+    t = d.stratified_draw({b: 1.0}, n, 0, 0)[1]
+    x0 = torch.randint(V3, (n, 8))
+    want = math.log(V3)
+    if name == "denoiser":  # D = 1/V has seen x_t and says it learned nothing from it: that is worse than l = 1/V
+        blank = lambda clean, noisy, b, start, sigma: torch.zeros(*noisy.shape, V3).scatter(  # noqa: E731
+            -1, noisy[..., None], torch.log1p(V3 * (-sigma).exp() / -torch.expm1(-sigma)).float()[:, None, None].expand(*noisy.shape, 1)
+        )
+    loss = d.token_loss(blank, process, x0, b, t, "elbo").double()
+    error = loss.mean(-1).std() / math.sqrt(n)
+    assert abs(loss.mean() - want) < 5 * error + 1e-6, f"{loss.mean():.4f} +- {error:.4f} nats, log V = {want:.4f}"
+
+
+def test_prompts_cost_nothing_and_are_never_noised():
+    process = d.Masked(V3 + 1, V3)
+    seen = []
+    model = net(process)
+    spy = lambda clean, noisy, b, start, sigma: seen.append((noisy, start)) or model(clean, noisy, b, start, sigma)  # noqa: E731
+    x0, answer = torch.randint(V3, (64, 8)), torch.zeros(64, 8, dtype=torch.bool)
+    answer[:, 5:] = True
+    sizes, t = d.stratified_draw({1: 0.5, 4: 0.5}, 64, 0, 0)
+    noise = lambda start: d.Noise(0, torch.arange(64), torch.arange(start, 8))  # noqa: E731
+    loss = d.token_loss(spy, process, x0, sizes, t, "ce", answer, noise=noise(0))
+    assert (loss[~answer] == 0).all() and (loss[answer] > 0).any()
+    assert torch.equal(seen[0][0][~answer], x0[~answer])
+    assert (seen[0][0][(sizes == 1)][:, 5:] == V3).all(), "block size 1 is pure noise"
+    tail = d.token_loss(spy, process, x0, sizes, t, "ce", answer, start=4, noise=noise(4))
+    assert torch.allclose(tail, loss[:, 4:], atol=1e-6), "a noisy copy of the prompt's own blocks changes nothing"
+
+
+def test_objectives_can_differ_by_block_size():
+    process = d.Uniform(V3)
+    model, x0 = net(process), torch.randint(V3, (40, 8))
+    sizes, t = d.stratified_draw({1: 0.2, 2: 0.4, 4: 0.4}, 40, 0, 0)
+    run = lambda o: d.token_loss(model, process, x0, sizes, t, o, noise=d.Noise(0, torch.arange(40), torch.arange(8)))  # noqa: E731
+    ce, noisy, elbo, mixed = run("ce"), run("ce_noisy"), run("elbo"), run({2: "elbo", 4: "ce_noisy"})
+    assert torch.equal(mixed[sizes == 1], ce[sizes == 1]) and torch.equal(elbo[sizes == 1], ce[sizes == 1])
+    assert torch.equal(mixed[sizes == 2], elbo[sizes == 2]) and torch.equal(mixed[sizes == 4], noisy[sizes == 4])
+    assert not torch.equal(elbo[sizes == 2], ce[sizes == 2]) and not torch.equal(noisy[sizes == 4], ce[sizes == 4])
