@@ -1,0 +1,58 @@
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from dataset import write_dataset
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for subprocesses: tiny tensors lose time to a second thread
+torch.set_num_threads(1)
+
+TINY = [
+    "--n_layers=2",
+    "--n_heads=2",
+    "--d_model=16",
+    "--batch_size=4",
+    "--n_eval=8",
+    "--n_samples=1",
+    "--eval_every=100",
+    "--log_every=1",
+    "--device=cpu",
+]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """An empty project folder with a dataset `toy` (a stream of abcabc... with slips) and one of rows, `pairs`."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    (tmp_path / "data/toy").mkdir(parents=True)
+    (tmp_path / "data/pairs").mkdir()
+    stream = (np.arange(2000) + (rng.random(2000) < 0.1)) % 3
+    write_dataset("data/toy", stream[:1600], stream[1600:], {"vocab_size": 3, "tokenizer": "char", "chars": "abc"})
+    rows = rng.integers(1, 4, size=(300, 12))
+    rows[:, 6:] = rows[:, 5::-1]  # abcdefggfedcba with a separator, id 0, after two to five letters
+    rows[np.arange(300), rng.integers(2, 6, size=300)] = 0
+    meta = {"vocab_size": 4, "tokenizer": "char", "chars": ".abc", "row_len": 12, "separator": 0}
+    write_dataset("data/pairs", rows[:250].ravel(), rows[250:].ravel(), meta)
+    return tmp_path
+
+
+@pytest.fixture
+def slip(capsys, monkeypatch):
+    """slip(function, *args, argv=...): the two lines a user sees; fails on anything but exit code 2 and two lines."""
+
+    def run(function, *args, argv=()):
+        monkeypatch.setattr(sys, "argv", ["script.py", *argv])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            function(*args)
+        err = capsys.readouterr().err
+        assert e.value.code == 2, f"exit code {e.value.code}"
+        lines = err.rstrip("\n").split("\n")
+        assert len(lines) == 2 and lines[0].startswith("error: ") and lines[1].startswith("  try: "), err
+        return err
+
+    return run

@@ -1,0 +1,75 @@
+"""Why believe settings.py? Both doors, flags and TOML, refuse what nobody declared and what has the wrong type."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from settings import load_config, parse_dict
+
+
+@dataclass
+class Cfg:
+    n: int = 1
+    lr: float = 0.1  # a comment that --help shows
+    name: str = "x"
+    fast: bool = False
+    sizes: dict = field(default_factory=lambda: {1: 1.0})
+
+
+def load(*argv):
+    return load_config(Cfg, argv)
+
+
+def test_flags_and_toml(tmp_path):
+    toml = tmp_path / "a.toml"
+    toml.write_text('n = 5\nlr = 1\nname = "y"\nfast = true\nsizes = {1 = 0.5, 16 = 0.5}\n')
+    assert load() == Cfg()
+    assert load(str(toml)) == Cfg(5, 1.0, "y", True, {1: 0.5, 16: 0.5})
+    assert load("--n", "3", str(toml), "--lr=3e-4", "--fast=false") == Cfg(5, 3e-4, "y", False, {1: 0.5, 16: 0.5})
+    assert load(str(toml), "--n", "7").n == 7, "a later flag wins over the file"
+    assert load("--fast", "--n=1_000") == Cfg(1000, fast=True)
+    assert load("--name", "-").name == "-" and load("--name=a b=c").name == "a b=c" and load("--name=").name == ""
+    for text in ("1:0.25,16:0.75", "{1: 0.25, 16: 0.75}", "{1:.25,16:75e-2}"):
+        assert load("--sizes", text).sizes == {1: 0.25, 16: 0.75}
+
+
+@given(st.dictionaries(st.integers(1, 10**6), st.floats(0.001, 1), min_size=1))
+def test_a_dict_survives_the_command_line(d):
+    assert parse_dict(str(d)) == d
+
+
+@pytest.mark.parametrize(
+    "argv, says, fix",
+    [
+        (["--nmae=x"], "nmae", "--name"),
+        (["--zzz"], "zzz", "--help"),
+        (["--n=3.5"], "wants int", "--n=1"),
+        (["--n=x"], "wants int", "--n=1"),
+        (["--n"], "wants int", "--n=1"),
+        (["--lr=fast"], "wants float", "--lr=0.1"),
+        (["--fast=yes"], "wants bool", "--fast=False"),
+        (["--sizes=1:0.5,1:0.5"], "wants dict", "--sizes=1:1"),
+        (["--sizes=16"], "wants dict", "--sizes=1:1"),
+        (["word"], "'word'", "--help"),
+        (["missing.toml"], "not found", "config"),
+    ],
+)
+def test_flags_nobody_declared_or_of_the_wrong_type(slip, argv, says, fix):
+    err = slip(load, *argv)
+    assert says in err.split("\n")[0] and fix in err.split("\n")[1]
+
+
+@pytest.mark.parametrize(
+    "text", ["nmae = 'x'", "n = 3.5", "n = true", "n = [1]", "n = 'x'", "fast = 1", "sizes = {a = 1}", "n = = 1", "[n]\nx = 1", "\xff"]
+)
+def test_toml_nobody_declared_or_of_the_wrong_type(slip, tmp_path, text):
+    (tmp_path / "bad.toml").write_bytes(text.encode("latin-1"))
+    assert "bad.toml" in slip(load, str(tmp_path / "bad.toml"))
+
+
+def test_help_prints_the_commented_dataclass(capsys):
+    with pytest.raises(SystemExit) as e:
+        load("--help")
+    assert e.value.code is None and "a comment that --help shows" in capsys.readouterr().out
