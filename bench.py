@@ -1,0 +1,197 @@
+"""
+How fast is it, and than what? Ours against the textbook form with the same weights, interleaved in one run.
+
+    python bench.py --train --sample [--json FILE]
+
+The textbook form sends [x0 | xt] through every layer whole, with a dense boolean mask per layer and the head on all 2T
+tokens; its loss takes a log-softmax of everything (uniform: the published formula, in float64); its sampler builds dense
+float64 posteriors and a float64 Gumbel for every entry, and grows its cache by concatenation.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+import diffusion as d
+from model import ModelConfig, Transformer, attention_mask, modulate
+from settings import die, load_config
+from train import pick_device
+
+
+@dataclass
+class BenchConfig:
+    train: bool = False  # one optimizer step
+    sample: bool = False  # one batch of text
+    json: str = ""  # also write the table here
+    repeats: int = 7  # medians over so many, ours and theirs in turn
+    n_layers: int = 4
+    d_model: int = 128
+    vocab_size: int = 65
+    seq_len: int = 128
+    block_size: int = 16
+    batch_size: int = 8
+    device: str = "auto"
+
+
+# ----- the textbook form
+
+
+def textbook_forward(model, clean, noisy, block_size, start=0, sigma=None, cache=None):
+    """model.forward without its savings: every token through every layer and the head, logits of the noisy ones at the end."""
+    n_past = cache.length if cache is not None else 0
+    C, N, device = clean.size(1), noisy.size(1), noisy.device
+    position = torch.cat((torch.arange(n_past, n_past + C), torch.arange(start, start + N))).to(device)
+    cond = None if model.time is None else model._condition(sigma, noisy.size(0), C, N)
+    mask = attention_mask(block_size, n_past, C, N, start, device=device)[:, None]
+    x = model.embed(torch.cat((clean, noisy), 1))
+    for i, layer in enumerate(model.layers):
+        x = layer(x, C, 0, model._rope(position), mask, cond, cache, i)
+    if cache is not None:
+        cache.commit(C)
+    shift, scale = (None, None) if cond is None else model.modulation(cond[:, -1:]).chunk(2, -1)
+    return model.head(modulate(model.norm(x), shift, scale))[:, C:]
+
+
+class GrowingCache:
+    """Keys and values by concatenation, the interface of model.KVCache."""
+
+    def __init__(self, n_layers):
+        self.length, self.k, self.v, self.new = 0, [None] * n_layers, [None] * n_layers, [None] * n_layers
+
+    def extend(self, i, k, v):
+        self.new[i] = (k, v) if self.k[i] is None else (torch.cat((self.k[i], k), 2), torch.cat((self.v[i], v), 2))
+        return self.new[i]
+
+    def commit(self, n):
+        self.length += n
+        self.k, self.v = [k[:, :, : self.length] for k, _ in self.new], [v[:, :, : self.length] for _, v in self.new]
+
+
+def textbook_loss(process, logits, x0, xt, alpha, dalpha):
+    """The published formulas, one (B, L, V) tensor after another. Uniform: methods as printed in Duo, on the denoiser's conversion."""
+    if isinstance(process, d.Masked):
+        logp = logits.index_fill(-1, torch.tensor(process.mask_id, device=logits.device), -1e6).log_softmax(-1)
+        seen = torch.full_like(logp, -1e6).scatter(-1, xt[..., None], 0.0)
+        logp = torch.where((xt == process.mask_id)[..., None], logp, seen)
+        return -dalpha / (1 - alpha) * -logp.gather(-1, x0[..., None])[..., 0]
+    V, a = process.vocab_size, alpha[..., None]
+    p = process.loo_logits(logits.double(), xt, alpha).softmax(-1)
+    xb, xb_hat = V * a * torch.nn.functional.one_hot(x0, V) + 1 - a, V * a * p + 1 - a
+    z = xt[..., None]
+    r, r_hat = xb / xb.gather(-1, z), xb_hat / xb_hat.gather(-1, z)
+    return -dalpha / (V * alpha) * (r * (r / r_hat).log() - r + r_hat).sum(-1)
+
+
+@torch.no_grad()
+def textbook_generate(model, process, B, T, b, steps):
+    x = process.prior((B, T), device=model.embed.weight.device)
+    cache, grid = GrowingCache(len(model.layers)), torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    for i in range(0, T, b):
+        for step in range(steps):
+            clean = x[:, cache.length : i]
+            logits = textbook_forward(model, clean, x[:, i : i + b], b, i, d.sigma(grid[step]).expand(B), cache)
+            probs = process.posterior_probs(logits, x[:, i : i + b], grid[step], grid[step + 1])
+            x[:, i : i + b] = (probs.log() - torch.empty_like(probs).exponential_().log()).argmax(-1)
+    return x
+
+
+# ----- the two jobs
+
+
+def medians(jobs, repeats, device):
+    """{name: [milliseconds]} of callables run in turn, after one run of each to warm up."""
+    times = {name: [] for name in jobs}
+    for i in tqdm(range(repeats + 1), leave=False):
+        for name, job in jobs.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            job()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if i:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def job_pair(cfg, process, device, what):
+    torch.manual_seed(0)
+    B, T, b = cfg.batch_size, cfg.seq_len, cfg.block_size
+    shape = ModelConfig(process.vocab_size, T, cfg.n_layers, 4, cfg.d_model, time_conditioning=isinstance(process, d.Uniform))
+    model = Transformer(shape).to(device)
+    torch.nn.init.normal_(model.head.weight, std=0.02)
+    if what == "sample":
+        model.eval()
+
+        def ours():
+            for _ in d.generate(model, process, [()] * B, block_size=b, steps=b, max_new_tokens=T):
+                pass
+
+        return {"ours": ours, "textbook": lambda: textbook_generate(model, process, B, T, b, b)}
+
+    x0 = torch.randint(cfg.vocab_size, (B, T), device=device)
+    t = d.stratified_draw({b: 1.0}, B, 0, 0)[1]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.0, fused=True), torch.optim.AdamW(model.parameters(), lr=0.0, foreach=False)]
+
+    def finish(loss, optimizer):
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def ours():
+        finish(d.token_loss(model, process, x0, b, t, "elbo").mean(), optimizers[0])
+
+    def textbook():
+        alpha, dalpha = (y[:, None].to(device) for y in d.loglinear(t))
+        xt = process.corrupt(x0, alpha)
+        logits = textbook_forward(model, x0, xt, b, 0, d.sigma(alpha[:, 0]))
+        finish(textbook_loss(process, logits, x0, xt, alpha, dalpha).mean(), optimizers[1])
+
+    return {"ours": ours, "textbook": textbook}
+
+
+def main():
+    cfg = load_config(BenchConfig, sys.argv[1:])
+    if not (cfg.train or cfg.sample):
+        die("nothing to measure", "python bench.py --train --sample")
+    if min(vars(cfg)[k] for k in ("repeats", "n_layers", "d_model", "vocab_size", "seq_len", "block_size", "batch_size")) < 1:
+        die("every size must be at least 1", "python bench.py --train --block_size=16 --seq_len=128")
+    if cfg.seq_len % cfg.block_size or cfg.d_model % 8:
+        die(
+            f"block size {cfg.block_size} must divide seq_len {cfg.seq_len}, and 8 must divide d_model {cfg.d_model}",
+            "python bench.py --train",
+        )
+    if cfg.json and not os.path.isdir(os.path.dirname(cfg.json) or "."):
+        die(f"no folder for {cfg.json}", "--json bench.json")
+    device = pick_device(cfg.device)[0]
+    a = torch.randn(2048, 2048, device=device)
+    matmul = statistics.median(medians({"matmul": lambda: a @ a}, 5, device)["matmul"])
+    print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32; 2048^3 matmul {matmul:.1f} ms")
+    print(f"{cfg.n_layers} layers, d {cfg.d_model}, V {cfg.vocab_size}, batch {cfg.batch_size} x {cfg.seq_len}, block {cfg.block_size}")
+    print(f"median [min, max] of {cfg.repeats}")
+    table = []
+    for what in [w for w in ("train", "sample") if getattr(cfg, w)]:
+        for name, process in (
+            ("masked", d.Masked(cfg.vocab_size + 1, cfg.vocab_size)),
+            ("uniform", d.Uniform(cfg.vocab_size, "denoiser")),
+        ):
+            times = medians(job_pair(cfg, process, device, what), cfg.repeats, device)
+            row = {"job": what, "process": name, "matmul_ms": matmul, **{f"{k}_ms": statistics.median(v) for k, v in times.items()}}
+            row["ratio"] = row["textbook_ms"] / row["ours_ms"]
+            row["tokens_per_s"] = 1000 * cfg.batch_size * cfg.seq_len / row["ours_ms"]
+            spread = "  ".join(f"{k} {statistics.median(v):7.1f} [{min(v):.1f}, {max(v):.1f}] ms" for k, v in times.items())
+            print(f"{what:>6} {name:>8}  {spread}  textbook / ours {row['ratio']:.2f}  {row['tokens_per_s']:,.0f} tokens/s")
+            table.append(row)
+    if cfg.json:
+        with open(cfg.json, "w") as f:
+            json.dump({"settings": vars(cfg), "torch": torch.__version__, "device": str(device), "rows": table}, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()

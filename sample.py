@@ -1,0 +1,214 @@
+"""
+How does it write? Text from a checkpoint, block by block.
+
+    python sample.py --ckpt out/sudoku --prompt "..3.1.........4." --block_size 16 --steps 8 --n_samples 4
+    python sample.py --ckpt out/sudoku --animate                       watch noise become text
+
+Block size 1 is autoregressive. What training decided (tokenizer, noise, sizes) comes from the checkpoint.
+"""
+
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import checkpoint
+from dataset import Tokenizer
+from diffusion import NOTHING, SCHEDULES, generate
+from settings import die, load_config
+from train import TrainConfig, pick_device
+
+
+@dataclass
+class SampleConfig:
+    ckpt: str = "out/run"  # a training run's out_dir
+    prompt: str = ""  # the text to go on from; for rows like sudoku's nothing means blanks
+    prompt_file: str = ""  # or one prompt a line, of any lengths, each with n_samples
+    sampler: str = "ancestral"  # ancestral, or ar (the same as block size 1)
+    block_size: int = 0  # tokens denoised together; 0: the largest that was trained. 1 is autoregressive
+    steps: int = 0  # network passes per block; 0: one a token
+    ar_tokens: int = 0  # so many tokens first by block size 1 (AR-then-block)
+    max_new_tokens: int = 0  # 0: up to the end of the context
+    n_samples: int = 1
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # nucleus
+    seed: int = 1
+    animate: bool = False  # redraw the block at work in place; plain text where output is not a terminal
+    fps: float = 8.0  # frames a second of --animate, at most
+    device: str = "auto"
+
+
+# ----- what a person sees
+
+DIM, COLOUR, PLAIN = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"
+
+
+def cells(row, before, tokenizer, mask_id):
+    """One string a token: dim dots for masks and nothing, colour where this step changed something."""
+    out = []
+    for i, token in enumerate(row):
+        if token == NOTHING:
+            out.append(" ")
+        elif token == mask_id:
+            out.append(f"{DIM}░{PLAIN}")
+        else:
+            text = tokenizer.decode([token])
+            out.append(f"{COLOUR}{text}{PLAIN}" if before is not None and before[i] not in (token, NOTHING) else text)
+    return out
+
+
+def frame(state, before, tokenizer, mask_id, meta):
+    """Lines of one animation frame. Rows with a `width` stand side by side, prompt above, as little pages; others run on."""
+    rows = state.x.tolist()
+    pages = [cells(row, None if before is None else before[i], tokenizer, mask_id) for i, row in enumerate(rows)]
+    if "width" in meta:
+        w = meta["width"]
+        side_by_side = max(1, (shutil.get_terminal_size().columns + 3) // (2 * w + 3))
+        pages = pages[:side_by_side]  # more would wrap, and a wrapped line cannot be redrawn
+        return ["    ".join(" ".join(page[i : i + w]) for page in pages) for i in range(0, len(pages[0]), w)]
+    columns, lines = shutil.get_terminal_size().columns - 1, []
+    for page in pages:  # wrap by hand: escape codes have no width
+        line, used = "", 0
+        for cell in page:
+            visible = cell.replace(DIM, "").replace(COLOUR, "").replace(PLAIN, "")
+            for c in visible if "\n" in visible else [visible]:
+                if c == "\n" or used + len(c) > columns:
+                    lines.append(line)
+                    line, used = "", 0
+                if c != "\n":
+                    line, used = line + (cell if c == visible else c), used + len(c)
+        lines += [line, ""]
+    return lines[-(shutil.get_terminal_size().lines - 2) :]  # what is taller than the screen cannot be redrawn
+
+
+def animate(states, tokenizer, mask_id, meta, fps):
+    before, height = None, 0
+    for state in states:
+        start = time.time()
+        lines = frame(state, before, tokenizer, mask_id, meta)
+        up = f"\x1b[{height}A" if height else ""
+        sys.stdout.write(up + "".join(f"\x1b[2K{line}\n" for line in lines))
+        sys.stdout.write("\x1b[J")
+        sys.stdout.flush()
+        before, height = state.x.tolist(), len(lines)
+        yield state
+        time.sleep(max(0.0, 1 / fps - (time.time() - start)))
+
+
+def stream(states, tokenizer, prompt):
+    """The first sample appears block by block as it is made; the others, made in the same passes, follow whole."""
+    shown = 0
+    print(f"--- sample 1\n{prompt}", end="", flush=True)
+    for state in states:
+        row = [i for i in state.x[0].tolist() if i != NOTHING]
+        if state.step == state.n_steps or state.done[0]:
+            text = tokenizer.decode(row[: state.span[1]])
+            if not state.done[0]:
+                text = text.rstrip("\ufffd")  # half a character: its other bytes come with the next block
+            sys.stdout.write(text[max(shown, len(prompt)) :])
+            sys.stdout.flush()
+            shown = max(shown, len(text))
+        yield state
+    for i, row in enumerate(state.x[1:].tolist()):
+        print(f"\n--- sample {i + 2}\n{tokenizer.decode([t for t in row if t != NOTHING])}", end="")
+    print()
+
+
+# ----- the command
+
+
+def main():
+    cfg = load_config(SampleConfig, sys.argv[1:])
+    state = checkpoint.load(cfg.ckpt)
+    run, meta = TrainConfig(**state["config"]), state["meta"]
+    tokenizer = Tokenizer(meta, Path("data") / run.dataset)
+    model, process = checkpoint.build(run, meta["vocab_size"])
+    model.load_state_dict(state["ema"])
+    model = model.to(pick_device(cfg.device)[0]).eval()
+
+    trained = sorted(run.block_sizes)
+    if cfg.sampler not in ("ancestral", "ar"):
+        die(f"no sampler named {cfg.sampler!r}", "--sampler ancestral, or --sampler ar")
+    if cfg.sampler == "ar" and cfg.block_size not in (0, 1):
+        die(f"--sampler ar is block size 1, not {cfg.block_size}", "--sampler ancestral, or leave --block_size out")
+    b = 1 if cfg.sampler == "ar" else cfg.block_size or trained[-1]
+    for size in (b, 1) if cfg.ar_tokens else (b,):
+        if size not in trained:
+            die(
+                f"{cfg.ckpt} was trained on block sizes {', '.join(map(str, trained))}, not {size}",
+                f"--block_size {trained[-1]}, or train with {size} in block_sizes",
+            )
+    for name, fine, fix in (
+        ("n_samples", cfg.n_samples >= 1, "1"),
+        ("steps", cfg.steps >= 0, "8"),
+        ("max_new_tokens", cfg.max_new_tokens >= 0, "16"),
+        ("ar_tokens", cfg.ar_tokens >= 0, "0"),
+        ("temperature", 0 <= cfg.temperature < float("inf"), "1.0 (0 is greedy)"),
+        ("top_p", 0 < cfg.top_p <= 1, "0.9"),
+        ("fps", cfg.fps > 0, "8"),
+        ("seed", cfg.seed >= 0, "1"),
+    ):
+        if not fine:
+            die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {fix}")
+    if b == 1 and (cfg.steps or cfg.ar_tokens):
+        die("block size 1 takes one pass a token and is AR throughout: --steps and --ar_tokens mean nothing", "leave them out")
+
+    prompts = [(cfg.prompt, tokenizer.encode(cfg.prompt))]
+    if cfg.prompt_file:
+        if cfg.prompt or not Path(cfg.prompt_file).is_file():
+            die(
+                f"{cfg.prompt_file} not found" if not cfg.prompt else "--prompt and --prompt_file together",
+                "--prompt_file FILE, one prompt a line",
+            )
+        lines = Path(cfg.prompt_file).read_text(errors="replace").splitlines()
+        if not lines:
+            die(f"{cfg.prompt_file} is empty", "one prompt a line; a blank line is an empty prompt")
+        prompts = [(line, tokenizer.encode(line)) for line in lines]
+    elif "prompt_len" in meta and not cfg.prompt:
+        prompts = [("", [0] * meta["prompt_len"])]  # id 0 is the blank
+    for text, ids in prompts:
+        if "prompt_len" in meta and len(ids) != meta["prompt_len"]:
+            die(
+                f"a prompt of {run.dataset} has {meta['prompt_len']} tokens, {text!r} has {len(ids)}",
+                f"--prompt '{tokenizer.decode([0] * meta['prompt_len'])}'",
+            )
+        if any(i >= meta["vocab_size"] for i in ids):
+            die(f"{text!r}: an id is not below vocab_size {meta['vocab_size']}", "--prompt with smaller ids")
+        if len(ids) + max(1, cfg.max_new_tokens) > run.seq_len:
+            die(
+                f"a prompt of {len(ids)} tokens and {cfg.max_new_tokens or 'some'} more: the context has {run.seq_len}",
+                "a shorter --prompt or fewer --max_new_tokens",
+            )
+    prompts = [ids for _, ids in prompts for _ in range(cfg.n_samples)]
+
+    spent = [0.0]
+    states = generate(
+        model, process, prompts, block_size=b, steps=cfg.steps or b, max_new_tokens=cfg.max_new_tokens or None, ar_tokens=cfg.ar_tokens,
+        temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed, eos_id=meta.get("eos_id"), schedule=SCHEDULES[run.schedule],
+    )  # fmt: skip
+    states = timed(states, spent)
+    if cfg.animate and sys.stdout.isatty():
+        states = animate(states, tokenizer, process.mask_id, meta, cfg.fps)
+    else:
+        states = stream(states, tokenizer, tokenizer.decode(prompts[0]))
+    for last in states:  # noqa: B007
+        pass
+    n = int((last.x != NOTHING).sum()) - sum(map(len, prompts))
+    passes = f"{last.nfe} NFE ({last.token_forwards:,} token-forwards)"
+    print(f"{n} tokens, {n / spent[0]:,.0f} tokens/s, {passes}, block size {b}, seed {cfg.seed}")
+
+
+def timed(states, spent):
+    """Add the seconds spent making states, not showing them, to spent[0]."""
+    while True:
+        start = time.time()
+        state = next(states, None)
+        spent[0] += time.time() - start
+        if state is None:
+            return
+        yield state
+
+
+if __name__ == "__main__":
+    main()

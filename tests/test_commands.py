@@ -1,0 +1,131 @@
+"""Why believe the command lines? Every script as a user runs it, in a fresh copy of the project, for a few steps."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--max_steps=20", "--n_layers=2", "--d_model=32", "--batch_size=8", "--n_eval=8", "--device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("nanoblock")
+    for f in ROOT.glob("*.py"):
+        shutil.copy(f, home)
+    shutil.copytree(ROOT / "config", home / "config")
+    shutil.copytree(ROOT / "data", home / "data", ignore=shutil.ignore_patterns("*.bin", "meta.json", "*.tiktoken", "input.txt"))
+    call(home, "data/sudoku/prepare.py", "--n_train=500", "--n_val=50")
+    call(home, "data/digits/prepare.py", "--n_train=500", "--n_val=50")
+    for name, process in (("sudoku", "masked"), ("digits", "uniform")):
+        out = call(home, "train.py", f"config/{name}.toml", "--out_dir", f"out/{name}", f"--process={process}", *SMALL)
+        assert "parameters" in out and "val step 20 | block 1: " in out and "sample:" in out
+    return home
+
+
+def call(home, *argv, code=0):
+    p = subprocess.run([sys.executable, *argv], cwd=home, capture_output=True, text=True)
+    assert p.returncode == code, f"{argv}: exit {p.returncode}\n{p.stdout}{p.stderr}"
+    assert "Traceback" not in p.stderr
+    return p.stdout + p.stderr if code == 0 else p.stderr
+
+
+def test_every_preset_is_a_valid_config():
+    from settings import load_config
+
+    presets = sorted((ROOT / "config").glob("*.toml"))
+    assert len(presets) >= 4
+    for path in presets:
+        load_config(TrainConfig, [str(path)])
+
+
+def test_sample(home):
+    ask = (
+        "sample.py",
+        "--ckpt",
+        "out/sudoku",
+        "--prompt",
+        "..3.1.........4.",
+        "--sampler",
+        "ancestral",
+        "--block_size",
+        "16",
+        "--steps",
+        "8",
+    )
+    out = call(home, *ask, "--n_samples", "4", "--temperature", "1.0", "--seed", "1")
+    found = re.findall(r"--- sample \d\n(.*)\n", out)
+    assert len(found) == 4 and all(re.fullmatch(r"\.\.3\.1\.........4\.[.1234]{16}", s) for s in found) and len(set(found)) > 1
+    assert re.search(r"64 tokens, .* tokens/s, 8 NFE \(.*\), block size 16, seed 1", out)
+    again = call(home, *ask, "--n_samples", "4", "--seed", "1")
+    assert re.findall(r"--- sample \d\n(.*)\n", again) == found
+    assert "\x1b" not in call(home, *ask, "--animate"), "plain text where output is not a terminal"
+    assert "16 NFE" in call(home, "sample.py", "--ckpt", "out/sudoku", "--sampler", "ar")
+    several = call(home, "sample.py", "--ckpt=out/sudoku", "--prompt_file=data/sudoku/puzzles.txt", "--temperature=0", "--steps=2")
+    assert [s[:16] for s in re.findall(r"--- sample \d\n(.*)\n", several)] == (ROOT / "data/sudoku/puzzles.txt").read_text().split()
+
+
+def test_sampling_a_stream(home):
+    (home / "prompts.txt").write_text("\n3+\n3+8=11;4+4=\n")
+    out = call(
+        home,
+        "sample.py",
+        "--ckpt=out/digits",
+        "--prompt_file=prompts.txt",
+        "--max_new_tokens=21",
+        "--steps=4",
+        "--ar_tokens=5",
+        "--top_p=0.9",
+    )
+    found = re.findall(r"--- sample \d\n(.*)\n", out)
+    assert [len(s) for s in found] == [21, 23, 33] and found[1].startswith("3+") and found[2].startswith("3+8=11;4+4=")
+    assert "63 tokens" in out
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["sample.py", "--ckpt=out/none"], "out/sudoku"),
+        (["sample.py", "--ckpt=out/sudoku", "--prompt=12x4............"], "'x'"),
+        (["sample.py", "--ckpt=out/sudoku", "--prompt=12"], "16 tokens"),
+        (["sample.py", "--ckpt=out/sudoku", "--block_size=8"], "1, 16"),
+        (["sample.py", "--ckpt=out/digits", "--prompt=" + "3+8=11;" * 40], "--prompt"),
+        (["sample.py", "--ckpt=out/digits", "--max_new_tokens=1000"], "--max_new_tokens"),
+        (["sample.py", "--ckpt=out/digits", "--temperature=-1"], "temperature"),
+        (["sample.py", "--ckpt=out/digits", "--temperature=nan"], "temperature"),
+        (["sample.py", "--ckpt=out/digits", "--top_p=0"], "top_p"),
+        (["sample.py", "--ckpt=out/digits", "--n_samples=0"], "n_samples"),
+        (["sample.py", "--ckpt=out/digits", "--sampler=best"], "'best'"),
+        (["sample.py", "--ckpt=out/digits", "--sampler=ar", "--steps=3"], "--steps"),
+        (["sample.py", "--ckpt=out/digits", "--prompt_file=none.txt"], "none.txt"),
+        (["sample.py", "--ckpt=out/digits", "--tempreature=1"], "--temperature"),
+        (["train.py", "config/sudoku.toml", "--batchsize=3"], "--batch_size"),
+        (["train.py", "config/sudku.toml"], "config/sudoku.toml"),
+        (["bench.py"], "--train"),
+    ],
+)
+def test_slips_get_two_lines(home, argv, says):
+    err = call(home, *argv, code=2).rstrip("\n").split("\n")
+    assert len(err) == 2 and err[0].startswith("error: ") and err[1].startswith("  try: ") and says in "".join(err)
+
+
+def test_eval(home):
+    assert re.search(r"block 1: \d\.\d+ \+- .* \| block 16: <= \d", call(home, "eval.py", "--ckpt=out/sudoku", "--n_eval=8"))
+    out = call(home, "eval.py", "--ckpt=out/sudoku", "--samples", "--n_eval=8")
+    assert re.search(r"AR +1 +1 +16 ", out) and re.search(r"ancestral +16 +8 +8 ", out)
+    assert "with clues" in out and "without clues" in call(home, "eval.py", "--ckpt=out/sudoku", "--samples", "--n_eval=4", "--clues=false")
+
+
+def test_bench(home):
+    flags = ("--repeats=1", "--n_layers=1", "--d_model=32", "--seq_len=32", "--batch_size=2")
+    call(home, "bench.py", "--train", "--sample", "--json", "b.json", *flags)
+    rows = json.loads((home / "b.json").read_text())["rows"]
+    assert [(r["job"], r["process"]) for r in rows] == [(a, b) for a in ("train", "sample") for b in ("masked", "uniform")]
+    assert all(r["ratio"] > 0 and r["ours_ms"] > 0 for r in rows)
