@@ -66,7 +66,7 @@ def build(cfg, vocab_size):
     Uniform noise adds none to the V it predicts: idle symbols would be drawn as noise.
     """
     masked = cfg.process == "masked"
-    ar_token = vocab_size if cfg.ar_token and not masked else None
+    ar_token = None if masked or cfg.random_ar else vocab_size
     model = Transformer(
         ModelConfig(
             vocab_size=vocab_size + masked,

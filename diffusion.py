@@ -378,7 +378,7 @@ class State:
 
     x: torch.Tensor  # (B, W) int64: prompts, finished blocks, the block at work with its noise; NOTHING elsewhere
     span: tuple  # (first, end) of the block at work
-    step: int  # steps done on it, 1..n_steps; 0 before the first
+    step: int  # steps done on it: 0 when it is pure noise, up to n_steps
     n_steps: int
     done: torch.Tensor  # (B,) bool: the row has ended
     nfe: int  # forward passes so far
@@ -429,25 +429,28 @@ def generate(model, process, prompt, *, block_size, steps=8, max_new_tokens=None
     done, nfe_rows = first >= end, torch.zeros(B, dtype=torch.long)
     nfe = token_forwards = 0
     cache = KVCache(cfg, B, W, device, model.embed.weight.dtype) if use_cache else None
-    yield State(x.clone(), (0, 0), 0, steps, done.clone(), 0, nfe_rows.clone(), 0)
+
+    def state(span, step, n_steps):
+        return State(x.clone(), (int(span[0]), int(span[-1]) + 1), step, n_steps, done.clone(), nfe, nfe_rows.clone(), token_forwards)
 
     def leave():
-        """Drop the rows that are done from the batch; what lies behind their end is nothing."""
+        """Drop the rows that are done from the batch."""
         nonlocal rows
         stay = ~done[rows]
         if cache is not None and not stay.all():
             cache.keep(stay.to(device))
         rows = rows[stay]
 
+    yield state((0, -1), 0, steps)
     leave()
     ar_end = torch.minimum(first + ar_tokens, end)
     for b, stop in ((1, ar_end), (block_size, end)):  # two phases; either may be empty
-        n_steps = 1 if b == 1 else steps
-        grid = (
-            schedule(torch.linspace(1, 0, n_steps + 1, dtype=torch.float64))[0] if b > 1 else torch.tensor([0.0, 1.0], dtype=torch.float64)
-        )
         if len(rows) == 0:
             break
+        n_steps = 1 if b == 1 else steps
+        alphas = torch.tensor([0.0, 1.0], dtype=torch.float64)  # block size 1: from pure noise to a token in one step
+        if b > 1:
+            alphas = schedule(torch.linspace(1, 0, steps + 1, dtype=torch.float64))[0]
         begin = int(known[rows].min()) // b * b
         if cache is not None:
             cache.length = min(cache.length, begin)  # tokens of rows that waited in the first phase are not real yet
@@ -458,30 +461,31 @@ def generate(model, process, prompt, *, block_size, steps=8, max_new_tokens=None
             if not open.any():
                 continue  # prompt in every row: the next pass reads it
             at, mine, live = span.to(home), open.to(home), rows.to(home)
+            given = x[live[:, None], at]  # prompt tokens inside the block, and whatever rows hold that wait
+            block = torch.where(mine, process.prior(given.shape, Noise(seed, live, at, -1), home), given.clamp(min=0))
+            if b > 1:
+                x[live[:, None], at] = torch.where(mine, block, given)
+                yield state(span, 0, n_steps)  # noise, to look at
             for step in range(n_steps):
                 noise = Noise(seed, live, at, step)
-                if step == 0:
-                    block = torch.where(mine, process.prior((len(rows), b), noise, home), x[live[:, None], at].clamp(min=0))
-                n_clean = cache.length if cache is not None else 0
-                clean = x[live, n_clean : span[0]].clamp(min=0)  # NOTHING only in rows that wait: never read by the others
                 read = torch.where(mine, process.ar_input(block.shape, noise, home), block) if b == 1 else block
-                level = None if cfg.condition_clean else sigma(grid[step]).expand(len(rows))
-                logits = model(clean.to(device), read.to(device), b, int(span[0]), level, cache).to(home)
-                new = process.posterior_sample(logits, block, grid[step], grid[step + 1], temperature, top_p, noise)
+                # finished blocks enter the cache with the first pass that needs them. NOTHING only in rows that wait: rolled back
+                clean = x[live, cache.length if cache is not None else 0 : span[0]].clamp(min=0)
+                level = None if cfg.condition_clean else sigma(alphas[step]).expand(len(rows))
+                logits = model(clean.to(device), read.to(device), b, int(span[0]), level, cache).to(home)  # (R, b, V)
+                new = process.posterior_sample(logits, block, alphas[step], alphas[step + 1], temperature, top_p, noise)
                 block = torch.where(mine, new, block)
+                x[live[:, None], at] = torch.where(mine, block, given)
                 nfe, token_forwards = nfe + 1, token_forwards + clean.numel() + read.numel()
                 nfe_rows[rows] += open.any(1)
-                x[live[:, None], at] = torch.where(mine, block, x[live[:, None], at])
                 if step + 1 == n_steps:
                     known[rows] = torch.where(open.any(1), span[-1] + 1, known[rows])
-                    cut = end[rows]  # (R,)
+                    cut = end[rows]  # (R,) where each row ends
                     if eos_id is not None:
-                        hit = open & (span < end[rows, None]) & (block == eos_id).cpu()
+                        hit = open & (span < cut[:, None]) & (block == eos_id).cpu()
                         cut = torch.where(hit.any(1), span[hit.int().argmax(1)] + 1, cut)
                     over = known[rows] >= cut
                     for r, c in zip(rows[over].tolist(), cut[over].tolist(), strict=True):
                         done[r], x[r, c:] = True, NOTHING
-                yield State(
-                    x.clone(), (int(span[0]), int(span[-1]) + 1), step + 1, n_steps, done.clone(), nfe, nfe_rows.clone(), token_forwards
-                )
+                yield state(span, step + 1, n_steps)
             leave()

@@ -33,13 +33,14 @@ class EvalConfig:
 
 
 @torch.no_grad()
-def bounds(model, process, data, block_sizes, n_eval, schedule, seed=0, batch_size=64):
+def bounds(model, process, data, block_sizes, n_eval, schedule, seed=0):
     """
     {block size: (nats per token, standard error over windows)} on the validation split, stratified times, whatever loss
     the model was trained with. Block size 1: the exact NLL. Larger: one draw a window of an upper bound on it.
     """
     device, result = next(model.parameters()).device, {}
     index = data.spread("val", n_eval)
+    batch_size = max(1, min(64, (1 << 26) // (data.seq_len * process.vocab_size)))  # logits of at most 256 MB
     for b in block_sizes:
         t = stratified_draw({b: 1.0}, len(index), seed, 0)[1]
         total, count = [], []

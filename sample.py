@@ -66,7 +66,9 @@ def frame(state, before, tokenizer, mask_id, meta):
         w = meta["width"]
         side_by_side = max(1, (shutil.get_terminal_size().columns + 3) // (2 * w + 3))
         pages = pages[:side_by_side]  # more would wrap, and a wrapped line cannot be redrawn
-        return ["    ".join(" ".join(page[i : i + w]) for page in pages) for i in range(0, len(pages[0]), w)]
+        lines = ["    ".join(" ".join(page[i : i + w]) for page in pages) for i in range(0, len(pages[0]), w)]
+        above = meta.get("prompt_len", 0) // w
+        return lines[:above] + [""] * (above > 0) + lines[above:]
     columns, lines = shutil.get_terminal_size().columns - 1, []
     for page in pages:  # wrap by hand: escape codes have no width
         line, used = "", 0

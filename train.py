@@ -42,7 +42,7 @@ class TrainConfig:
     schedule: str = "loglinear"  # of the noise: loglinear or cosine
     time_conditioning: str = "auto"  # the noisy stream sees the noise level: true, false, auto (uniform: true)
     predicts: str = "auto"  # uniform: denoiser (what ce teaches) or loo (elbo; ce_noisy is used so too); auto: by objective
-    ar_token: bool = False  # uniform: block size 1 reads one constant id, not random ones
+    random_ar: bool = False  # uniform: block size 1 reads random tokens, as published, not one constant id
     # the network
     seq_len: int = 0  # T, the context; 0: the dataset's row length
     n_layers: int = 4
@@ -114,8 +114,8 @@ class TrainConfig:
             die(f"objective {self.objective!r}: ce, elbo or ce_noisy, for all or for each of {sorted(self.block_sizes)}", "--objective=ce")
         if self.process == "uniform" and "ce" in names.values() and len(set(names.values())) > 1:
             die("uniform noise: ce teaches p(x0 | x_t), elbo the leave-one-out posterior; a network predicts one", "--objective=ce")
-        if self.ar_token and self.process == "masked":
-            die("ar_token is for uniform noise: a masked model reads the mask", "--ar_token=false")
+        if self.random_ar and self.process == "masked":
+            die("random_ar is for uniform noise: a masked model reads the mask", "--random_ar=false")
         taught = "denoiser" if set(names.values()) <= {"ce"} else "loo"
         if self.predicts not in ("auto", taught):
             die(f"predicts {self.predicts!r}: a network trained with {self.objective} predicts {taught}", f"--predicts={taught}")
@@ -309,11 +309,11 @@ def sample_lines(model, process, data, cfg):
     try:
         decode = data.tokenizer.decode
     except SystemExit:  # no GPT-2 byte pairs, and it has said so: no reason to end a run
-        decode = str
+        decode = lambda ids: f"(ids) {ids}"  # noqa: E731
     return [decode([i for i in row if i != NOTHING]) for row in state.x.tolist()]
 
 
-SHAPES = ("dataset", "process", "predicts", "ar_token", "time_conditioning", "seq_len", "n_layers", "n_heads", "d_model")
+SHAPES = ("dataset", "process", "predicts", "random_ar", "time_conditioning", "seq_len", "n_layers", "n_heads", "d_model")
 
 
 def compare(state, cfg, data, say):

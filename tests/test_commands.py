@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from train import TrainConfig
@@ -85,14 +86,14 @@ def test_sampling_a_stream(home):
         "--top_p=0.9",
     )
     found = re.findall(r"--- sample \d\n(.*)\n", out)
-    assert [len(s) for s in found] == [21, 23, 33] and found[1].startswith("3+") and found[2].startswith("3+8=11;4+4=")
+    assert [len(s) for s in found] == [21, 23, 32] and found[1].startswith("3+") and found[2].startswith("3+8=11;4+4=")
     assert "63 tokens" in out
 
 
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (["sample.py", "--ckpt=out/none"], "out/sudoku"),
+        (["sample.py", "--ckpt=out/none"], "--ckpt out/"),
         (["sample.py", "--ckpt=out/sudoku", "--prompt=12x4............"], "'x'"),
         (["sample.py", "--ckpt=out/sudoku", "--prompt=12"], "16 tokens"),
         (["sample.py", "--ckpt=out/sudoku", "--block_size=8"], "1, 16"),
@@ -114,6 +115,16 @@ def test_sampling_a_stream(home):
 def test_slips_get_two_lines(home, argv, says):
     err = call(home, *argv, code=2).rstrip("\n").split("\n")
     assert len(err) == 2 and err[0].startswith("error: ") and err[1].startswith("  try: ") and says in "".join(err)
+
+
+def test_nanogpts_own_files_train(home):
+    """train.bin, val.bin and two lines; GPT-2's byte pairs may be out of reach, and a run does not need them."""
+    (home / "data/mine").mkdir()
+    for split in ("train", "val"):
+        (np.arange(600) * 83 % 50257).astype(np.uint16).tofile(home / f"data/mine/{split}.bin")
+    (home / "data/mine/meta.json").write_text('{"vocab_size": 50257,\n "tokenizer": "gpt2"}')
+    out = call(home, "train.py", "--dataset=mine", "--seq_len=16", "--out_dir=out/mine", *SMALL, "--max_steps=2", "--batch_size=2")
+    assert "val step 2" in out and "sample:" in out
 
 
 def test_eval(home):

@@ -130,6 +130,14 @@ def test_the_clean_stream_does_not_see_time():
 
 
 @torch.no_grad()
+def test_a_shorter_sequence_is_a_prefix():
+    """Positions count from 0 in both streams whatever the length of the batch (the reference shifts the noisy ones)."""
+    net = small()
+    clean, noisy = torch.randint(11, (2, 24)), torch.randint(11, (2, 24))
+    close(net(clean[:, :8], noisy[:, :8], 4), net(clean, noisy, 4)[:, :8])
+
+
+@torch.no_grad()
 def test_a_noisy_stream_may_cover_the_answer_only():
     """Prompts need no noisy copy: the same logits as with one."""
     net = small()

@@ -175,7 +175,7 @@ def test_an_earlier_run_is_kept(project):
         (["--objective=4:"], "4:"),
         (["--process=duo"], "duo"),
         (["--process=uniform", "--block_sizes=2:0.5,4:0.5", "--objective=2:ce,4:elbo"], "a network predicts one"),
-        (["--ar_token"], "ar_token"),
+        (["--random_ar"], "random_ar"),
         (["--d_model=30", "--n_heads=4"], "d_model 30"),
         (["--batch_size=0"], "batch_size is 0"),
         (["--device=tpu"], "tpu"),
