@@ -71,7 +71,7 @@ class Noise:
     """
 
     def __init__(self, seed, rows, positions, step=0):
-        number = lambda n: torch.full((), n, dtype=torch.long, device=rows.device)  # noqa: E731  without a copy from the CPU
+        number = lambda n: torch.full((), n, dtype=torch.long, device=rows.device)  # without a copy from the CPU
         key = _mix(number(seed) + 1)
         for part in (number(step), rows[:, None], positions[None]):
             key = _mix(key + (part + 1) * _signed(0x9E3779B97F4A7C15))
@@ -93,7 +93,7 @@ class Noise:
 
 def _race(log_mass, u):
     """Gumbel-max: argmax(log_mass - log E), E exponential, draws i with probability proportional to exp(log_mass_i)."""
-    return (log_mass.double() - (-torch.log1p(-u)).log()).argmax(-1)  # E's small values, which decide the tail, are exact
+    return (log_mass.to(u) - (-torch.log1p(-u)).log()).argmax(-1)  # E's small values, which decide the tail, are exact
 
 
 def draw(logits, uniform):
@@ -172,7 +172,7 @@ class Masked:
 
     def nll(self, logits, x0, xt, alpha, dalpha):
         """
-        Integrand of the bound E_t[...] >= -log p(x_0), one t a row, (B, L) nats (MDLM eq. 10):
+        Integrand of the bound E_t[...] >= -log p(x_0), one t a row, (B, L) nats (MDLM, arXiv 2406.07524):
             -alpha'_t / (1 - alpha_t) * 1[x_t = mask] * -log p(x_0 | x_t)
         """
         alpha, dalpha = _column(alpha, logits), _column(dalpha, logits)
@@ -266,9 +266,9 @@ class Uniform:
         V, a, da = self.vocab_size, _column(alpha, logits), _column(dalpha, logits)
         b = 1 - a
         logp = self.loo_logits(logits, xt, a).log_softmax(-1)  # (B, L, V)
-        cast = lambda x: x.to(logp.dtype)  # noqa: E731  numbers a row: formed in float64, used in the logits' precision
+        cast = lambda x: x.to(logp.dtype)  # numbers a row: formed in float64, used in the logits' precision
         log1q = F.softplus(logp + cast((V * a / b).log())[..., None])  # log(1 + q_v)
-        at = lambda x, ids: x.gather(-1, ids[..., None])[..., 0]  # noqa: E731
+        at = lambda x, ids: x.gather(-1, ids[..., None])[..., 0]
         S, S_z, S_0, p_z = log1q.sum(-1), at(log1q, xt), at(log1q, x0), at(logp, xt).exp()
         same, log_c = x0 == xt, -torch.log1p(V * a / b)
         c = log_c.exp()
@@ -329,7 +329,7 @@ def stratified_draw(block_sizes, n, seed, step):
         rows = (which == k).nonzero()[:, 0]
         t[rows] = (torch.arange(len(rows)) + u[rows, 1]) / len(rows)
     order = u[:, 2].argsort()  # who gets which: no link between a row of the batch and its noise level
-    return sizes[which][order], t[order].clamp(max=1 - 1e-9)
+    return sizes[which][order], t[order].clamp(1e-9, 1 - 1e-9)
 
 
 def token_loss(model, process, x0, block_size, t, objective, answer=None, schedule=loglinear, start=0, noise=None):

@@ -227,8 +227,6 @@ class Transformer(nn.Module):
 
         for i, layer in enumerate(self.layers):
             skip = C if i == len(self.layers) - 1 else 0  # nobody reads the last layer's clean outputs, only keys and values
-            if skip and N == 0 and cache is None:
-                break
             x = layer(x, C, skip, rope, mask if mask is None else mask[:, :, skip:], cond, cache, i)
         if cache is not None:
             cache.length += C

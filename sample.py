@@ -194,7 +194,7 @@ def main():
         states = animate(states, tokenizer, process.mask_id, meta, cfg.fps)
     else:
         states = stream(states, tokenizer, tokenizer.decode(prompts[0]))
-    for last in states:  # noqa: B007
+    for last in states:
         pass
     n = int((last.x != NOTHING).sum()) - sum(map(len, prompts))
     passes = f"{last.nfe} NFE ({last.token_forwards:,} token-forwards)"

@@ -100,5 +100,5 @@ def parse_dict(value):
         if len({k for k, _ in pairs}) != len(pairs):
             raise ValueError  # a size named twice
         value = dict(pairs)
-    number = lambda v: float(v) if re.fullmatch(r"[-+.\deE]+", str(v)) else str(v)  # noqa: E731
+    number = lambda v: float(v) if re.fullmatch(r"[-+.\deE]+", str(v)) else str(v)
     return {int(k): number(v) for k, v in value.items()}

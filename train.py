@@ -309,7 +309,7 @@ def sample_lines(model, process, data, cfg):
     try:
         decode = data.tokenizer.decode
     except SystemExit:  # no GPT-2 byte pairs, and it has said so: no reason to end a run
-        decode = lambda ids: f"(ids) {ids}"  # noqa: E731
+        decode = lambda ids: f"(ids) {ids}"
     return [decode([i for i in row if i != NOTHING]) for row in state.x.tolist()]
 
 

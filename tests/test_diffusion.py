@@ -291,7 +291,7 @@ def enumerated(model, process, b, steps, L, prompt=(), **kw):
 
 
 def last(iterator):
-    for state in iterator:  # noqa: B007
+    for state in iterator:
         pass
     return state
 
@@ -410,7 +410,7 @@ def test_ar_sampling_and_ar_then_block_draw_their_distributions(kind):
     expected = torch.zeros(V3**3, dtype=torch.float64)
     for seq, q in chain.items():
         expected[sum(v * V3**k for k, v in enumerate(seq))] = q
-    code = lambda x: (x * torch.tensor([1, V3, V3**2])).sum(-1).bincount(minlength=V3**3)  # noqa: E731
+    code = lambda x: (x * torch.tensor([1, V3, V3**2])).sum(-1).bincount(minlength=V3**3)
     assert chi_squared(code(x), expected) > P_VALUE
     # two tokens by AR, then a block of two
     state = last(d.generate(model, process, [()] * n, block_size=2, steps=2, max_new_tokens=4, ar_tokens=2))
@@ -438,7 +438,7 @@ def test_ragged_prompts_and_batch_mates_change_nothing(kind, b, ar_tokens):
     make, kw = KINDS[kind]
     process = make()
     model = net(process, **kw).double()
-    run = lambda prompts, **k: last(  # noqa: E731
+    run = lambda prompts, **k: last(
         d.generate(model, process, prompts, block_size=b, steps=3, seed=5, max_new_tokens=3, ar_tokens=ar_tokens, **k)
     )
     together = run(RAGGED)
@@ -493,7 +493,7 @@ def test_the_loop_is_an_iterator_of_states_and_counts():
 def test_greedy_needs_no_luck_and_bad_requests_are_refused():
     process = d.Masked(V3 + 1, V3)
     model = net(process)
-    run = lambda **k: last(d.generate(model, process, [(0,), (1, 2)], **{"block_size": 1, **k})).x  # noqa: E731
+    run = lambda **k: last(d.generate(model, process, [(0,), (1, 2)], **{"block_size": 1, **k})).x
     assert torch.equal(run(temperature=0.0, seed=1), run(temperature=0.0, seed=2))
     assert not torch.equal(run(seed=1), run(seed=2))
     for bad in (
@@ -509,7 +509,7 @@ def test_greedy_needs_no_luck_and_bad_requests_are_refused():
     single = net(process, clean_causal=False)
     with pytest.raises(ValueError, match="block-causal"):
         last(d.generate(single, process, [()], block_size=4, ar_tokens=2))
-    run = lambda cached: last(d.generate(single.double(), process, [(0,), (1, 2, 0, 1, 2)], block_size=4, use_cache=cached)).x  # noqa: E731
+    run = lambda cached: last(d.generate(single.double(), process, [(0,), (1, 2, 0, 1, 2)], block_size=4, use_cache=cached)).x
     assert torch.equal(run(True), run(False)), "its own block size it serves"
 
 
@@ -536,13 +536,13 @@ def test_the_draw_is_stratified_over_the_global_batch():
 def test_a_model_that_knows_nothing_costs_log_V(name, b):
     """Uniform logits cost log V a token at every t and block size, in expectation: E[weight] = 1."""
     process = processes()[name]
-    blank = lambda clean, noisy, *a: torch.zeros(*noisy.shape, process.vocab_size)  # noqa: E731
+    blank = lambda clean, noisy, *a: torch.zeros(*noisy.shape, process.vocab_size)
     n = 8192
     t = d.stratified_draw({b: 1.0}, n, 0, 0)[1]
     x0 = torch.randint(V3, (n, 8))
     want = math.log(V3)
     if name == "denoiser":  # D = 1/V has seen x_t and says it learned nothing from it: that is worse than l = 1/V
-        blank = lambda clean, noisy, b, start, sigma: torch.zeros(*noisy.shape, V3).scatter(  # noqa: E731
+        blank = lambda clean, noisy, b, start, sigma: torch.zeros(*noisy.shape, V3).scatter(
             -1, noisy[..., None], torch.log1p(V3 * (-sigma).exp() / -torch.expm1(-sigma)).float()[:, None, None].expand(*noisy.shape, 1)
         )
     loss = d.token_loss(blank, process, x0, b, t, "elbo").double()
@@ -554,11 +554,11 @@ def test_prompts_cost_nothing_and_are_never_noised():
     process = d.Masked(V3 + 1, V3)
     seen = []
     model = net(process)
-    spy = lambda clean, noisy, b, start, sigma: seen.append((noisy, start)) or model(clean, noisy, b, start, sigma)  # noqa: E731
+    spy = lambda clean, noisy, b, start, sigma: seen.append((noisy, start)) or model(clean, noisy, b, start, sigma)
     x0, answer = torch.randint(V3, (64, 8)), torch.zeros(64, 8, dtype=torch.bool)
     answer[:, 5:] = True
     sizes, t = d.stratified_draw({1: 0.5, 4: 0.5}, 64, 0, 0)
-    noise = lambda start: d.Noise(0, torch.arange(64), torch.arange(start, 8))  # noqa: E731
+    noise = lambda start: d.Noise(0, torch.arange(64), torch.arange(start, 8))
     loss = d.token_loss(spy, process, x0, sizes, t, "ce", answer, noise=noise(0))
     assert (loss[~answer] == 0).all() and (loss[answer] > 0).any()
     assert torch.equal(seen[0][0][~answer], x0[~answer])
@@ -571,7 +571,7 @@ def test_objectives_can_differ_by_block_size():
     process = d.Uniform(V3)
     model, x0 = net(process), torch.randint(V3, (40, 8))
     sizes, t = d.stratified_draw({1: 0.2, 2: 0.4, 4: 0.4}, 40, 0, 0)
-    run = lambda o: d.token_loss(model, process, x0, sizes, t, o, noise=d.Noise(0, torch.arange(40), torch.arange(8)))  # noqa: E731
+    run = lambda o: d.token_loss(model, process, x0, sizes, t, o, noise=d.Noise(0, torch.arange(40), torch.arange(8)))
     ce, noisy, elbo, mixed = run("ce"), run("ce_noisy"), run("elbo"), run({2: "elbo", 4: "ce_noisy"})
     assert torch.equal(mixed[sizes == 1], ce[sizes == 1]) and torch.equal(elbo[sizes == 1], ce[sizes == 1])
     assert torch.equal(mixed[sizes == 2], elbo[sizes == 2]) and torch.equal(mixed[sizes == 4], noisy[sizes == 4])

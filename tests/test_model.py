@@ -130,6 +130,16 @@ def test_the_clean_stream_does_not_see_time():
 
 
 @torch.no_grad()
+def test_clean_tokens_alone_are_committed():
+    """A prefill: no noisy token, no logits, and the same cache as with one."""
+    net, ids = small(), torch.randint(11, (2, 12))
+    a, b = m.KVCache(net.cfg, 2), m.KVCache(net.cfg, 2)
+    assert net(ids[:, :8], None, 4, cache=a).shape == (2, 0, 11) and net(ids[:, :8], None, 4).shape == (2, 0, 11)
+    close(net(None, ids[:, 8:], 4, start=8, cache=a), net(ids[:, :8], ids[:, 8:], 4, start=8, cache=b))
+    assert a.length == b.length == 8
+
+
+@torch.no_grad()
 def test_a_shorter_sequence_is_a_prefix():
     """Positions count from 0 in both streams whatever the length of the batch (the reference shifts the noisy ones)."""
     net = small()

@@ -50,7 +50,7 @@ def all_4x4():
 def some_9x9(n, rng):
     """n grids of side 9: one pattern with its digits, rows, columns, bands and stacks permuted, some transposed."""
     pattern = np.array([[(3 * (i % 3) + i // 3 + j) % 9 for j in range(9)] for i in range(9)])
-    lines = lambda: np.concatenate([3 * band + rng.permutation(3) for band in rng.permutation(3)])  # noqa: E731
+    lines = lambda: np.concatenate([3 * band + rng.permutation(3) for band in rng.permutation(3)])
     grids = np.stack([(1 + rng.permutation(9))[pattern[lines()][:, lines()]] for _ in range(n)])
     return np.where(rng.random(n)[:, None, None] < 0.5, grids, grids.transpose(0, 2, 1))
 
