@@ -14,6 +14,7 @@ demo: .venv/done
 	$(PY) train.py config/sudoku_uniform.toml
 	$(PY) eval.py --samples --ckpt out/sudoku
 	$(PY) eval.py --samples --ckpt out/sudoku_uniform
+	$(PY) eval.py --samples --ckpt out/sudoku --clues false
 	$(PY) sample.py --ckpt out/sudoku --animate --prompt_file data/sudoku/puzzles.txt --steps 8
 	@echo
 	@echo "What you saw: block size 1 (AR) takes 16 passes a grid. One parallel pass makes mistakes, more passes repair them."

@@ -44,17 +44,17 @@ def sigma(alpha):
 
 # ----- random numbers
 
-MASK63 = (1 << 63) - 1
-
-
-def _signed(x):
-    return x - (1 << 64) if x >= 1 << 63 else x
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, bits like random: the increment of splitmix64, as a signed int
 
 
 def _mix(z):
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit ints under which counters look random."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * _signed(factor)  # torch shifts int64 with its sign: cut it off
+    """
+    The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit ints under which counters look random.
+    z: an int64 tensor (its products wrap, its shifts keep the sign, which is cut off) or a Python int, for the same result.
+    """
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64))):
+        z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * factor
+        z = (z + (1 << 63)) % (1 << 64) - (1 << 63) if isinstance(z, int) else z
     return z ^ (z >> 31 & (1 << 33) - 1)
 
 
@@ -71,10 +71,9 @@ class Noise:
     """
 
     def __init__(self, seed, rows, positions, step=0):
-        number = lambda n: torch.full((), n, dtype=torch.long, device=rows.device)  # without a copy from the CPU
-        key = _mix(number(seed) + 1)
-        for part in (number(step), rows[:, None], positions[None]):
-            key = _mix(key + (part + 1) * _signed(0x9E3779B97F4A7C15))
+        key = seed
+        for part in (step, rows[:, None], positions[None]):
+            key = _mix(key + (part + 1) * GOLDEN)
         self.key, self.taken = key, 0  # (B, L)
 
     @classmethod
@@ -87,27 +86,28 @@ class Noise:
         key = self.key if where is None else self.key[where]
         count = torch.arange(self.taken + 1, self.taken + 1 + n, device=key.device)
         self.taken += n  # the same for everyone, whoever takes part
-        bits = _mix(key[..., None] + count * _signed(0x9E3779B97F4A7C15)) & MASK63
+        bits = _mix(key[..., None] + count * GOLDEN) & (1 << 63) - 1
         return (bits.to(_float(bits.device)) + 0.5) * 2.0**-63
 
 
-def _race(log_mass, u):
-    """Gumbel-max: argmax(log_mass - log E), E exponential, draws i with probability proportional to exp(log_mass_i)."""
-    return (log_mass.to(u) - (-torch.log1p(-u)).log()).argmax(-1)  # E's small values, which decide the tail, are exact
+def _race(weight, u):
+    """The first of exponential clocks with rates `weight` to ring, argmin E / weight: index i with probability weight_i / sum."""
+    return (weight.to(u) / -torch.log1p(-u)).argmax(-1)  # log1p: small E decide the tail, and are exact
 
 
 def draw(logits, uniform):
     """
-    One exact draw a row from softmax(logits), logits (M, V) -> (M,) int64, without building probabilities: the vocabulary
-    is cut into about sqrt(V) groups; a group wins by its mass, then a member of that group. 2 sqrt(V) random numbers of
-    63 bits instead of V; 32-bit uniforms would starve the tail, which is a lower temperature in disguise.
-    uniform(n) returns (M, n) numbers.
+    One exact draw a row from softmax(logits), logits (M, V) -> (M,) int64. The vocabulary is cut into about sqrt(V) groups; a
+    group wins by its mass, then a member of it: 2 sqrt(V) random numbers of 63 bits instead of V. With 32-bit numbers the
+    tail would starve, which is a lower temperature in disguise. uniform(n) returns (M, n) numbers in (0, 1].
     """
     M, V = logits.shape
     size = math.isqrt(V - 1) + 1
-    groups = F.pad(logits, (0, -V % size), value=-math.inf).view(M, -(-V // size), size)
-    g = _race(groups.logsumexp(-1), uniform(groups.size(1)))
-    return g * size + _race(groups[torch.arange(M, device=logits.device), g], uniform(size))
+    weight = (logits - logits.amax(-1, keepdim=True)).exp()
+    groups = F.pad(weight, (0, -V % size)).view(M, -(-V // size), size)
+    u, v = uniform(groups.size(1) + size).split((groups.size(1), size), dim=-1)
+    g = _race(groups.sum(-1), u)
+    return g * size + _race(groups[torch.arange(M, device=logits.device), g], v)
 
 
 def sharpen(logits, temperature=1.0, top_p=1.0):
@@ -248,7 +248,7 @@ class Uniform:
             return logits
         alpha = _column(alpha, logits)
         bonus = torch.log1p(self.vocab_size * alpha / (1 - alpha)).to(logits.dtype).expand(xt.shape)
-        return logits.scatter_add(-1, xt[..., None], -bonus[..., None])
+        return logits.scatter(-1, xt[..., None], logits.gather(-1, xt[..., None]) - bonus[..., None])
 
     def ce(self, logits, x0, xt):
         """-log D(x_0) (B, L): plain cross-entropy at every position, noisy or not."""
@@ -293,19 +293,19 @@ class Uniform:
     def posterior_sample(self, logits, xt, alpha_t, alpha_s, temperature=1.0, top_p=1.0, noise=None):
         """
         One draw of the above, (B, L) int64, as the three-way choice it is: a fresh uniform token, x_t again, or a token from l.
-        Of (V,)-vectors it needs only log-sum-exp, and a draw where the third case came up.
+        Of the vocabulary it needs the normaliser and l_z, and a draw where the third case came up.
         """
         noise = noise or Noise.like(xt)
         V, a_t, a_s = self.vocab_size, _column(alpha_t, logits), _column(alpha_s, logits)
-        loo = sharpen(self.loo_logits(logits, xt, a_t), temperature, top_p)
-        p_z = (loo.gather(-1, xt[..., None])[..., 0] - loo.logsumexp(-1)).double().exp()
+        logp = sharpen(self.loo_logits(logits, xt, a_t), temperature, top_p).log_softmax(-1)
+        p_z = logp.gather(-1, xt[..., None])[..., 0].to(a_t).exp()
         seen = V * a_t * p_z
         u, fresh = noise.uniform(2).unbind(-1)
         c1 = (1 - a_t / a_s) * (1 - a_s) / (seen + 1 - a_t)
         c2 = (seen + a_t * (1 / a_s - 1)) / (seen + 1 - a_t)
         xs = torch.where(u <= c1, self._ids(fresh), xt)
         move = u > c1 + c2
-        xs[move] = draw(loo[move], lambda n: noise.uniform(n, move))
+        xs[move] = draw(logp[move], lambda n: noise.uniform(n, move))
         return xs
 
 

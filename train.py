@@ -240,7 +240,9 @@ def train(cfg):
     amp = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
     # ----- the loop
-    clock = time.time()
+    if first >= cfg.max_steps:
+        say(f"nothing to do: the checkpoint is at step {first}, max_steps is {cfg.max_steps}")
+    clock, since = time.time(), 0  # for the time a step took, over the steps since the last look
     bar = tqdm(range(first, cfg.max_steps), initial=first, total=cfg.max_steps, disable=rank > 0, mininterval=0.5)
     for step in bar:
         batches = step_batches(cfg, data, step, rank, world)
@@ -267,12 +269,12 @@ def train(cfg):
         decay = min(cfg.ema, (step + 1) / (step + 10))  # short memory at first
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
-        done = step + 1
+        done, since = step + 1, since + 1
         if done % cfg.log_every == 0 or done == cfg.max_steps:
             if world > 1:
                 dist.all_reduce(loss)
-            value, steps = loss.item(), (step - first) % cfg.log_every + 1  # .item() waits for the device: only then look at the clock
-            ms, clock = 1000 * (time.time() - clock) / steps, time.time()
+            value = loss.item()  # waits for the device: only then look at the clock
+            ms, since, clock = 1000 * (time.time() - clock) / since, 0, time.time()
             record = {"step": done, "loss": value, "lr": learning_rate(cfg, step), "norm": norm.item(), "ms": ms}
             rate = f"{ms:.0f} ms {1000 * tokens_per_step / ms:,.0f} tok/s"
             bar.set_postfix_str(f"loss {record['loss']:.3f} norm {record['norm']:.2f} {rate}")
@@ -291,6 +293,7 @@ def train(cfg):
             tqdm.write(f"val step {done} | {show_bounds(result, process)} | saved {cfg.out_dir}/ckpt.pt", file=sys.stdout)
             for text in sample_lines(ema, process, data, cfg):
                 tqdm.write(f"  sample: {text!r}", file=sys.stdout)
+            clock, since = time.time(), 0
     if world > 1:
         dist.destroy_process_group()
 

@@ -107,6 +107,15 @@ def test_noise_is_uniform_and_depends_on_its_names_only():
     assert not torch.equal(d.Noise(1, rows, cols, step=1).uniform(20), u)
 
 
+def test_the_generator_is_splitmix64():
+    """Its published first outputs for seed 0, and the same function on ints and tensors."""
+    counters = [d.GOLDEN * k for k in (1, 2, 3)]
+    wrapped = [(c + (1 << 63)) % (1 << 64) - (1 << 63) for c in counters]
+    first = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [d._mix(c) % (1 << 64) for c in counters] == first
+    assert [x % (1 << 64) for x in d._mix(torch.tensor(wrapped)).tolist()] == first
+
+
 @pytest.mark.parametrize("V", [3, 5, 7, 16, 65, 1000])
 def test_draw_is_exact(V):
     torch.manual_seed(V)
@@ -124,7 +133,7 @@ def test_the_tail_is_drawn():
         n = 1e6 * x
         assert abs((u < x).sum() - n) < 5 * math.sqrt(n)
     z = torch.tensor([0.0, -60.0]).expand(2, 2)
-    assert d.draw(z, lambda n: torch.tensor([[0.5, 1e-28], [0.5, 1e-20]], dtype=torch.float64)[:, :n]).tolist() == [1, 0]
+    assert d.draw(z, lambda n: torch.tensor([[0.5, 0.5, 1e-28], [0.5, 0.5, 1e-20]], dtype=torch.float64)[:, :n]).tolist() == [1, 0]
 
 
 def test_sharpen():
