@@ -28,7 +28,7 @@ def die(problem, fix):
 
 def load_config(cls, argv):
     """An instance of the dataclass `cls` from command-line words; exits with two lines on anything it does not know."""
-    declared, given, words = {f.name: f for f in fields(cls)}, {}, list(argv)
+    declared, from_file, from_flags, words = {f.name: f for f in fields(cls)}, {}, {}, list(argv)
     script = os.path.basename(sys.argv[0])
     while words:
         word = words.pop(0)
@@ -45,9 +45,9 @@ def load_config(cls, argv):
                     value = True
                 else:
                     value = words.pop(0) if has_value else None
-            pairs = {name: value}
+            pairs, given = {name: value}, from_flags
         elif word.endswith(".toml"):
-            where, pairs = word, read_toml(word)
+            where, pairs, given = word, read_toml(word), from_file
         else:
             die(f"'{word}' is neither a --flag nor a .toml file", f"python {script} --help")
         for name, value in pairs.items():
@@ -64,7 +64,7 @@ def load_config(cls, argv):
                     f"{where}: '{name}' wants {declared[name].type.__name__}, got {value!r}",
                     f"python {script} --help, or --{name}={example}",
                 )
-    return cls(**given)
+    return cls(**{**from_file, **from_flags})
 
 
 def read_toml(path):
