@@ -53,9 +53,9 @@ def _mix(z):
     z: an int64 tensor (its products wrap, its shifts keep the sign, which is cut off) or a Python int, for the same result.
     """
     for shift, factor in ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64))):
-        z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * factor
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
         z = (z + (1 << 63)) % (1 << 64) - (1 << 63) if isinstance(z, int) else z
-    return z ^ (z >> 31 & (1 << 33) - 1)
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
 def _float(device):
@@ -67,7 +67,8 @@ class Noise:
     """
     Uniform numbers in (0, 1] with 63 random bits that depend on (seed, row, position, step, how many were taken before) and on
     nothing else: not on the batch mates, the number of processes, the device or any global state.
-    rows (B,), positions (L,): integer tensors. noise.uniform(n) is (B, L, n) float64; with `where` (B, L) bool, (M, n).
+    rows (B,), positions (L,): integer tensors. noise.uniform(n) is (B, L, n) float64 (float32 on MPS); with `where` (B, L) bool,
+    (M, n). Rows and steps -1 and -2 exist too: streams for what belongs to no row, or comes before the first step.
     """
 
     def __init__(self, seed, rows, positions, step=0):
@@ -177,7 +178,7 @@ class Masked:
         """
         alpha, dalpha = _column(alpha, logits), _column(dalpha, logits)
         ce = self.ce(logits, x0, xt)
-        return (-dalpha / (1 - alpha)).to(ce.dtype) * ce
+        return torch.where(ce == 0, 0.0, (-dalpha / (1 - alpha)).to(ce.dtype) * ce)  # alpha = 1 masks nothing
 
     def posterior_probs(self, logits, xt, alpha_t, alpha_s, temperature=1.0, top_p=1.0):
         """
@@ -223,7 +224,7 @@ class Uniform:
         self.vocab_size, self.predicts, self.ar_token = vocab_size, predicts, ar_token
 
     def prior(self, shape, noise=None, device=None):
-        """Pure noise: uniform ids, (B, L) int64."""
+        """Pure noise: uniform ids, (B, L) int64. With a Noise, which has a shape and a device, the other two are not read."""
         if noise is None:
             return torch.randint(self.vocab_size, shape, device=device)
         return self._ids(noise.uniform(1)[..., 0])
@@ -259,9 +260,12 @@ class Uniform:
         Integrand of the bound E_t[...] >= -log p(x_0), one t a row, (B, L) nats (Duo, arXiv 2506.10892, as a Bregman form), z = x_t:
             -alpha'_t / (V alpha_t) * sum_v [ r_v log(r_v / rh_v) - r_v + rh_v ] >= 0
             r_v = xb_v(onehot(x_0)) / xb_z(onehot(x_0)),   rh_v = xb_v(l) / xb_z(l),   xb_v(p) = V alpha_t p_v + 1 - alpha_t
-        r takes two values, 1 and c = (1 - alpha) / (V alpha + 1 - alpha) or its inverse, so the sum over v needs only
-        S = sum_v log xb_v, its entries at z and x_0, and l_z. With xb = b (1 + q), q = V alpha l / b, all b's cancel before
-        they are rounded; the difference of the linear terms is taken by hand for the same reason.
+        With b = 1 - alpha and c = b / (V alpha + b), r takes two values:
+            z  = x_0:  r_z = 1,       r_v = c elsewhere
+            z != x_0:  r_x0 = 1 / c,  r_v = 1 elsewhere        (1 / c - 1 = V alpha / b)
+        so the sum over v needs only S = sum_v log xb_v, its entries at z and x_0, and l_z. Written with xb = b (1 + q),
+        q = V alpha l / b, every b cancels before it is rounded; the linear terms are subtracted by hand for the same reason.
+        alpha in [0, 1): at alpha = 0 the integrand is 0.
         """
         V, a, da = self.vocab_size, _column(alpha, logits), _column(dalpha, logits)
         b = 1 - a
@@ -275,7 +279,7 @@ class Uniform:
         r_log_r = torch.where(same, cast((V - 1) * c * log_c), cast(-log_c / c))
         r_log_rh = torch.where(same, cast(c) * (S - V * S_z), S - V * S_z + cast(V * a / b) * (S_0 - S_z))
         linear = (same.to(p_z) - p_z) * V / (cast(V * a * same + b) * (cast(b) + cast(V * a) * p_z))  # (sum rh - r) / (V alpha)
-        return cast(-da / (V * a)) * (r_log_r - r_log_rh) + cast(-da) * linear
+        return torch.where(a == 0, 0.0, cast(-da / (V * a)) * (r_log_r - r_log_rh) + cast(-da) * linear)
 
     def posterior_probs(self, logits, xt, alpha_t, alpha_s, temperature=1.0, top_p=1.0):
         """
@@ -353,9 +357,10 @@ def token_loss(model, process, x0, block_size, t, objective, answer=None, schedu
     ar = (sizes == 1)[:, None].to(x.device)
     open = torch.ones_like(x, dtype=torch.bool) if answer is None else answer[:, start:]
     xt = torch.where(ar, process.prior(x.shape, noise, x.device), process.corrupt(x, alpha, noise))
-    xt = torch.where(open, xt, x)
-    read = torch.where(ar & open, process.ar_input(x.shape, noise, x.device), xt)
-    logits = model(x0, read, block_size, start, sigma(torch.where(sizes == 1, 0.0, alpha)))  # (B, L - start, V)
+    xt = torch.where(open, xt, x)  # what the loss calls noisy
+    read = torch.where(ar & open, process.ar_input(x.shape, noise, x.device), xt)  # what the network is fed
+    level = sigma(torch.where(sizes == 1, 0.0, alpha))  # block size 1 is pure noise: alpha 0
+    logits = model(x0, read, block_size, start, level)  # (B, L - start, V)
 
     ce = loss = process.ce(logits, x, xt)
     for name in set(names.values()) - {"ce"}:
@@ -403,15 +408,20 @@ def generate(model, process, prompt, *, block_size, steps=8, max_new_tokens=None
     seed            same seed, same row number, same prompt: same text, whatever else is in the batch
     use_cache       False recomputes everything at every pass: slow, equal, for tests
 
-    Raises ValueError for lengths the model cannot hold, bad temperature or top_p, and AR tokens from a model whose clean
-    stream is block-causal (its cache fits one block size only).
+    A prompt that ends inside a block is read as part of that block: well understood by masked models (visible is known); a
+    time-conditioned uniform model trained without prompts takes it for noise at first. End it at a block, or use ar_tokens.
+
+    Raises ValueError, at the first next(), for lengths the model cannot hold, ids it does not know, bad temperature or top_p,
+    and AR tokens from a model whose clean stream is block-causal (its cache fits one block size only).
     """
     cfg, device = model.cfg, next(model.parameters()).device
     home = torch.device("cpu") if device.type == "mps" else device  # sampling wants float64
     prompt = [torch.as_tensor(p, dtype=torch.long) for p in prompt]
-    if block_size < 1 or steps < 1 or not prompt or ar_tokens < 0:
+    if any(p.dim() != 1 or ((p < 0) | (p >= process.vocab_size) | (p == process.mask_id)).any() for p in prompt):
+        raise ValueError(f"a prompt is a sequence of ids below {process.vocab_size}, and no mask")
+    if block_size < 1 or steps < 1 or not prompt or min(ar_tokens, max_new_tokens or 0) < 0:
         raise ValueError(
-            f"block_size {block_size}, steps {steps} and {len(prompt)} prompts must be at least 1, ar_tokens {ar_tokens} at least 0"
+            f"block_size {block_size}, steps {steps} and {len(prompt)} prompts must be at least 1, ar_tokens and max_new_tokens 0"
         )
     first = torch.tensor([len(p) for p in prompt])  # (B,) first generated position
     end = first + max_new_tokens if max_new_tokens is not None else first.clamp(min=cfg.seq_len)  # (B,)

@@ -93,7 +93,7 @@ def accuracy(model, process, data, check, prompts, seed, batch_size=256, **how):
 
 
 def main():
-    from train import TrainConfig, pick_device  # here: train.py imports this file
+    from train import pick_device, trained_with  # here: train.py imports this file
 
     cfg = load_config(EvalConfig, sys.argv[1:])
     if cfg.n_eval < 2 or not 0 <= cfg.temperature < math.inf or cfg.seed < 0:
@@ -102,7 +102,7 @@ def main():
             "python eval.py --n_eval=512",
         )
     state = checkpoint.load(cfg.ckpt)
-    run = TrainConfig(**state["config"])
+    run = trained_with(state)
     data = Dataset(run.dataset, run.seq_len)
     data.same_as(state["meta"])
     model, process = checkpoint.build(run, state["meta"]["vocab_size"])

@@ -81,7 +81,7 @@ def attention_mask(block_size, n_past, n_clean, n_noisy, start, clean_causal=Tru
 
 class KVCache:
     """
-    Keys and values of clean tokens at positions 0..length-1, in buffers (n_layers, B, H, max_len, D/H) allocated once.
+    Keys and values of clean tokens at positions 0..length-1, in buffers (n_layers, B, H, max_len, D/H) that never grow.
     A forward commits the clean tokens it was given and nothing else; noisy keys pass through the free space behind
     `length` and are forgotten. Setting `length` back forgets committed tokens (a verifier does: its block is a guess).
     """
@@ -198,7 +198,9 @@ class Transformer(nn.Module):
         cache       a KVCache: adds the clean tokens before, and commits `clean` to it
         Returns logits (B, N, V) float32 for the noisy positions, nothing forbidden, not normalised.
         """
-        n_past = cache.length if cache is not None else 0
+        start, n_past = int(start), cache.length if cache is not None else 0
+        if not getattr(block_size, "ndim", 0):
+            block_size = int(block_size)  # a 0-d array or tensor
         if cache is None and isinstance(block_size, int) and noisy is not None and start + noisy.size(1) <= block_size:
             clean = None  # every noisy token is in the first block: no one would read the clean stream
         tokens = torch.cat([s for s in (clean, noisy) if s is not None], dim=1)  # (B, S)
@@ -214,13 +216,9 @@ class Transformer(nn.Module):
         cond = self._condition(sigma, B, C, N) if self.time is not None else None
         x = self.embed(tokens)  # (B, S, D)
 
-        mask = None  # one noisy block behind its whole context: everyone reads everything
-        if (
-            C
-            or not isinstance(block_size, int)
-            or start // block_size * block_size < n_past
-            or (start + N - 1) // block_size > start // block_size
-        ):
+        one_block = isinstance(block_size, int) and C == 0 and (start + N - 1) // block_size == start // block_size
+        mask = None
+        if not (one_block and n_past <= start // block_size * block_size):  # else: one block, and all it reads lies before it
             mask = attention_mask(block_size, n_past, C, N, start, self.cfg.clean_causal, tokens.device)[:, None]
             # added to the scores: SDPA would otherwise convert the booleans again in every layer
             mask = torch.zeros(mask.shape, device=mask.device, dtype=self._dtype(x)).masked_fill_(~mask, -math.inf)

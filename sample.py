@@ -17,7 +17,7 @@ import checkpoint
 from dataset import Tokenizer
 from diffusion import NOTHING, SCHEDULES, generate
 from settings import die, load_config
-from train import TrainConfig, pick_device
+from train import pick_device, trained_with
 
 
 @dataclass
@@ -54,8 +54,13 @@ def cells(row, before, tokenizer, mask_id):
             out.append(f"{DIM}░{PLAIN}")
         else:
             text = tokenizer.decode([token])
-            out.append(f"{COLOUR}{text}{PLAIN}" if before is not None and before[i] not in (token, NOTHING) else text)
+            out.append(f"{COLOUR}{text}{PLAIN}" if before is not None and before[i] != token else text)
     return out
+
+
+def pages_across(width):
+    """So many pages of `width` spaced characters fit side by side."""
+    return max(1, (shutil.get_terminal_size().columns + 3) // (2 * width + 3))
 
 
 def frame(state, before, tokenizer, mask_id, meta):
@@ -64,8 +69,7 @@ def frame(state, before, tokenizer, mask_id, meta):
     pages = [cells(row, None if before is None else before[i], tokenizer, mask_id) for i, row in enumerate(rows)]
     if "width" in meta:
         w = meta["width"]
-        side_by_side = max(1, (shutil.get_terminal_size().columns + 3) // (2 * w + 3))
-        pages = pages[:side_by_side]  # more would wrap, and a wrapped line cannot be redrawn
+        pages = pages[: pages_across(w)]  # more would wrap, and a wrapped line cannot be redrawn
         lines = ["    ".join(" ".join(page[i : i + w]) for page in pages) for i in range(0, len(pages[0]), w)]
         above = meta.get("prompt_len", 0) // w
         return lines[:above] + [""] * (above > 0) + lines[above:]
@@ -96,6 +100,9 @@ def animate(states, tokenizer, mask_id, meta, fps):
         before, height = state.x.tolist(), len(lines)
         yield state
         time.sleep(max(0.0, 1 / fps - (time.time() - start)))
+    if "width" in meta:  # frame left out what did not fit beside
+        for row in state.x.tolist()[pages_across(meta["width"]) :]:
+            print(tokenizer.decode([t for t in row if t != NOTHING]))
 
 
 def stream(states, tokenizer, prompt):
@@ -123,7 +130,7 @@ def stream(states, tokenizer, prompt):
 def main():
     cfg = load_config(SampleConfig, sys.argv[1:])
     state = checkpoint.load(cfg.ckpt)
-    run, meta = TrainConfig(**state["config"]), state["meta"]
+    run, meta = trained_with(state), state["meta"]
     tokenizer = Tokenizer(meta, Path("data") / run.dataset)
     model, process = checkpoint.build(run, meta["vocab_size"])
     model.load_state_dict(state["ema"])

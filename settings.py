@@ -90,6 +90,8 @@ def convert(value, kind):
         raise ValueError  # a bare flag, or a table where we want one value
     if kind is int and isinstance(value, float):
         raise ValueError  # 3.5 where we count
+    if isinstance(value, bool):
+        return str(value).lower()  # true in a TOML file, where "true" is one of several words
     return kind(value)  # "3e-4" -> 3e-4, 1 -> 1.0, "100_000" -> 100000
 
 

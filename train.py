@@ -116,7 +116,7 @@ class TrainConfig:
             die("uniform noise: ce teaches p(x0 | x_t), elbo the leave-one-out posterior; a network predicts one", "--objective=ce")
         if self.random_ar and self.process == "masked":
             die("random_ar is for uniform noise: a masked model reads the mask", "--random_ar=false")
-        taught = "denoiser" if set(names.values()) <= {"ce"} else "loo"
+        taught = "denoiser" if self.process == "masked" or set(names.values()) <= {"ce"} else "loo"  # masked: they are one
         if self.predicts not in ("auto", taught):
             die(f"predicts {self.predicts!r}: a network trained with {self.objective} predicts {taught}", f"--predicts={taught}")
         self.predicts = taught
@@ -139,6 +139,14 @@ class TrainConfig:
             if self.seq_len % b:
                 near = max(k for k in range(1, b) if self.seq_len % k == 0)
                 die(f"block size {b} does not divide seq_len {self.seq_len}", f"--block_sizes={near}:1, or another --seq_len")
+
+
+def trained_with(state):
+    """The TrainConfig of a loaded checkpoint."""
+    try:
+        return TrainConfig(**state["config"])
+    except TypeError as e:
+        die(f"this checkpoint's settings are of another version: {e}", "train again, or check out the version that wrote it")
 
 
 def pick_device(name):
@@ -227,6 +235,8 @@ def train(cfg):
         for group, fresh in zip(optimizer.param_groups, groups, strict=True):  # the file brought its own settings along
             group.update(weight_decay=fresh["weight_decay"], betas=(cfg.beta1, cfg.beta2))
         first = state["step"]
+        if rank == 0:
+            forget_after(Path(cfg.out_dir) / "log.jsonl", first)
     elif rank == 0:
         keep_earlier_run(Path(cfg.out_dir))
     tokens_per_step = cfg.batch_size * cfg.accumulation * world * cfg.seq_len
@@ -256,10 +266,11 @@ def train(cfg):
             prompt = int(answer.any(0).int().argmax()) // whole * whole  # blocks before it need no noisy copy
             x0, answer, slots = (x.to(device, non_blocking=True) for x in (x0, answer, slots))
             noise = Noise(cfg.seed, slots, torch.arange(prompt, cfg.seq_len, device=device), step)
-            with forward.no_sync() if world > 1 and k + 1 < len(batches) else nullcontext(), amp:
-                each = token_loss(
-                    forward, process, x0, block_size or sizes, t, cfg.objectives(), answer, SCHEDULES[cfg.schedule], prompt, noise
-                )
+            with forward.no_sync() if world > 1 and k + 1 < len(batches) else nullcontext():
+                with amp:
+                    each = token_loss(
+                        forward, process, x0, block_size or sizes, t, cfg.objectives(), answer, SCHEDULES[cfg.schedule], prompt, noise
+                    )
                 part = each.sum() / n_answers
                 (part * world).backward()  # DDP averages over processes; we want their sum
             loss += part.detach()
@@ -321,11 +332,12 @@ SHAPES = ("dataset", "process", "predicts", "random_ar", "time_conditioning", "s
 
 def compare(state, cfg, data, say):
     """Resuming: list what changed since the checkpoint; refuse what its weights cannot follow."""
-    old = state["config"]
+    old = asdict(trained_with(state))
     data.same_as(state["meta"])
     for name, value in asdict(cfg).items():
         if name in SHAPES and old[name] != value:
-            die(f"{cfg.out_dir}/ckpt.pt was trained with {name} {old[name]}, not {value}", f"--{name}={old[name]}, or another --out_dir")
+            fix = f"--objective={old['objective']}" if name == "predicts" else f"--{name}={old[name]}"
+            die(f"{cfg.out_dir}/ckpt.pt was trained with {name} {old[name]}, not {value}", f"{fix}, or another --out_dir")
         if name not in ("resume", "out_dir") and old[name] != value:
             say(f"changed since the checkpoint: {name} {old[name]} -> {value}")
 
@@ -334,6 +346,13 @@ def log(out_dir, record):
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     with open(Path(out_dir) / "log.jsonl", "a") as f:
         f.write(json.dumps(record) + "\n")
+
+
+def forget_after(path, step):
+    """Drop the lines of steps that will be taken again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+        path.write_text("".join(lines))
 
 
 def keep_earlier_run(out_dir):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from train import TrainConfig
 
@@ -36,6 +37,13 @@ def call(home, *argv, code=0):
     assert p.returncode == code, f"{argv}: exit {p.returncode}\n{p.stdout}{p.stderr}"
     assert "Traceback" not in p.stderr
     return p.stdout + p.stderr if code == 0 else p.stderr
+
+
+def test_settings_of_another_version_are_refused(home):
+    state = torch.load(home / "out/sudoku/ckpt.pt", weights_only=True)
+    (home / "out/other").mkdir()
+    torch.save({**state, "config": {**state["config"], "n_heaps": 3}}, home / "out/other/ckpt.pt")
+    assert "n_heaps" in call(home, "sample.py", "--ckpt=out/other", code=2)
 
 
 def test_every_preset_is_a_valid_config():

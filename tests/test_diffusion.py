@@ -78,6 +78,17 @@ def test_the_uniform_bound_is_stable_in_float32(alpha):
     assert exact.min() >= 0
 
 
+def test_the_integrands_have_their_limits_at_the_ends():
+    """No NaN at t = 1 (pure noise) nor, where x_t = x_0, at t = 0."""
+    logits, x0 = torch.randn(1, 6, V3 + 1), torch.arange(6)[None] % V3
+    masked, uniform = d.Masked(V3 + 1, V3), d.Uniform(V3)
+    assert (masked.nll(logits, x0, x0, 1.0, -1.0) == 0).all()
+    assert torch.equal(masked.nll(logits, x0, torch.full_like(x0, V3), 0.0, -1.0), masked.ce(logits, x0, torch.full_like(x0, V3)))
+    z = x0.roll(1)
+    near, at = (uniform.nll(logits[..., :V3].double(), x0, z, a, -1.0) for a in (1e-7, 0.0))
+    assert (at == 0).all() and 0 < near.max() < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["uniform", "absorb"])
 def test_golden_posteriors(kind):
     process = d.Uniform(VOCAB) if kind == "uniform" else d.Masked(VOCAB, MASK)

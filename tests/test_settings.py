@@ -29,6 +29,8 @@ def test_flags_and_toml(tmp_path):
     assert load(str(toml)) == Cfg(5, 1.0, "y", True, {1: 0.5, 16: 0.5})
     assert load("--n", "3", str(toml), "--lr=3e-4", "--fast=false") == Cfg(3, 3e-4, "y", False, {1: 0.5, 16: 0.5})
     assert load(str(toml), "--n", "7").n == load("--n", "7", str(toml)).n == 7, "a flag wins over the file, before or after it"
+    (tmp_path / "b.toml").write_text("name = true")
+    assert load(str(tmp_path / "b.toml")).name == "true", "one of several words"
     assert load("--fast", "--n=1_000") == Cfg(1000, fast=True)
     assert load("--name", "-").name == "-" and load("--name=a b=c").name == "a b=c" and load("--name=").name == ""
     for text in ("1:0.25,16:0.75", "{1: 0.25, 16: 0.75}", "{1:.25,16:75e-2}"):

@@ -198,6 +198,24 @@ def test_slips(project, slip, flags, says):
 def test_resuming_another_network_is_refused(project, slip):
     run("--out_dir=a", "--max_steps=1")
     assert "n_layers 2, not 3" in slip(run, "--out_dir=a", "--resume", "--n_layers=3")
+    run("--out_dir=a", "--max_steps=2", "--resume", "--objective=elbo")  # masked: the same network, another weighting
+    run("--out_dir=u", "--max_steps=1", "--process=uniform")
+    err = slip(run, "--out_dir=u", "--resume", "--process=uniform", "--objective=elbo")
+    assert "denoiser, not loo" in err and "--objective=ce" in err
+    state = checkpoint.load("a")
+    checkpoint.save("a", {**state, "config": {**state["config"], "n_heaps": 1}})
+    assert "n_heaps" in slip(run, "--out_dir=a", "--resume")
+    checkpoint.save("a", {**state, "meta": {**state["meta"], "chars": "abd"}})
+    assert "chars is not what" in slip(run, "--out_dir=a", "--resume")
+
+
+def test_resuming_logs_no_step_twice(project):
+    """Killed after step 5, with a checkpoint of step 3: steps 4 and 5 are taken again, and logged once."""
+    run("--out_dir=a", "--max_steps=3", "--lr_schedule=constant")
+    with open("a/log.jsonl", "a") as f:
+        f.write('{"step": 4, "loss": 9.0}\n{"step": 5, "loss": 9.0}\n')
+    run("--out_dir=a", "--resume", "--lr_schedule=constant")
+    assert [r["step"] for r in log("a") if "loss" in r] == [1, 2, 3, 4, 5, 6] and all(r.get("loss", 0) < 9 for r in log("a"))
 
 
 def test_a_damaged_or_hostile_checkpoint_is_refused(project, slip):
