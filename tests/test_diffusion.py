@@ -523,9 +523,14 @@ def test_greedy_needs_no_luck_and_bad_requests_are_refused():
         {"block_size": 3},
         {"max_new_tokens": 20},
         {"steps": 0, "block_size": 2},
+        {"max_new_tokens": -1},
     ):
         with pytest.raises(ValueError):
             run(**bad)
+    for bad in ([[0, -1]], [[V3]], [[V3 + 1]], [], [0, 1]):  # no such id, the mask, none, not a list of prompts
+        with pytest.raises(ValueError):
+            last(d.generate(model, process, bad, block_size=1))
+    assert last(d.generate(model, process, torch.tensor([[0, 1]]), block_size=1)).x.shape == (1, 8)
     single = net(process, clean_causal=False)
     with pytest.raises(ValueError, match="block-causal"):
         last(d.generate(single, process, [()], block_size=4, ar_tokens=2))
