@@ -1,5 +1,5 @@
-# make demo    environment, data, training, a table, animated samples: about 7 minutes on 2 CPU cores, no GPU
-# make test    what CI runs: about 3 minutes
+# make demo    environment, data, training, a table, animated samples: 5 minutes on 2 CPU cores, no GPU
+# make test    what CI runs, 2 minutes
 # make lint
 
 PY := .venv/bin/python
