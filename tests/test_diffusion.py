@@ -115,7 +115,8 @@ def test_noise_is_uniform_and_depends_on_its_names_only():
     assert torch.equal(d.Noise(1, rows[7:9], cols[3:5]).uniform(20), u[7:9, 3:5])
     some = torch.rand(200, 50) < 0.3
     assert torch.equal(d.Noise(1, rows, cols).uniform(20, some), u[some])
-    assert not torch.equal(d.Noise(1, rows, cols, step=1).uniform(20), u)
+    keys = torch.cat([d.Noise(seed, rows[:20] - 2, cols, step).key.flatten() for seed in range(10) for step in range(-1, 10)])
+    assert len(keys.unique()) == 10 * 11 * 20 * 50, "seed 0 at step 1 is not seed 1 at step 0"
 
 
 def test_the_generator_is_splitmix64():
@@ -143,6 +144,9 @@ def test_the_tail_is_drawn():
     for x in (1e-5, 1e-4):
         n = 1e6 * x
         assert abs((u < x).sum() - n) < 5 * math.sqrt(n)
+    for bits in (24, 40):  # and below the leading bits there are more: a 24-bit number would leave nothing here
+        rest = ((u * 2.0**bits) % 1).float()
+        assert chi_squared(torch.histc(rest, 16, 0, 1), torch.full((16,), 1 / 16)) > P_VALUE
     z = torch.tensor([0.0, -60.0]).expand(2, 2)
     assert d.draw(z, lambda n: torch.tensor([[0.5, 0.5, 1e-28], [0.5, 0.5, 1e-20]], dtype=torch.float64)[:, :n]).tolist() == [1, 0]
 
