@@ -113,12 +113,18 @@ def main():
         return
     check, (x0, answer) = checker(run.dataset), data.windows("val", data.spread("val", cfg.n_eval))
     prompts = [row[~keep] for row, keep in zip(x0, answer, strict=True)]
+    has_prompts = any(len(p) for p in prompts)
     if not cfg.clues:
+        if not has_prompts:
+            die(f"{run.dataset} has no prompts to leave blank", "leave --clues out")
         prompts = [torch.zeros_like(p) for p in prompts]  # id 0 is the blank
     rows = [(b, 1) for b in sorted(run.block_sizes) if b == 1]
     rows += [(b, n) for b in sorted(run.block_sizes) if b > 1 for n in (1, 2, 4, 8, 16, 32, 64) if n <= b]
     print(f"{run.dataset}, {run.process}, EMA weights of step {state['step']}")
-    print(f"{len(prompts)} samples, temperature {cfg.temperature:g}, seed {cfg.seed}, {'with' if cfg.clues else 'without'} clues")
+    print(
+        f"{len(prompts)} samples, temperature {cfg.temperature:g}, seed {cfg.seed}"
+        + f", with{'' if cfg.clues else 'out'} clues" * has_prompts
+    )
     print(f"{'sampler':>10} {'block':>6} {'steps':>6} {'NFE':>5} {'correct':>16} {'seconds':>8}")
     for b, steps in tqdm(rows, desc="sampling", leave=False, file=sys.stderr):
         schedule = SCHEDULES[run.schedule]
