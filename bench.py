@@ -4,7 +4,7 @@ How fast is it, and than what? Ours against the textbook form with the same weig
     python bench.py --train --sample [--json FILE]
 
 The textbook form sends [x0 | xt] through every layer whole, with a dense boolean mask per layer and the head on all 2T
-tokens; its loss takes a log-softmax of everything (uniform: the published formula, in float64); its sampler builds dense
+tokens; its loss takes a log-softmax of everything (uniform: r and r_hat over the whole vocabulary); its sampler builds dense
 float64 posteriors and a float64 Gumbel for every entry, and grows its cache by concatenation. Its AdamW is torch's default, ours fused.
 """
 
@@ -74,14 +74,14 @@ class GrowingCache:
 
 
 def textbook_loss(process, logits, x0, xt, alpha, dalpha):
-    """The published formulas, one (B, L, V) tensor after another. Uniform: methods as printed in Duo, on the denoiser's conversion."""
+    """The sums of Masked.nll and Uniform.nll written out, one (B, L, V) float32 tensor after another. alpha, dalpha (B, 1)."""
     if isinstance(process, d.Masked):
         logp = logits.index_fill(-1, torch.tensor(process.mask_id, device=logits.device), -1e6).log_softmax(-1)
         seen = torch.full_like(logp, -1e6).scatter(-1, xt[..., None], 0.0)
         logp = torch.where((xt == process.mask_id)[..., None], logp, seen)
         return -dalpha / (1 - alpha) * -logp.gather(-1, x0[..., None])[..., 0]
-    V, a = process.vocab_size, alpha[..., None]
-    p = process.loo_logits(logits.double(), xt, alpha).softmax(-1)
+    V, a = process.vocab_size, alpha[..., None].to(logits.dtype)  # a float64 alpha would make every tensor below float64
+    p = process.loo_logits(logits, xt, alpha).softmax(-1)
     xb, xb_hat = V * a * torch.nn.functional.one_hot(x0, V) + 1 - a, V * a * p + 1 - a
     z = xt[..., None]
     r, r_hat = xb / xb.gather(-1, z), xb_hat / xb_hat.gather(-1, z)

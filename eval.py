@@ -36,7 +36,7 @@ class EvalConfig:
 def bounds(model, process, data, block_sizes, n_eval, schedule, seed=0):
     """
     {block size: (nats per token, standard error over windows)} on the validation split, stratified times, whatever loss
-    the model was trained with. Block size 1: the exact NLL. Larger: one draw a window of an upper bound on it.
+    the model was trained with. Block size 1: the exact NLL (a bound with random_ar). Larger: one draw a window of an upper bound on it.
     """
     device, result = next(model.parameters()).device, {}
     index = data.spread("val", n_eval)
@@ -78,7 +78,8 @@ def checker(dataset):
 
 
 def accuracy(model, process, data, check, prompts, seed, batch_size=256, **how):
-    """(fraction correct, standard error, NFE, seconds) of generations behind `prompts`; how: arguments of generate."""
+    """(fraction correct, standard error, NFE, seconds) of generations behind `prompts`; how: arguments of generate.
+    The error is binomial over all that was asked: too small where one sample answers several times (digits)."""
     correct = asked = nfe = 0
     start = time.time()
     for i in range(0, len(prompts), batch_size):

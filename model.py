@@ -183,7 +183,7 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(D, bias=False)
         self.modulation = nn.Linear(cfg.cond_dim, 2 * D) if cfg.time_conditioning else None
         self.head = nn.Linear(D, cfg.vocab_size)
-        nn.init.normal_(self.embed.weight, std=0.3)  # the reference's +-D**-0.5 and 1 both learn more slowly: docs/log.md
+        nn.init.normal_(self.embed.weight, std=0.3)  # not the reference's +-D**-0.5: a few single-seed runs, docs/log.md
         for zero in [self.head, self.modulation] + [layer.modulation for layer in self.layers]:
             if zero is not None:  # uniform logits at step 0, and every gate shut: the layers start as the identity
                 nn.init.zeros_(zero.weight), nn.init.zeros_(zero.bias)

@@ -1,0 +1,49 @@
+"""Why believe bench.py? The textbook form computes what ours does: a ratio of two different jobs would say nothing."""
+
+import pytest
+import torch
+
+import bench
+import diffusion as d
+from model import KVCache, ModelConfig, Transformer
+
+
+def pair(kind):
+    process = d.Masked(12, 11) if kind == "masked" else d.Uniform(11, "denoiser")
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(process.vocab_size, 16, n_layers=3, n_heads=2, d_model=16, time_conditioning=kind == "uniform"))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.3)
+    return process, model.eval(), torch.randint(11, (4, 16))
+
+
+@pytest.mark.parametrize("kind", ["masked", "uniform"])
+def test_losses_and_gradients_are_equal(kind):
+    process, model, x0 = pair(kind)
+    alpha, dalpha = (y[:, None] for y in d.loglinear(torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64)))
+    xt = process.corrupt(x0, alpha)
+    results = []
+    for logits, loss in (
+        (model(x0, xt, 4, sigma=d.sigma(alpha[:, 0])), lambda *a: process.nll(*a)),
+        (bench.textbook_forward(model, x0, xt, 4, 0, d.sigma(alpha[:, 0])), lambda *a: bench.textbook_loss(process, *a)),
+    ):
+        model.zero_grad()
+        each = loss(logits, x0, xt, alpha, dalpha)
+        each.mean().backward()
+        results.append((logits.detach(), each.detach(), *(p.grad for p in model.parameters())))
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-4), (a - b).abs().max()
+
+
+@pytest.mark.parametrize("kind", ["masked", "uniform"])
+@torch.no_grad()
+def test_the_growing_cache_is_a_cache(kind):
+    process, model, x0 = pair(kind)
+    ours, textbook, level = KVCache(model.cfg, 4), bench.GrowingCache(3), torch.ones(4)
+    for i in (0, 4, 8):
+        prev, block = x0[:, max(0, i - 4) : i], x0[:, i : i + 4].flip(1)
+        for clean in (prev, prev[:, :0]):  # commit, then another step on the same block
+            a = model(clean, block, 4, i, level, ours)
+            b = bench.textbook_forward(model, clean, block, 4, i, level, textbook)
+            assert torch.allclose(a, b, atol=1e-5) and ours.length == textbook.length == i
+    assert (bench.textbook_generate(model, process, 2, 16, 4, 4) < 11).all()
