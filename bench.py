@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 import diffusion as d
+from generate import generate
 from model import ModelConfig, Transformer, attention_mask, modulate
 from settings import die, load_config
 from train import pick_device
@@ -130,7 +131,7 @@ def job_pair(cfg, process, device, what):
         model.eval()
 
         def ours():
-            for _ in d.generate(model, process, [()] * B, block_size=b, steps=b, max_new_tokens=T):
+            for _ in generate(model, process, [()] * B, block_size=b, steps=b, max_new_tokens=T):
                 pass
 
         return {"ours": ours, "textbook": lambda: textbook_generate(model, process, B, T, b, b)}

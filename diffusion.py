@@ -1,5 +1,5 @@
 """
-What is the maths? Noise schedules, the two noise processes, losses and the generation loop.
+What is the maths? Noise schedules, random numbers, the two noise processes and their losses. (samplers.py goes the way back.)
 
 Conventions: t = 0 is clean and t = 1 is noise, so alpha(0) = 1 and alpha(1) = 0. Both processes corrupt every token alone:
 
@@ -10,12 +10,11 @@ x0 clean ids, xt noisy ids, a_t short for alpha_t. An alpha is a number, or a te
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from model import KVCache, precise
+from model import precise
 
 # ----- schedules
 
@@ -161,15 +160,21 @@ class Masked:
         u = (noise or Noise.like(x0)).uniform(1)[..., 0]
         return torch.where(u <= 1 - _column(alpha, x0), self.mask_id, x0)
 
-    def _forbid(self, logits):
-        """The mask is never the answer: its logit goes to -inf (SUBS, first half)."""
+    def loo_logits(self, logits, xt=None, alpha=None):
+        """The mask is never the answer: its logit goes to -inf (SUBS, first half). At a mask D and l (see Uniform) are one. (..., V)"""
         logits = precise(logits).clone()
         logits[..., self.mask_id] = -math.inf
         return logits
 
+    def denoiser_logits(self, logits, xt, alpha=None):
+        """Logits of D = p(x_0 | x_t): as above at masks; a visible token is carried over, with certainty (SUBS, second half). (..., V)"""
+        logits = self.loo_logits(logits)
+        carried = torch.full_like(logits, -math.inf).scatter(-1, xt[..., None], 0.0)
+        return torch.where((xt == self.mask_id)[..., None], logits, carried)
+
     def ce(self, logits, x0, xt):
-        """-log p(x_0 | x_t) (B, L): cross-entropy at masks, 0 where the token is visible (SUBS, second half: it is carried over)."""
-        return torch.where(xt == self.mask_id, _cross_entropy(self._forbid(logits), x0), 0.0)
+        """-log p(x_0 | x_t) (B, L): cross-entropy at masks, 0 where the token is visible."""
+        return torch.where(xt == self.mask_id, _cross_entropy(self.loo_logits(logits), x0), 0.0)
 
     def nll(self, logits, x0, xt, alpha, dalpha):
         """
@@ -188,7 +193,7 @@ class Masked:
         """
         a_t, a_s = (_column(a, logits)[..., None] for a in (alpha_t, alpha_s))
         stay = F.one_hot(xt, self.vocab_size).double()
-        p = sharpen(self._forbid(logits.double()), temperature, top_p).softmax(-1)
+        p = sharpen(self.loo_logits(logits.double()), temperature, top_p).softmax(-1)
         move = (a_s - a_t) / (1 - a_t)
         return torch.where((xt == self.mask_id)[..., None], move * p + (1 - move) * stay, stay)
 
@@ -198,7 +203,7 @@ class Masked:
         a_t, a_s = _column(alpha_t, logits), _column(alpha_s, logits)
         lift = (xt == self.mask_id) & (noise.uniform(1)[..., 0] <= (a_s - a_t) / (1 - a_t))
         xs = xt.clone()
-        xs[lift] = draw(sharpen(self._forbid(logits[lift]), temperature, top_p), lambda n: noise.uniform(n, lift))
+        xs[lift] = draw(sharpen(self.loo_logits(logits[lift]), temperature, top_p), lambda n: noise.uniform(n, lift))
         return xs
 
 
@@ -244,12 +249,16 @@ class Uniform:
 
     def loo_logits(self, logits, xt, alpha):
         """The network's output as leave-one-out logits: D -> l subtracts log(1 + V alpha / (1 - alpha)) at x_t. (..., V)"""
-        logits = precise(logits)
-        if self.predicts == "loo":
-            return logits
-        alpha = _column(alpha, logits)
+        return precise(logits) if self.predicts == "loo" else self._own_evidence(logits, xt, alpha, -1)
+
+    def denoiser_logits(self, logits, xt, alpha):
+        """The network's output as denoiser logits: l -> D adds what the above subtracts. (..., V)"""
+        return precise(logits) if self.predicts == "denoiser" else self._own_evidence(logits, xt, alpha, 1)
+
+    def _own_evidence(self, logits, xt, alpha, sign):
+        logits, alpha = precise(logits), _column(alpha, logits)
         bonus = torch.log1p(self.vocab_size * alpha / (1 - alpha)).to(logits.dtype).expand(xt.shape)
-        return logits.scatter(-1, xt[..., None], logits.gather(-1, xt[..., None]) - bonus[..., None])
+        return logits.scatter(-1, xt[..., None], logits.gather(-1, xt[..., None]) + sign * bonus[..., None])
 
     def ce(self, logits, x0, xt):
         """-log D(x_0) (B, L): plain cross-entropy at every position, noisy or not."""
@@ -369,133 +378,3 @@ def token_loss(model, process, x0, block_size, t, objective, answer=None, schedu
         rows = torch.isin(sizes, torch.tensor([s for s in names if names[s] == name])).to(x.device)
         loss = torch.where(rows[:, None], other, loss)
     return torch.where(open, loss, 0.0)
-
-
-# ----- generation
-
-
-NOTHING = -1  # in State.x: not written yet, or behind the end of a row
-
-
-@dataclass
-class State:
-    """What generate yields after every step."""
-
-    x: torch.Tensor  # (B, W) int64: prompts, finished blocks, the block at work with its noise; NOTHING elsewhere
-    span: tuple  # (first, end) of the block at work
-    step: int  # steps done on it: 0 when it is pure noise, up to n_steps
-    n_steps: int
-    done: torch.Tensor  # (B,) bool: the row has ended
-    nfe: int  # forward passes so far
-    nfe_rows: torch.Tensor  # (B,) int64: those that worked on an open token of this row
-    token_forwards: int  # tokens pushed through the network so far: what a pass really costs
-
-
-@torch.no_grad()
-def generate(model, process, prompt, *, block_size, steps=8, max_new_tokens=None, ar_tokens=0, temperature=1.0, top_p=1.0,
-             seed=0, eos_id=None, schedule=loglinear, use_cache=True):  # fmt: skip
-    """
-    Block-by-block ancestral sampling (BD3-LM, arXiv 2503.09573; BlockGen), an iterator of States, at least one.
-
-    prompt          (B, P) int64, or a list of B id sequences of any lengths; they may be empty and may end inside a block
-    block_size      tokens denoised together; 1 is autoregressive: one pass a token, whatever `steps` says
-    steps           passes per block, over a linear grid of times from 1 to 0
-    max_new_tokens  per row, default up to the model's seq_len. Blocks are always whole: a surplus is cut off at the end,
-                    so the tokens kept have exactly the model's distribution
-    ar_tokens       so many tokens first by block size 1, then blocks (AR-then-block)
-    temperature, top_p   sharpen the predicted p(x_0); 0 is greedy
-    eos_id          a row ends at its first generated eos_id; ended rows leave the batch
-    seed            same seed, same row number, same prompt: same text, whatever else is in the batch
-    use_cache       False recomputes everything at every pass: slow, equal, for tests
-
-    A prompt that ends inside a block is read as part of that block: well understood by masked models (visible is known); a
-    time-conditioned uniform model trained without prompts takes it for noise at first. End it at a block, or use ar_tokens.
-
-    Raises ValueError, at the first next(), for lengths the model cannot hold, ids it does not know, bad temperature or top_p,
-    and AR tokens from a model whose clean stream is block-causal (its cache fits one block size only).
-    """
-    cfg, device = model.cfg, next(model.parameters()).device
-    home = torch.device("cpu") if device.type == "mps" else device  # sampling wants float64
-    prompt = [torch.as_tensor(p, dtype=torch.long) for p in prompt]
-    if any(p.dim() != 1 or ((p < 0) | (p >= process.vocab_size) | (p == process.mask_id)).any() for p in prompt):
-        raise ValueError(f"a prompt is a sequence of ids below {process.vocab_size}, and no mask")
-    if block_size < 1 or steps < 1 or not prompt or min(ar_tokens, max_new_tokens or 0) < 0:
-        raise ValueError(
-            f"block_size {block_size}, steps {steps} and {len(prompt)} prompts must be at least 1, ar_tokens and max_new_tokens 0"
-        )
-    first = torch.tensor([len(p) for p in prompt])  # (B,) first generated position
-    end = first + max_new_tokens if max_new_tokens is not None else first.clamp(min=cfg.seq_len)  # (B,)
-    B, W = len(prompt), -(-int(end.max()) // block_size) * block_size
-    sharpen(torch.zeros(1), temperature, top_p)  # complains now, not at the first pass
-    if W > cfg.seq_len:
-        raise ValueError(f"{int(end.max())} tokens in blocks of {block_size} take {W} positions; the model has {cfg.seq_len}")
-    if ar_tokens and block_size > 1 and not cfg.clean_causal:
-        raise ValueError("the clean stream of this model is block-causal: its cache cannot serve block size 1 as well")
-
-    x = torch.full((B, W), NOTHING, device=home)
-    for row, p in zip(x, prompt, strict=True):
-        row[: len(p)] = p.to(home)
-    rows, known = torch.arange(B), first.clone()  # rows still in the batch, and how far each is written (on the CPU: no syncs)
-    done, nfe_rows = first >= end, torch.zeros(B, dtype=torch.long)
-    nfe = token_forwards = 0
-    cache = KVCache(cfg, B, W, device, model.embed.weight.dtype) if use_cache else None
-
-    def state(span, step, n_steps):
-        return State(x.clone(), (int(span[0]), int(span[-1]) + 1), step, n_steps, done.clone(), nfe, nfe_rows.clone(), token_forwards)
-
-    def leave():
-        """Drop the rows that are done from the batch."""
-        nonlocal rows
-        stay = ~done[rows]
-        if cache is not None and not stay.all():
-            cache.keep(stay.to(device))
-        rows = rows[stay]
-
-    yield state((0, -1), 0, steps)
-    leave()
-    ar_end = torch.minimum(first + ar_tokens, end)
-    for b, stop in ((1, ar_end), (block_size, end)):  # two phases; either may be empty
-        if len(rows) == 0:
-            break
-        n_steps = 1 if b == 1 else steps
-        alphas = torch.tensor([0.0, 1.0], dtype=torch.float64)  # block size 1: from pure noise to a token in one step
-        if b > 1:
-            alphas = schedule(torch.linspace(1, 0, steps + 1, dtype=torch.float64))[0]
-        begin = int(known[rows].min()) // b * b
-        if cache is not None:
-            cache.length = min(cache.length, begin)  # tokens of rows that waited in the first phase are not real yet
-        while len(rows) and begin < int(stop[rows].max()):
-            span = torch.arange(begin, begin + b)
-            begin += b
-            open = (span >= known[rows, None]) & (known[rows] < stop[rows])[:, None]  # (R, b): to be written now
-            if not open.any():
-                continue  # prompt in every row: the next pass reads it
-            at, mine, live = span.to(home), open.to(home), rows.to(home)
-            given = x[live[:, None], at]  # prompt tokens inside the block, and whatever rows hold that wait
-            block = torch.where(mine, process.prior(given.shape, Noise(seed, live, at, -1), home), given.clamp(min=0))
-            if b > 1:
-                x[live[:, None], at] = torch.where(mine, block, given)
-                yield state(span, 0, n_steps)  # noise, to look at
-            for step in range(n_steps):
-                noise = Noise(seed, live, at, step)
-                read = torch.where(mine, process.ar_input(block.shape, noise, home), block) if b == 1 else block
-                # finished blocks enter the cache with the first pass that needs them. NOTHING only in rows that wait: rolled back
-                clean = x[live, cache.length if cache is not None else 0 : span[0]].clamp(min=0)
-                level = None if cfg.condition_clean else sigma(alphas[step]).expand(len(rows))
-                logits = model(clean.to(device), read.to(device), b, int(span[0]), level, cache).to(home)  # (R, b, V)
-                new = process.posterior_sample(logits, block, alphas[step], alphas[step + 1], temperature, top_p, noise)
-                block = torch.where(mine, new, block)
-                x[live[:, None], at] = torch.where(mine, block, given)
-                nfe, token_forwards = nfe + 1, token_forwards + clean.numel() + read.numel()
-                nfe_rows[rows] += open.any(1)
-                if step + 1 == n_steps:
-                    known[rows] = torch.where(open.any(1), span[-1] + 1, known[rows])
-                    cut = end[rows]  # (R,) where each row ends
-                    if eos_id is not None:
-                        hit = open & (span < cut[:, None]) & (block == eos_id).cpu()
-                        cut = torch.where(hit.any(1), span[hit.int().argmax(1)] + 1, cut)
-                    over = known[rows] >= cut
-                    for r, c in zip(rows[over].tolist(), cut[over].tolist(), strict=True):
-                        done[r], x[r, c:] = True, NOTHING
-                yield state(span, step + 1, n_steps)
-            leave()

@@ -23,6 +23,7 @@ Letters: B rows, C clean tokens, N noisy tokens, S = C + N, D width, H heads, V 
 block, `seq_len` the context, `Layer` a transformer layer.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -66,16 +67,16 @@ def attention_mask(block_size, n_past, n_clean, n_noisy, start, clean_causal=Tru
         noisy 2          # # . .         . . # #      and the clean blocks before it,
         noisy 3          # # . .         . . # #      never its own clean copy: that would leak the answer
     """
-    b = block_size.view(-1, 1, 1).to(device) if torch.is_tensor(block_size) else block_size
+    b = torch.as_tensor(block_size, device=device)
+    b = b[..., None] if b.dim() == 2 else b.view(-1, 1, 1)  # (1 or B, 1 or N, 1)
     clean = torch.arange(n_past + n_clean, device=device)
-    noisy = torch.arange(start, start + n_noisy, device=device)
+    noisy = start.to(device) if torch.is_tensor(start) else torch.arange(start, start + n_noisy, device=device)
     ask = clean[n_past:, None]  # (C, 1)
-    own = noisy[:, None] // b  # (N, 1), or (B, N, 1) with one block size a row
-    B = b.size(0) if torch.is_tensor(b) else 1
-    mask = torch.zeros(B, n_clean + n_noisy, n_past + n_clean + n_noisy, dtype=torch.bool, device=device)
+    own = noisy[:, None] // b  # (1 or B, N, 1)
+    mask = torch.zeros(b.size(0), n_clean + n_noisy, n_past + n_clean + n_noisy, dtype=torch.bool, device=device)
     mask[:, :n_clean, : n_past + n_clean] = clean <= ask if clean_causal else clean // b <= ask // b
     mask[:, n_clean:, : n_past + n_clean] = clean // b < own
-    mask[:, n_clean:, n_past + n_clean :] = noisy // b == own
+    mask[:, n_clean:, n_past + n_clean :] = (own == own.mT) & (b == b.mT)
     return mask
 
 
@@ -102,6 +103,12 @@ class KVCache:
     def keep(self, rows):
         """Drop the batch rows not in `rows` (bool or indices): a finished row costs nothing more."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+    def select(self, rows):
+        """A copy with these batch rows only."""
+        other = copy.copy(self)
+        other.keep(rows)
+        return other
 
 
 # ----- the layers
@@ -195,31 +202,33 @@ class Transformer(nn.Module):
         block_size  int, or (B,) int64: one a row
         start       0 in training, the length of the context when generating or verifying
         sigma (B,)  noise level -log(alpha_t); zeros if None; unused without time conditioning
+        Several readings of one block in one pass: block_size (1 or B, N), start (N,) the positions and sigma (B, N), one a noisy
+        token; tokens with another block size do not see each other.
         cache       a KVCache: adds the clean tokens before, and commits `clean` to it
         Returns logits (B, N, V) float32 for the noisy positions, nothing forbidden, not normalised.
         """
-        start, n_past = int(start), cache.length if cache is not None else 0
+        n_past = cache.length if cache is not None else 0
         if not getattr(block_size, "ndim", 0):
             block_size = int(block_size)  # a 0-d array or tensor
-        if cache is None and isinstance(block_size, int) and noisy is not None and start + noisy.size(1) <= block_size:
+        N = 0 if noisy is None else noisy.size(1)
+        one_start = not getattr(start, "ndim", 0)
+        end = int(start) + N if one_start else int(start.max()) + 1
+        if cache is None and isinstance(block_size, int) and N and end <= block_size:
             clean = None  # every noisy token is in the first block: no one would read the clean stream
         tokens = torch.cat([s for s in (clean, noisy) if s is not None], dim=1)  # (B, S)
         B, S = tokens.shape
-        N = 0 if noisy is None else noisy.size(1)
         C = S - N
-        if n_past + C > self.cfg.seq_len or start + N > self.cfg.seq_len:
-            raise ValueError(f"positions up to {max(n_past + C, start + N)}, but the model has seq_len {self.cfg.seq_len}")
-        positions = torch.cat(
-            (torch.arange(n_past, n_past + C, device=tokens.device), torch.arange(start, start + N, device=tokens.device))
-        )
-        rope = self._rope(positions)
+        if max(n_past + C, end) > self.cfg.seq_len:
+            raise ValueError(f"positions up to {max(n_past + C, end)}, but the model has seq_len {self.cfg.seq_len}")
+        noisy_at = torch.arange(int(start), end, device=tokens.device) if one_start else start.to(tokens.device)  # (N,)
+        rope = self._rope(torch.cat((torch.arange(n_past, n_past + C, device=tokens.device), noisy_at)))
         cond = self._condition(sigma, B, C, N) if self.time is not None else None
         x = self.embed(tokens)  # (B, S, D)
 
-        one_block = isinstance(block_size, int) and C == 0 and (start + N - 1) // block_size == start // block_size
+        one_block = isinstance(block_size, int) and C == 0 and one_start and (end - 1) // block_size == int(start) // block_size
         mask = None
-        if not (one_block and n_past <= start // block_size * block_size):  # else: one block, and all it reads lies before it
-            mask = attention_mask(block_size, n_past, C, N, start, self.cfg.clean_causal, tokens.device)[:, None]
+        if not (one_block and n_past <= (end - 1) // block_size * block_size):  # else: one block, and all it reads lies before it
+            mask = attention_mask(block_size, n_past, C, N, noisy_at, self.cfg.clean_causal, tokens.device)[:, None]
             # added to the scores: SDPA would otherwise convert the booleans again in every layer
             mask = torch.zeros(mask.shape, device=mask.device, dtype=self._dtype(x)).masked_fill_(~mask, -math.inf)
 
@@ -228,7 +237,8 @@ class Transformer(nn.Module):
             x = layer(x, C, skip, rope, mask if mask is None else mask[:, :, skip:], cond, cache, i)
         if cache is not None:
             cache.length += C
-        shift, scale = self.modulation(cond[:, -1:]).chunk(2, dim=-1) if cond is not None else (None, None)
+        per_token = sigma is not None and sigma.dim() == 2
+        shift, scale = self.modulation(cond[:, -N if per_token else -1 :]).chunk(2, dim=-1) if cond is not None else (None, None)
         with torch.autocast(x.device.type, enabled=False):  # a bfloat16 logit keeps 3 digits: the uniform bound needs 7
             x = F.layer_norm(precise(x), x.shape[-1:], precise(self.norm.weight))
             return F.linear(modulate(x, shift, scale), precise(self.head.weight), precise(self.head.bias))
@@ -241,9 +251,14 @@ class Transformer(nn.Module):
         return angle.cos(), angle.sin()
 
     def _condition(self, sigma, B, C, N):
-        """(B, 1 or 2, cond_dim): one vector a stream. The clean one sees sigma = 0 always, so that its cache holds for any t."""
+        """
+        (B, 1 or 2, cond_dim): one vector a stream; one for the clean stream and N more with a sigma (B, N).
+        The clean stream sees sigma = 0 always, so that its cache holds for any t.
+        """
         sigma = self.embed.weight.new_zeros(B) if sigma is None else sigma.to(self.embed.weight)
-        streams = sigma[:, None] if self.cfg.condition_clean or C == 0 else torch.stack((torch.zeros_like(sigma), sigma), dim=1)
+        streams = sigma.view(B, -1)
+        if C and not self.cfg.condition_clean:
+            streams = torch.cat((torch.zeros_like(streams[:, :1]), streams), dim=1)
         frequency = torch.exp(-math.log(10000) * torch.arange(128, device=sigma.device) / 128)
         angle = precise(streams)[..., None] * frequency  # (B, 1 or 2, 128)
         return F.silu(self.time(torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.embed.weight)))

@@ -3,19 +3,26 @@ How does it write? Text from a checkpoint, block by block.
 
     python sample.py --ckpt out/sudoku --prompt "..3.1.........4." --block_size 16 --steps 8 --n_samples 4
     python sample.py --ckpt out/sudoku --animate                       watch noise become text
+    python sample.py --ckpt out/sudoku --sampler arpc --guide_every 2  a sampler with an option of its own
+    python sample.py --sampler arpc --help                             what it does, its options, its paper
 
 Block size 1 is autoregressive. What training decided (tokenizer, noise, sizes) comes from the checkpoint.
 """
 
+import difflib
+import inspect
+import itertools
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
 import checkpoint
 from dataset import Tokenizer
-from diffusion import NOTHING, SCHEDULES, generate
+from diffusion import SCHEDULES
+from generate import NOTHING, generate
+from samplers import OWN_PACE, SAMPLERS
 from settings import die, load_config
 from train import pick_device, trained_with
 
@@ -25,9 +32,9 @@ class SampleConfig:
     ckpt: str = "out/run"  # a training run's out_dir
     prompt: str = ""  # the text to go on from; for rows like sudoku's nothing means blanks
     prompt_file: str = ""  # or one prompt a line, of any lengths, each with n_samples
-    sampler: str = "ancestral"  # ancestral, or ar (the same as block size 1)
+    sampler: str = "ancestral"  # a function of samplers.py; --sampler NAME --help explains it; ar is the same as block size 1
     block_size: int = 0  # tokens denoised together; 0: the largest that was trained. 1 is autoregressive
-    steps: int = 0  # network passes per block; 0: one a token
+    steps: int = 0  # steps per block; 0: one a token
     ar_tokens: int = 0  # so many tokens first by block size 1 (AR-then-block)
     max_new_tokens: int = 0  # 0: up to the end of the context
     n_samples: int = 1
@@ -37,6 +44,44 @@ class SampleConfig:
     animate: bool = False  # redraw the block at work in place; plain text where output is not a terminal
     fps: float = 8.0  # frames a second of --animate, at most
     device: str = "auto"
+
+
+# ----- samplers and their own options
+
+
+def options(sampler):
+    """{name: default} of a sampler's own options: its keyword arguments."""
+    return {p.name: p.default for p in inspect.signature(sampler).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+def load_with_sampler(cls, argv):
+    """(settings, sampler, its options) from command-line words: `cls` and the options of the sampler that --sampler names."""
+    name = cls.sampler
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word.partition("=")[0] == "--sampler":
+            name = word.partition("=")[2] or following
+    if name not in SAMPLERS and name != cls.sampler:
+        near = difflib.get_close_matches(name, SAMPLERS, 1)
+        die(f"no sampler named {name!r}", f"--sampler {near[0] if near else '|'.join(SAMPLERS)}")
+    sampler = SAMPLERS.get(name)  # None: eval.py's default, several
+    own = options(sampler) if sampler else {}
+    if {"-h", "--help"} & set(argv) and any(word.partition("=")[0] == "--sampler" for word in argv) and sampler:
+        print(f"--sampler {name}\n\n{inspect.getdoc(sampler)}\n")
+        print("Its own options:" if own else "It has no options of its own.")
+        for option, default in own.items():
+            print(f"    --{option} {default}" if default != "" else f"    --{option}")
+        print(f"\nAll samplers: {', '.join(SAMPLERS)}. What all of them share: python {Path(sys.argv[0]).name} --help")
+        raise SystemExit
+    shared = set(cls.__dataclass_fields__)
+    for word in argv:
+        flag = word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else ""
+        others = [s for s, f in SAMPLERS.items() if flag in options(f)]
+        if others and flag not in shared and flag not in own:
+            die(f"--{flag} is an option of {', '.join(others)}, not of {name or 'all samplers'}", f"--sampler {others[0]}")
+    both = make_dataclass(cls.__name__, [(o, type(default), default) for o, default in own.items()], bases=(cls,))
+    both.__module__ = cls.__module__
+    cfg = load_config(both, argv)
+    return cfg, sampler, {o: getattr(cfg, o) for o in own}
 
 
 # ----- what a person sees
@@ -111,7 +156,7 @@ def stream(states, tokenizer, prompt):
     print(f"--- sample 1\n{prompt}", end="", flush=True)
     for state in states:
         row = [i for i in state.x[0].tolist() if i != NOTHING]
-        if state.step == state.n_steps or state.done[0]:
+        if state.finished or state.done[0]:
             text = tokenizer.decode(row[: state.span[1]])
             if not state.done[0]:
                 text = text.rstrip("\ufffd")  # half a character: its other bytes come with the next block
@@ -128,7 +173,7 @@ def stream(states, tokenizer, prompt):
 
 
 def main():
-    cfg = load_config(SampleConfig, sys.argv[1:])
+    cfg, sampler, own = load_with_sampler(SampleConfig, sys.argv[1:])
     state = checkpoint.load(cfg.ckpt)
     run, meta = trained_with(state), state["meta"]
     tokenizer = Tokenizer(meta, Path("data") / run.dataset)
@@ -137,8 +182,6 @@ def main():
     model = model.to(pick_device(cfg.device)[0]).eval()
 
     trained = sorted(run.block_sizes)
-    if cfg.sampler not in ("ancestral", "ar"):
-        die(f"no sampler named {cfg.sampler!r}", "--sampler ancestral, or --sampler ar")
     if cfg.sampler == "ar" and cfg.block_size not in (0, 1):
         die(f"--sampler ar is block size 1, not {cfg.block_size}", "--sampler ancestral, or leave --block_size out")
     b = 1 if cfg.sampler == "ar" else cfg.block_size or trained[-1]
@@ -162,6 +205,8 @@ def main():
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {fix}")
     if b == 1 and (cfg.steps or cfg.ar_tokens):
         die("block size 1 takes one pass a token and is AR throughout: --steps and --ar_tokens mean nothing", "leave them out")
+    if cfg.steps and sampler in OWN_PACE:
+        die(f"{cfg.sampler} takes as many passes as it needs: --steps means nothing", "leave it out")
 
     prompts = [(cfg.prompt, tokenizer.encode(cfg.prompt))]
     if cfg.prompt_file:
@@ -193,10 +238,15 @@ def main():
 
     spent = [0.0]
     states = generate(
-        model, process, prompts, block_size=b, steps=cfg.steps or b, max_new_tokens=cfg.max_new_tokens or None, ar_tokens=cfg.ar_tokens,
-        temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed, eos_id=meta.get("eos_id"), schedule=SCHEDULES[run.schedule],
+        model, process, prompts, block_size=b, sampler=sampler, steps=cfg.steps or None, max_new_tokens=cfg.max_new_tokens or None,
+        ar_tokens=cfg.ar_tokens, temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed, eos_id=meta.get("eos_id"),
+        schedule=SCHEDULES[run.schedule], trained=trained, **own,
     )  # fmt: skip
     states = timed(states, spent)
+    try:
+        states = itertools.chain(list(itertools.islice(states, 3)), states)  # so far that the sampler has seen its options
+    except ValueError as e:
+        die(str(e), f"python sample.py --sampler {cfg.sampler} --help")
     if cfg.animate and sys.stdout.isatty():
         states = animate(states, tokenizer, process.mask_id, meta, cfg.fps)
     else:
@@ -204,7 +254,7 @@ def main():
     for last in states:
         pass
     n = int((last.x != NOTHING).sum()) - sum(map(len, prompts))
-    passes = f"{last.nfe} NFE ({last.token_forwards:,} token-forwards)"
+    passes = f"{last.nfe} NFE ({last.nfe_rows.float().mean():.1f} a row, {last.token_forwards:,} token-forwards)"
     print(f"{n} tokens, {n / spent[0]:,.0f} tokens/s, {passes}, block size {b}, seed {cfg.seed}")
 
 

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 import checkpoint
 from dataset import Dataset
-from diffusion import NOTHING, SCHEDULES, Noise, generate, stratified_draw, token_loss
+from diffusion import SCHEDULES, Noise, stratified_draw, token_loss
 from eval import bounds, show_bounds
+from generate import NOTHING, generate
 from settings import die, load_config, parse_dict
 
 

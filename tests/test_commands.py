@@ -139,7 +139,7 @@ def test_eval(home):
     assert re.search(r"block 1: \d\.\d+ \+- .* \| block 16: <= \d", call(home, "eval.py", "--ckpt=out/sudoku", "--n_eval=8"))
     assert "no prompts" in call(home, "eval.py", "--ckpt=out/digits", "--samples", "--clues=false", code=2)
     out = call(home, "eval.py", "--ckpt=out/sudoku", "--samples", "--n_eval=8")
-    assert re.search(r"AR +1 +1 +16 ", out) and re.search(r"ancestral +16 +8 +8 ", out)
+    assert re.search(r"ar +1 +16 +16.0 ", out) and re.search(r"ancestral +16 +8 +8 ", out) and re.search(r"arpc +16 +8 +15 ", out)
     assert "with clues" in out and "without clues" in call(home, "eval.py", "--ckpt=out/sudoku", "--samples", "--n_eval=4", "--clues=false")
 
 

@@ -3,42 +3,24 @@ Why believe diffusion.py? The reference's float64 losses and posteriors, and tru
 3, sequences of 4, every noisy state and every time.
 """
 
-import itertools
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from exact import KINDS, P_VALUE, V3, chi_squared, enumerated, enumerated_ar, net, states
 
 import diffusion as d
-from model import ModelConfig, Transformer
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "losses.npz")
-V3 = 3  # letters of the enumerable alphabet
 G = {k: torch.from_numpy(GOLDEN[k]) for k in GOLDEN.files if GOLDEN[k].ndim}
 VOCAB, MASK = int(GOLDEN["vocab_size"]), int(GOLDEN["mask_index"])
-P_VALUE = 1e-4
 
 
 def close(ours, golden):
     gap = (ours - golden).abs() / (1 + golden.abs())
     assert gap.max() < 1e-9, f"relative gap {gap.max():.1e}"
-
-
-def chi_squared(counts, p):
-    """Survival probability of Pearson's statistic, cells with an expected count below 5 pooled (Wilson-Hilferty)."""
-    expected = p * counts.sum()
-    small = expected < 5
-    o = torch.cat((counts[~small], counts[small].sum()[None])).double()
-    e = torch.cat((expected[~small], expected[small].sum()[None])).double()
-    o, e = o[e > 0], e[e > 0]
-    if counts[p == 0].sum() > 0:
-        return 0.0
-    k = len(o) - 1
-    z = (((o - e) ** 2 / e).sum() / k) ** (1 / 3)
-    z = (z - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
-    return 0.5 * math.erfc(z / math.sqrt(2))
 
 
 # ----- the reference's numbers
@@ -168,10 +150,6 @@ def test_sharpen():
 # ----- processes with exact predictors
 
 
-def states(V, L):
-    return torch.tensor(list(itertools.product(range(V), repeat=L)))
-
-
 def processes():
     return {"masked": d.Masked(V3 + 1, V3), "loo": d.Uniform(V3), "denoiser": d.Uniform(V3, predicts="denoiser")}
 
@@ -270,64 +248,6 @@ def test_corruption_has_the_marginal_it_says():
 # ----- a random network, enumerated
 
 
-def net(process, seed=0, **kw):
-    """A small Transformer with random weights and peaked outputs."""
-    torch.manual_seed(seed)
-    extra = 1 if getattr(process, "ar_token", None) is not None else 0
-    model = Transformer(
-        ModelConfig(process.vocab_size, 8, n_layers=2, n_heads=2, d_model=16, cond_dim=8, n_extra_tokens=extra, **kw)
-    ).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.5)
-    return model
-
-
-def kernel(model, process, context, b, n_fixed, a_t, a_s, **kw):
-    """Exact one-step kernel (m, m) on the V^b states of the block behind `context`, whose first n_fixed tokens are prompt."""
-    x = states(process.vocab_size, b)
-    with torch.no_grad():
-        logits = model(context.expand(len(x), -1), x, b, start=context.size(0), sigma=d.sigma(torch.tensor(a_t)).expand(len(x)))
-    p = process.posterior_probs(logits, x, a_t, a_s, **kw)  # (m, b, V)
-    free = torch.stack([p[:, i, x[:, i]] for i in range(n_fixed, b)]).prod(0)
-    return free * (x[:, None, :n_fixed] == x[None, :, :n_fixed]).all(-1)
-
-
-def enumerated(model, process, b, steps, L, prompt=(), **kw):
-    """The exact distribution of blockwise ancestral sampling, by matrix products: {sequence: probability}."""
-    done = {(): 1.0}
-    grid = d.loglinear(torch.linspace(1, 0, steps + 1, dtype=torch.float64))[0].tolist()
-    x = states(process.vocab_size, b)
-    for n in range(0, L, b):
-        longer, fixed = {}, torch.tensor(prompt[n : n + b], dtype=torch.long)
-        k = len(fixed)
-        prior = (
-            (x[:, k:] == process.mask_id).all(-1).double()
-            if isinstance(process, d.Masked)
-            else torch.full((len(x),), process.vocab_size ** -float(b - k))
-        )
-        for context, weight in done.items():
-            p = prior.double() * (x[:, :k] == fixed).all(-1)
-            for a_t, a_s in zip(grid[:-1], grid[1:], strict=True) if k < b else ():
-                p = p @ kernel(model, process, torch.tensor(context, dtype=torch.long), b, k, a_t, a_s, **kw)
-            longer.update({context + tuple(state): weight * q for state, q in zip(x.tolist(), p.tolist(), strict=True) if q > 0})
-        done = longer
-    return done
-
-
-def last(iterator):
-    for state in iterator:
-        pass
-    return state
-
-
-KINDS = {
-    "masked": (lambda: d.Masked(V3 + 1, V3), {}),
-    "uniform loo": (lambda: d.Uniform(V3), {}),
-    "uniform denoiser, timed": (lambda: d.Uniform(V3, "denoiser"), {"time_conditioning": True}),
-    "uniform denoiser, ar token": (lambda: d.Uniform(V3, "denoiser", ar_token=V3), {"time_conditioning": True}),
-}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_block_size_1_is_the_exact_autoregressive_likelihood(kind):
     make, kw = KINDS[kind]
@@ -342,21 +262,6 @@ def test_block_size_1_is_the_exact_autoregressive_likelihood(kind):
         chain = enumerated_ar(model, process, L)
         for row, seq in zip(nll.double(), x0.tolist(), strict=True):
             assert abs(row.sum().item() + math.log(chain[tuple(seq)])) < 1e-5
-
-
-def enumerated_ar(model, process, L):
-    done = {(): 1.0}
-    for n in range(L):
-        probe = process.ar_input((1, 1))
-        longer = {}
-        for context, w in done.items():
-            ctx = torch.tensor([context], dtype=torch.long)
-            with torch.no_grad():
-                z = model(ctx, probe, 1, start=n, sigma=d.sigma(torch.zeros(1)))
-            for v, q in enumerate(process.posterior_probs(z, process.prior((1, 1)), 0.0, 1.0)[0, 0].tolist()):
-                longer[(*context, v)] = longer.get((*context, v), 0) + w * q
-        done = longer
-    return {k: v for k, v in done.items() if v > 0}
 
 
 @pytest.mark.parametrize("b", [2, 4])
@@ -392,154 +297,6 @@ def test_bounds_lie_above_the_exact_nll_and_monte_carlo_finds_them(kind, b):
         loss = d.token_loss(model, process, rows, b, t, "elbo", noise=d.Noise(1, torch.arange(len(rows)), torch.arange(L))).sum(-1).double()
     error = loss.std() / math.sqrt(len(rows))
     assert abs(loss.mean() - bound.mean()) < 4 * error, f"Monte Carlo {loss.mean():.4f} +- {error:.4f}, bound {bound.mean():.4f}"
-
-
-@pytest.mark.parametrize(
-    "b, steps, prompt, sharp", [(2, 3, (), (1.0, 1.0)), (4, 4, (), (1.0, 1.0)), (2, 2, (2,), (1.0, 1.0)), (2, 2, (), (1.5, 0.9))]
-)
-@pytest.mark.parametrize("kind", ["masked", "uniform loo", "uniform denoiser, timed"])
-def test_the_sampler_draws_the_enumerated_distribution(kind, b, steps, prompt, sharp):
-    make, kw = KINDS[kind]
-    process, L, n = make(), 4, 40_000
-    model = net(process, seed=1, **kw)
-    p = enumerated(model, process, b, steps, L, prompt, temperature=sharp[0], top_p=sharp[1])
-    x = last(
-        d.generate(
-            model, process, [prompt] * n, block_size=b, steps=steps, max_new_tokens=L - len(prompt), temperature=sharp[0], top_p=sharp[1]
-        )
-    ).x
-    counts = (x * torch.tensor([V3**k for k in range(L)])).sum(-1).bincount(minlength=V3**L)
-    expected = torch.zeros(V3**L, dtype=torch.float64)
-    for seq, q in p.items():
-        expected[sum(v * V3**k for k, v in enumerate(seq))] = q
-    assert abs(expected.sum() - 1) < 1e-6
-    assert chi_squared(counts, expected) > P_VALUE
-    other = enumerated(model, process, b, steps + 2, L, prompt, temperature=sharp[0], top_p=sharp[1])
-    wrong = torch.zeros_like(expected)
-    for seq, q in other.items():
-        wrong[sum(v * V3**k for k, v in enumerate(seq))] = q
-    if (wrong - expected).abs().sum() > 0.04:  # where two more steps matter, the test tells them apart
-        assert chi_squared(counts, wrong) < P_VALUE
-    elif sharp == (1.0, 1.0):
-        assert kind != "masked"  # where steps matter most
-
-
-@pytest.mark.parametrize("kind", ["masked", "uniform denoiser, ar token"])
-def test_ar_sampling_and_ar_then_block_draw_their_distributions(kind):
-    make, kw = KINDS[kind]
-    process, n = make(), 40_000
-    model = net(process, seed=1, **kw)
-    chain = enumerated_ar(model, process, 3)
-    x = last(d.generate(model, process, [()] * n, block_size=1, max_new_tokens=3)).x
-    expected = torch.zeros(V3**3, dtype=torch.float64)
-    for seq, q in chain.items():
-        expected[sum(v * V3**k for k, v in enumerate(seq))] = q
-    code = lambda x: (x * torch.tensor([1, V3, V3**2])).sum(-1).bincount(minlength=V3**3)
-    assert chi_squared(code(x), expected) > P_VALUE
-    # two tokens by AR, then a block of two
-    state = last(d.generate(model, process, [()] * n, block_size=2, steps=2, max_new_tokens=4, ar_tokens=2))
-    assert state.nfe == 2 + 2
-    expected = torch.zeros(V3**4, dtype=torch.float64)
-    for context, w in enumerated_ar(model, process, 2).items():
-        for seq, q in enumerated(model, process, 2, 2, 4, context).items():
-            expected[sum(v * V3**k for k, v in enumerate(seq))] += w * q
-    assert chi_squared((state.x * torch.tensor([V3**k for k in range(4)])).sum(-1).bincount(minlength=V3**4), expected) > P_VALUE
-    # AR that stops inside a block: the block keeps its first token
-    state = last(d.generate(model, process, [()] * 50, block_size=4, steps=2, max_new_tokens=4, ar_tokens=1, seed=3))
-    ar = last(d.generate(model, process, [()] * 50, block_size=1, max_new_tokens=1, seed=3))
-    assert torch.equal(state.x[:, :1], ar.x)
-
-
-# ----- the loop
-
-
-RAGGED = [(), (1,), (0, 2, 1), (2, 2, 2, 2, 0), (1, 0)]
-
-
-@pytest.mark.parametrize("b, ar_tokens", [(1, 0), (2, 0), (4, 0), (2, 1), (4, 2)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_ragged_prompts_and_batch_mates_change_nothing(kind, b, ar_tokens):
-    make, kw = KINDS[kind]
-    process = make()
-    model = net(process, **kw).double()
-    run = lambda prompts, **k: last(
-        d.generate(model, process, prompts, block_size=b, steps=3, seed=5, max_new_tokens=3, ar_tokens=ar_tokens, **k)
-    )
-    together = run(RAGGED)
-    assert together.done.all()
-    for cached in (True, False):
-        assert torch.equal(run(RAGGED, use_cache=cached).x, together.x)
-    for i, prompt in enumerate(RAGGED):
-        n = len(prompt)
-        assert together.x[i, :n].tolist() == list(prompt), "the prompt stays"
-        assert (together.x[i, n : n + 3] >= 0).all() and (together.x[i, n + 3 :] == d.NOTHING).all()
-        mates = [prompt] * (i + 1)  # same row number, other mates
-        assert torch.equal(run(mates).x[i, : n + 3], together.x[i, : n + 3])
-
-
-@pytest.mark.parametrize("kind", ["masked", "uniform loo"])
-def test_a_row_ends_at_its_first_generated_eos_and_leaves(kind):
-    make, kw = KINDS[kind]
-    process, eos = make(), 1
-    model = net(process, **kw)
-    prompts = [(1, 0), (0,), (1, 1, 1), ()] * 10  # an EOS in the prompt ends nothing
-    free = last(d.generate(model, process, prompts, block_size=2, steps=2, max_new_tokens=5, seed=2))
-    sizes = []
-    forward = model.forward
-    model.forward = lambda clean, noisy, *a: sizes.append(noisy.size(0)) or forward(clean, noisy, *a)
-    state = last(d.generate(model, process, prompts, block_size=2, steps=2, max_new_tokens=5, seed=2, eos_id=eos))
-    ended = 0
-    for i, p in enumerate(prompts):
-        new, unstopped = state.x[i, len(p) : len(p) + 5].tolist(), free.x[i, len(p) : len(p) + 5].tolist()
-        stop = unstopped.index(eos) + 1 if eos in unstopped else 5
-        ended += stop < 4
-        assert new[:stop] == unstopped[:stop], "stopping changes no token before it"
-        assert (state.x[i, len(p) + stop :] == d.NOTHING).all()
-    assert ended > 3 and sizes[-1] < sizes[0] == len(prompts), "ended rows cost no more passes"
-    assert state.nfe == len(sizes) and state.nfe_rows.max() <= state.nfe and state.nfe_rows.min() < state.nfe_rows.max()
-
-
-def test_the_loop_is_an_iterator_of_states_and_counts():
-    process = d.Masked(V3 + 1, V3)
-    seen = list(d.generate(net(process), process, [(0,)] * 3, block_size=4, steps=2, max_new_tokens=7))
-    spans = [((0, 0), 0, 0), ((0, 4), 0, 0), ((0, 4), 1, 1), ((0, 4), 2, 2), ((4, 8), 0, 2), ((4, 8), 1, 3), ((4, 8), 2, 4)]
-    assert [(s.span, s.step, s.nfe) for s in seen] == spans
-    assert seen[1].x.tolist() == [[0, V3, V3, V3] + [d.NOTHING] * 4] * 3 and (seen[-1].x < V3).all()
-    # every pass: 4 noisy tokens a row, plus the first block's 4 clean ones once
-    assert seen[-1].token_forwards == 3 * (4 * 4 + 4) and seen[-1].nfe_rows.tolist() == [4, 4, 4]
-    moved = seen[2].x != V3
-    assert torch.equal(seen[3].x[moved], seen[2].x[moved]), "masked: a written token stays"
-    assert not torch.equal(seen[2].x, seen[3].x)
-    none = list(d.generate(net(process), process, [(0,)], block_size=4, max_new_tokens=0))
-    assert len(none) == 1 and none[0].done.all()
-
-
-def test_greedy_needs_no_luck_and_bad_requests_are_refused():
-    process = d.Masked(V3 + 1, V3)
-    model = net(process)
-    run = lambda **k: last(d.generate(model, process, [(0,), (1, 2)], **{"block_size": 1, **k})).x
-    assert torch.equal(run(temperature=0.0, seed=1), run(temperature=0.0, seed=2))
-    assert not torch.equal(run(seed=1), run(seed=2))
-    for bad in (
-        {"temperature": -1},
-        {"temperature": math.nan},
-        {"top_p": 0},
-        {"block_size": 3},
-        {"max_new_tokens": 20},
-        {"steps": 0, "block_size": 2},
-        {"max_new_tokens": -1},
-    ):
-        with pytest.raises(ValueError):
-            run(**bad)
-    for bad in ([[0, -1]], [[V3]], [[V3 + 1]], [], [0, 1]):  # no such id, the mask, none, not a list of prompts
-        with pytest.raises(ValueError):
-            last(d.generate(model, process, bad, block_size=1))
-    assert last(d.generate(model, process, torch.tensor([[0, 1]]), block_size=1)).x.shape == (1, 8)
-    single = net(process, clean_causal=False)
-    with pytest.raises(ValueError, match="block-causal"):
-        last(d.generate(single, process, [()], block_size=4, ar_tokens=2))
-    run = lambda cached: last(d.generate(single.double(), process, [(0,), (1, 2, 0, 1, 2)], block_size=4, use_cache=cached)).x
-    assert torch.equal(run(True), run(False)), "its own block size it serves"
 
 
 # ----- training

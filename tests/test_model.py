@@ -8,6 +8,7 @@ import torch
 
 import diffusion as d
 import model as m
+from generate import generate
 
 GOLDEN = Path(__file__).parent / "golden"
 BLOCKDIT = ["blockdit_adaln_x0causal", "blockdit_adaln_x0block", "blockdit_noadaln_x0causal"]
@@ -162,7 +163,7 @@ def test_reference_weights_generate_with_a_cache_as_without(name):
     net, _, s = load(name)
     process, runs = d.Masked(s["cfg.vocab_size"], s["cfg.mask_index"]), []
     for cached in (True, False):
-        for state in d.generate(net.double(), process, [(), (1, 2, 3)], block_size=8, steps=3, use_cache=cached):
+        for state in generate(net.double(), process, [(), (1, 2, 3)], block_size=8, steps=3, use_cache=cached):
             pass
         runs.append(state.x)
     assert torch.equal(*runs)

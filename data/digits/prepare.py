@@ -34,6 +34,12 @@ def check(text):
     return sum(int(m[1]) + int(m[2]) == int(m[3]) for m in right if m), len(pieces)
 
 
+def choices(text):
+    """[(sum, all hundred sums)] of the correct pieces."""
+    found = [p for p in text.split(";")[1:-1] if check(f";{p};")[0]]
+    return [(p, [f"{a}+{b}={a + b:02}" for a in range(10) for b in range(10)]) for p in found]
+
+
 def main():
     cfg, start = load_config(DigitsConfig, sys.argv[1:]), time.time()
     if min(cfg.n_train, cfg.n_val) < 1 or cfg.seed < 0:

@@ -1,0 +1,281 @@
+"""
+How is a text made? The one loop of generation: blocks, prompts, the KV cache, early ends and counting passes.
+
+What happens inside a block is a sampler's business: samplers.py, one function each. Letters as in diffusion.py, and R the
+rows still in the batch, b the block size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from diffusion import Noise, draw, loglinear, sharpen, sigma
+from model import KVCache
+from samplers import MASKED_ONLY, OWN_PACE, UNIFORM_ONLY, ancestral, ar
+
+NOTHING = -1  # in State.x: not written yet, or behind the end of a row
+
+
+@dataclass
+class State:
+    """What generate yields after every step."""
+
+    x: torch.Tensor  # (B, W) int64: prompts, finished blocks, the block at work with its noise; NOTHING elsewhere
+    span: tuple  # (first, end) of the block at work
+    step: int  # steps done on it: 0 when it is pure noise
+    finished: bool  # the block is written
+    done: torch.Tensor  # (B,) bool: the row has ended
+    nfe: int  # forward passes so far
+    nfe_rows: torch.Tensor  # (B,) int64: those that this row was part of
+    token_forwards: int  # tokens pushed through the network so far: what a pass really costs
+
+
+class Block:
+    """
+    The block at work, as a sampler sees it.
+
+    x (R, b) int64       its tokens: the prompt's where a prompt ends inside, noise elsewhere. `write` changes it
+    open (R, b) bool     positions to generate
+    live (R,) bool       rows that need more passes; a row that the sampler takes out costs nothing more
+    alpha (steps + 1,)   float64, noise levels from 0 (pure noise) to 1 (clean), the schedule on a linear grid of times
+    process, steps, temperature, top_p
+    """
+
+    def __init__(self, model, process, cache, counts, x, rows, span, open, seed, trained, steps, schedule, temperature, top_p):
+        self.model, self.process, self.cache, self.counts, self.seed, self.trained = model, process, cache, counts, seed, trained
+        self.temperature, self.top_p, self.schedule = temperature, top_p, schedule
+        self.text, self.rows, self.at, self.open = x, rows.to(x.device), span.to(x.device), open.to(x.device)
+        self.given = x[self.rows[:, None], self.at]  # prompt, and whatever stands in rows that wait
+        self.steps = steps or len(span)
+        self.alpha = self.grid(self.steps)
+        self.live = self.open.any(1)
+        self.x = torch.where(self.open, self.prior(self.noise(-1)), self.given.clamp(min=0))
+        self.some = (None, None)  # rows, and the cache of these rows alone
+        self.read = self.logits = None  # what the last predict read, and said
+        self.timeless = model.time is None or model.cfg.condition_clean
+
+    # ----- what a sampler may do
+
+    def noise(self, k):
+        """Random numbers of step k >= 0; -1 made the pure noise, -2 what block size 1 reads."""
+        return Noise(self.seed, self.rows, self.at, k)
+
+    def grid(self, steps):
+        """alpha at steps + 1 equally spaced times from 1 to 0."""
+        return self.schedule(torch.linspace(1, 0, steps + 1, dtype=torch.float64))[0]
+
+    def prior(self, noise):
+        """Pure noise, (R, b)."""
+        return self.process.prior((len(self.rows), len(self.at)), noise, self.at.device)
+
+    def write(self, x):
+        """x at the open positions of live rows."""
+        self.x = torch.where(self.open & self.live[:, None], x, self.x)
+
+    def predict(self, alpha, x=None):
+        """
+        The network's output (R, b, V) for the block at noise level alpha, a number or (R,). One pass of the rows that are live, and
+        for a network that does not see alpha only of those whose tokens changed since its last prediction: no pass if none did.
+        """
+        x, need = self.x if x is None else x, self.live
+        if self.timeless and self.read is not None:
+            need = need & (x != self.read).any(1)
+        if need.any():
+            logits = self._forward(need, None, x, len(self.at), alpha, int(self.at[0]))
+            self.logits = logits if self.logits is None else torch.where(need[:, None, None], logits, self.logits)
+            self.read = x
+        return self.logits
+
+    def verify(self, y):
+        """Logits (R, b, V) of block size 1 at every position, each given y before it: one pass of two tokens a position."""
+        self._can_verify()
+        return self._forward(self.live, y, self.ar_input(), 1, 0.0, int(self.at[0]))
+
+    def verify_and_predict(self, y, alpha):
+        """Both in one pass of three tokens a position: verify(y), and predict(alpha) of the block as it stands."""
+        self._can_verify()
+        b = len(self.at)
+        sizes, at = torch.tensor([[1] * b + [b] * b]), torch.cat((self.at, self.at)).cpu()
+        level = torch.cat((torch.zeros(len(self.rows), b).to(alpha), alpha[:, None].expand(-1, b)), dim=1)
+        logits = self._forward(self.live, y, torch.cat((self.ar_input(), self.x), dim=1), sizes, level, at)
+        return logits[:, :b], logits[:, b:]
+
+    def posterior(self, logits, alpha_t, alpha_s, noise, temperature=None):
+        """A draw of the process's reverse step from x, (R, b)."""
+        temperature = self.temperature if temperature is None else temperature
+        return self.process.posterior_sample(logits, self.x, alpha_t, alpha_s, temperature, self.top_p, noise)
+
+    def sharpen(self, logits):
+        """Temperature and top_p, (..., V)."""
+        return sharpen(logits, self.temperature, self.top_p)
+
+    def draw(self, logits, noise):
+        """A token from softmax(logits), (R, b); x where nothing is open."""
+        y = self.x.clone()
+        y[self.open] = draw(logits[self.open], lambda n: noise.uniform(n, self.open))
+        return y
+
+    def ar_input(self):
+        """What block size 1 reads in place of the tokens it predicts, (R, b)."""
+        return self.process.ar_input((len(self.rows), len(self.at)), self.noise(-2), self.at.device)
+
+    def ar_draw(self, logits):
+        """The tokens that AR sampling draws from these logits: with the same logits always the same ones."""
+        noise = self.noise(0)
+        return self.process.posterior_sample(logits, self.prior(self.noise(-1)), 0.0, 1.0, self.temperature, self.top_p, noise)
+
+    # ----- what the loop does
+
+    def show(self):
+        """Put the block into the text."""
+        self.text[self.rows[:, None], self.at] = torch.where(self.open, self.x, self.given)
+
+    def _can_verify(self):
+        if not self.model.cfg.clean_causal:
+            raise ValueError("the clean stream of this model is block-causal: it cannot serve block size 1 as well")
+        if self.trained is not None and 1 not in self.trained:
+            raise ValueError(f"this network was trained on block sizes {', '.join(map(str, self.trained))}: without 1 it has no AR mode")
+
+    def _forward(self, need, gen, noisy, block_size, alpha, start):
+        """
+        One pass: what the cache lacks of the context, then `gen` (R, b) as clean text or None, then noisy (R, N). Returns logits
+        (R, N, V), zeros in rows that were not needed. The context enters the cache, for all rows; `gen` never does.
+        """
+        begin, device, R = int(self.at[0]), self.model.embed.weight.device, len(self.rows)
+        have = self.cache.length if self.cache is not None else 0
+        run = torch.ones_like(need) if self.cache is not None and have < begin else need
+        everyone, index = bool(run.all()), run.nonzero()[:, 0]
+        cache = self.cache
+        if cache is not None and not everyone:
+            if self.some[0] is None or not torch.equal(self.some[0], index):
+                self.some = (index, self.cache.select(index.to(device)))
+            cache = self.some[1]
+        clean = self.text[self.rows[index], have:begin].clamp(min=0)  # NOTHING only in rows that wait: rolled back in generate
+        if gen is not None:
+            clean = torch.cat((clean, gen[index]), dim=1)
+        level = None
+        if not self.model.cfg.condition_clean:
+            level = sigma(torch.as_tensor(alpha, dtype=torch.float64, device=self.x.device))
+            level = level[index] if level.dim() else level.expand(len(index))
+        logits = self.model(clean.to(device), noisy[index].to(device), block_size, start, level, cache).to(self.x.device)
+        if cache is not None:
+            cache.length = begin
+        self.counts["nfe"] += 1
+        self.counts["token_forwards"] += clean.numel() + noisy[index].numel()
+        self.counts["nfe_rows"][self.rows[need].cpu()] += 1
+        if everyone:
+            return logits
+        return logits.new_zeros(R, *logits.shape[1:]).index_copy(0, index, logits)
+
+
+@torch.no_grad()
+def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=None, max_new_tokens=None, ar_tokens=0, temperature=1.0,
+             top_p=1.0, seed=0, eos_id=None, schedule=loglinear, trained=None, use_cache=True, **options):  # fmt: skip
+    """
+    Block-by-block sampling (BD3-LM, arXiv 2503.09573; BlockGen, arXiv 2606.02241), an iterator of States, at least one.
+
+    prompt          (B, P) int64, or a list of B id sequences of any lengths; they may be empty and may end inside a block
+    block_size      tokens denoised together; 1 is autoregressive: one pass a token
+    sampler         a function of samplers.py; **options are its own
+    steps           passes per block, over a linear grid of times from 1 to 0; default block_size
+    max_new_tokens  per row, default up to the model's seq_len. Blocks are always whole: a surplus is cut off at the end,
+                    so the tokens kept have exactly the model's distribution
+    ar_tokens       so many tokens first by block size 1, then blocks (AR-then-block)
+    temperature, top_p   sharpen the predicted p(x_0), for uniform noise its leave-one-out form; 0 is greedy
+    eos_id          a row ends at its first generated eos_id; ended rows leave the batch
+    seed            same seed, same row number, same prompt: same text, whatever else is in the batch
+    trained         the block sizes the network was trained with, to refuse others; None: anything goes
+    use_cache       False recomputes everything at every pass: slow, equal, for tests
+
+    A prompt that ends inside a block is read as part of that block: well understood by masked models (visible is known); a
+    time-conditioned uniform model trained without prompts takes it for noise at first. End it at a block, or use ar_tokens.
+
+    Raises ValueError, at the first next() or, for a sampler's own options, at the first block: for lengths the model cannot
+    hold, ids it does not know, bad temperature or top_p, a sampler that the noise or the network cannot serve, and AR tokens
+    from a model whose clean stream is block-causal (its cache fits one block size only).
+    """
+    cfg, device = model.cfg, next(model.parameters()).device
+    home = torch.device("cpu") if device.type == "mps" else device  # sampling wants float64
+    prompt = [torch.as_tensor(p, dtype=torch.long) for p in prompt]
+    if any(p.dim() != 1 or ((p < 0) | (p >= process.vocab_size) | (p == process.mask_id)).any() for p in prompt):
+        raise ValueError(f"a prompt is a sequence of ids below {process.vocab_size}, and no mask")
+    if block_size < 1 or (steps is not None and steps < 1) or not prompt or min(ar_tokens, max_new_tokens or 0) < 0:
+        raise ValueError(
+            f"block_size {block_size}, steps {steps} and {len(prompt)} prompts must be at least 1, ar_tokens and max_new_tokens 0"
+        )
+    first = torch.tensor([len(p) for p in prompt])  # (B,) first generated position
+    end = first + max_new_tokens if max_new_tokens is not None else first.clamp(min=cfg.seq_len)  # (B,)
+    B, W = len(prompt), -(-int(end.max()) // block_size) * block_size
+    sharpen(torch.zeros(1), temperature, top_p)  # complains now, not at the first pass
+    if W > cfg.seq_len:
+        raise ValueError(f"{int(end.max())} tokens in blocks of {block_size} take {W} positions; the model has {cfg.seq_len}")
+    if ar_tokens and block_size > 1 and not cfg.clean_causal:
+        raise ValueError("the clean stream of this model is block-causal: its cache cannot serve block size 1 as well")
+    name = sampler.__name__
+    for b in {block_size, 1} if ar_tokens else {block_size}:
+        if trained is not None and b not in trained:
+            raise ValueError(f"this network was trained on block sizes {', '.join(map(str, trained))}, not {b}")
+    if (block_size == 1) != (sampler is ar) and not (block_size == 1 and sampler is ancestral):
+        raise ValueError(f"block size 1 and the sampler ar belong together: got {block_size} and {name}")
+    if sampler in (MASKED_ONLY if process.mask_id is None else UNIFORM_ONLY):
+        raise ValueError(f"{name} is not defined for {'uniform' if process.mask_id is None else 'masked'} noise")
+    if sampler in OWN_PACE and steps is not None and block_size > 1:
+        raise ValueError(f"{name} takes as many passes as it needs: steps mean nothing")
+
+    x = torch.full((B, W), NOTHING, device=home)
+    for row, p in zip(x, prompt, strict=True):
+        row[: len(p)] = p.to(home)
+    rows, known = torch.arange(B), first.clone()  # rows still in the batch, and how far each is written (on the CPU: no syncs)
+    done = first >= end
+    counts = {"nfe": 0, "nfe_rows": torch.zeros(B, dtype=torch.long), "token_forwards": 0}
+    cache = KVCache(cfg, B, W + 2 * block_size, device, model.embed.weight.dtype) if use_cache else None
+
+    def state(span, step, finished=False):
+        now = (counts["nfe"], counts["nfe_rows"].clone(), counts["token_forwards"])
+        return State(x.clone(), (int(span[0]), int(span[-1]) + 1), step, finished, done.clone(), *now)
+
+    def leave():
+        """Drop the rows that are done from the batch."""
+        nonlocal rows
+        stay = ~done[rows]
+        if cache is not None and not stay.all():
+            cache.keep(stay.to(device))
+        rows = rows[stay]
+
+    yield state((0, -1), 0, True)
+    leave()
+    ar_end = torch.minimum(first + ar_tokens, end)
+    phases = (1, ar_end, ar, {}), (block_size, end, ar if block_size == 1 else sampler, options)  # either may be empty
+    for b, stop, inside, settings in phases:
+        if len(rows) == 0:
+            break
+        begin = int(known[rows].min()) // b * b
+        if cache is not None:
+            cache.length = min(cache.length, begin)  # tokens of rows that waited in the first phase are not real yet
+        while len(rows) and begin < int(stop[rows].max()):
+            span = torch.arange(begin, begin + b)
+            begin += b
+            open = (span >= known[rows, None]) & (known[rows] < stop[rows])[:, None]  # (R, b): to be written now
+            if not open.any():
+                continue  # prompt in every row: the next pass reads it
+            block = Block(model, process, cache, counts, x, rows, span, open, seed, trained, steps, schedule, temperature, top_p)
+            if b > 1:
+                block.show()
+                yield state(span, 0)  # noise, to look at
+            step, latest = 0, None  # one behind: only the sampler knows which step is its last
+            for _ in inside(block, **settings):
+                if latest is not None:
+                    yield latest
+                block.show()
+                step += 1
+                latest = state(span, step)
+            known[rows] = torch.where(open.any(1), span[-1] + 1, known[rows])
+            cut = end[rows]  # (R,) where each row ends
+            if eos_id is not None:
+                hit = open & (span < cut[:, None]) & (block.x == eos_id).cpu()
+                cut = torch.where(hit.any(1), span[hit.int().argmax(1)] + 1, cut)
+            over = known[rows] >= cut
+            for r, c in zip(rows[over].tolist(), cut[over].tolist(), strict=True):
+                done[r], x[r, c:] = True, NOTHING
+            yield state(span, step, True)
+            leave()

@@ -1,0 +1,106 @@
+"""
+What a random network does on an alphabet small enough to enumerate: every state, every transition, the whole distribution.
+"""
+
+import itertools
+import math
+
+import torch
+
+import diffusion as d
+from model import ModelConfig, Transformer
+
+V3 = 3  # letters of the enumerable alphabet
+P_VALUE = 1e-4
+
+
+def chi_squared(counts, p):
+    """Survival probability of Pearson's statistic, cells with an expected count below 5 pooled (Wilson-Hilferty)."""
+    expected = p * counts.sum()
+    small = expected < 5
+    o = torch.cat((counts[~small], counts[small].sum()[None])).double()
+    e = torch.cat((expected[~small], expected[small].sum()[None])).double()
+    o, e = o[e > 0], e[e > 0]
+    if counts[p == 0].sum() > 0:
+        return 0.0
+    k = len(o) - 1
+    z = (((o - e) ** 2 / e).sum() / k) ** (1 / 3)
+    z = (z - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
+    return 0.5 * math.erfc(z / math.sqrt(2))
+
+
+def states(V, L):
+    return torch.tensor(list(itertools.product(range(V), repeat=L)))
+
+
+def net(process, seed=0, **kw):
+    """A small Transformer with random weights and peaked outputs."""
+    torch.manual_seed(seed)
+    extra = 1 if getattr(process, "ar_token", None) is not None else 0
+    model = Transformer(
+        ModelConfig(process.vocab_size, 8, n_layers=2, n_heads=2, d_model=16, cond_dim=8, n_extra_tokens=extra, **kw)
+    ).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.5)
+    return model
+
+
+def kernel(model, process, context, b, n_fixed, a_t, a_s, **kw):
+    """Exact one-step kernel (m, m) on the V^b states of the block behind `context`, whose first n_fixed tokens are prompt."""
+    x = states(process.vocab_size, b)
+    with torch.no_grad():
+        logits = model(context.expand(len(x), -1), x, b, start=context.size(0), sigma=d.sigma(torch.tensor(a_t)).expand(len(x)))
+    p = process.posterior_probs(logits, x, a_t, a_s, **kw)  # (m, b, V)
+    free = torch.stack([p[:, i, x[:, i]] for i in range(n_fixed, b)]).prod(0)
+    return free * (x[:, None, :n_fixed] == x[None, :, :n_fixed]).all(-1)
+
+
+def enumerated(model, process, b, steps, L, prompt=(), **kw):
+    """The exact distribution of blockwise ancestral sampling, by matrix products: {sequence: probability}."""
+    done = {(): 1.0}
+    grid = d.loglinear(torch.linspace(1, 0, steps + 1, dtype=torch.float64))[0].tolist()
+    x = states(process.vocab_size, b)
+    for n in range(0, L, b):
+        longer, fixed = {}, torch.tensor(prompt[n : n + b], dtype=torch.long)
+        k = len(fixed)
+        prior = (
+            (x[:, k:] == process.mask_id).all(-1).double()
+            if isinstance(process, d.Masked)
+            else torch.full((len(x),), process.vocab_size ** -float(b - k))
+        )
+        for context, weight in done.items():
+            p = prior.double() * (x[:, :k] == fixed).all(-1)
+            for a_t, a_s in zip(grid[:-1], grid[1:], strict=True) if k < b else ():
+                p = p @ kernel(model, process, torch.tensor(context, dtype=torch.long), b, k, a_t, a_s, **kw)
+            longer.update({context + tuple(state): weight * q for state, q in zip(x.tolist(), p.tolist(), strict=True) if q > 0})
+        done = longer
+    return done
+
+
+def last(iterator):
+    for state in iterator:
+        pass
+    return state
+
+
+KINDS = {
+    "masked": (lambda: d.Masked(V3 + 1, V3), {}),
+    "uniform loo": (lambda: d.Uniform(V3), {}),
+    "uniform denoiser, timed": (lambda: d.Uniform(V3, "denoiser"), {"time_conditioning": True}),
+    "uniform denoiser, ar token": (lambda: d.Uniform(V3, "denoiser", ar_token=V3), {"time_conditioning": True}),
+}
+
+
+def enumerated_ar(model, process, L):
+    done = {(): 1.0}
+    for n in range(L):
+        probe = process.ar_input((1, 1))
+        longer = {}
+        for context, w in done.items():
+            ctx = torch.tensor([context], dtype=torch.long)
+            with torch.no_grad():
+                z = model(ctx, probe, 1, start=n, sigma=d.sigma(torch.zeros(1)))
+            for v, q in enumerate(process.posterior_probs(z, process.prior((1, 1)), 0.0, 1.0)[0, 0].tolist()):
+                longer[(*context, v)] = longer.get((*context, v), 0) + w * q
+        done = longer
+    return {k: v for k, v in done.items() if v > 0}

@@ -1,0 +1,161 @@
+"""
+Why believe generate.py? Ancestral and AR sampling draw their enumerated distributions, through the same loop with its prompts,
+cache, early ends and counts.
+"""
+
+import math
+
+import pytest
+import torch
+from exact import KINDS, P_VALUE, V3, chi_squared, enumerated, enumerated_ar, last, net
+
+import diffusion as d
+from generate import NOTHING, generate
+
+
+@pytest.mark.parametrize(
+    "b, steps, prompt, sharp", [(2, 3, (), (1.0, 1.0)), (4, 4, (), (1.0, 1.0)), (2, 2, (2,), (1.0, 1.0)), (2, 2, (), (1.5, 0.9))]
+)
+@pytest.mark.parametrize("kind", ["masked", "uniform loo", "uniform denoiser, timed"])
+def test_the_sampler_draws_the_enumerated_distribution(kind, b, steps, prompt, sharp):
+    make, kw = KINDS[kind]
+    process, L, n = make(), 4, 40_000
+    model = net(process, seed=1, **kw)
+    p = enumerated(model, process, b, steps, L, prompt, temperature=sharp[0], top_p=sharp[1])
+    x = last(
+        generate(
+            model, process, [prompt] * n, block_size=b, steps=steps, max_new_tokens=L - len(prompt), temperature=sharp[0], top_p=sharp[1]
+        )
+    ).x
+    counts = (x * torch.tensor([V3**k for k in range(L)])).sum(-1).bincount(minlength=V3**L)
+    expected = torch.zeros(V3**L, dtype=torch.float64)
+    for seq, q in p.items():
+        expected[sum(v * V3**k for k, v in enumerate(seq))] = q
+    assert abs(expected.sum() - 1) < 1e-6
+    assert chi_squared(counts, expected) > P_VALUE
+    other = enumerated(model, process, b, steps + 2, L, prompt, temperature=sharp[0], top_p=sharp[1])
+    wrong = torch.zeros_like(expected)
+    for seq, q in other.items():
+        wrong[sum(v * V3**k for k, v in enumerate(seq))] = q
+    if (wrong - expected).abs().sum() > 0.04:  # where two more steps matter, the test tells them apart
+        assert chi_squared(counts, wrong) < P_VALUE
+    elif sharp == (1.0, 1.0):
+        assert kind != "masked"  # where steps matter most
+
+
+@pytest.mark.parametrize("kind", ["masked", "uniform denoiser, ar token"])
+def test_ar_sampling_and_ar_then_block_draw_their_distributions(kind):
+    make, kw = KINDS[kind]
+    process, n = make(), 40_000
+    model = net(process, seed=1, **kw)
+    chain = enumerated_ar(model, process, 3)
+    x = last(generate(model, process, [()] * n, block_size=1, max_new_tokens=3)).x
+    expected = torch.zeros(V3**3, dtype=torch.float64)
+    for seq, q in chain.items():
+        expected[sum(v * V3**k for k, v in enumerate(seq))] = q
+    code = lambda x: (x * torch.tensor([1, V3, V3**2])).sum(-1).bincount(minlength=V3**3)
+    assert chi_squared(code(x), expected) > P_VALUE
+    # two tokens by AR, then a block of two
+    state = last(generate(model, process, [()] * n, block_size=2, steps=2, max_new_tokens=4, ar_tokens=2))
+    assert state.nfe == 2 + 2
+    expected = torch.zeros(V3**4, dtype=torch.float64)
+    for context, w in enumerated_ar(model, process, 2).items():
+        for seq, q in enumerated(model, process, 2, 2, 4, context).items():
+            expected[sum(v * V3**k for k, v in enumerate(seq))] += w * q
+    assert chi_squared((state.x * torch.tensor([V3**k for k in range(4)])).sum(-1).bincount(minlength=V3**4), expected) > P_VALUE
+    # AR that stops inside a block: the block keeps its first token
+    state = last(generate(model, process, [()] * 50, block_size=4, steps=2, max_new_tokens=4, ar_tokens=1, seed=3))
+    ar = last(generate(model, process, [()] * 50, block_size=1, max_new_tokens=1, seed=3))
+    assert torch.equal(state.x[:, :1], ar.x)
+
+
+# ----- the loop
+
+
+RAGGED = [(), (1,), (0, 2, 1), (2, 2, 2, 2, 0), (1, 0)]
+
+
+@pytest.mark.parametrize("b, ar_tokens", [(1, 0), (2, 0), (4, 0), (2, 1), (4, 2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ragged_prompts_and_batch_mates_change_nothing(kind, b, ar_tokens):
+    make, kw = KINDS[kind]
+    process = make()
+    model = net(process, **kw).double()
+    run = lambda prompts, **k: last(
+        generate(model, process, prompts, block_size=b, steps=3, seed=5, max_new_tokens=3, ar_tokens=ar_tokens, **k)
+    )
+    together = run(RAGGED)
+    assert together.done.all()
+    for cached in (True, False):
+        assert torch.equal(run(RAGGED, use_cache=cached).x, together.x)
+    for i, prompt in enumerate(RAGGED):
+        n = len(prompt)
+        assert together.x[i, :n].tolist() == list(prompt), "the prompt stays"
+        assert (together.x[i, n : n + 3] >= 0).all() and (together.x[i, n + 3 :] == NOTHING).all()
+        mates = [prompt] * (i + 1)  # same row number, other mates
+        assert torch.equal(run(mates).x[i, : n + 3], together.x[i, : n + 3])
+
+
+@pytest.mark.parametrize("kind", ["masked", "uniform loo"])
+def test_a_row_ends_at_its_first_generated_eos_and_leaves(kind):
+    make, kw = KINDS[kind]
+    process, eos = make(), 1
+    model = net(process, **kw)
+    prompts = [(1, 0), (0,), (1, 1, 1), ()] * 10  # an EOS in the prompt ends nothing
+    free = last(generate(model, process, prompts, block_size=2, steps=2, max_new_tokens=5, seed=2))
+    sizes = []
+    forward = model.forward
+    model.forward = lambda clean, noisy, *a: sizes.append(noisy.size(0)) or forward(clean, noisy, *a)
+    state = last(generate(model, process, prompts, block_size=2, steps=2, max_new_tokens=5, seed=2, eos_id=eos))
+    ended = 0
+    for i, p in enumerate(prompts):
+        new, unstopped = state.x[i, len(p) : len(p) + 5].tolist(), free.x[i, len(p) : len(p) + 5].tolist()
+        stop = unstopped.index(eos) + 1 if eos in unstopped else 5
+        ended += stop < 4
+        assert new[:stop] == unstopped[:stop], "stopping changes no token before it"
+        assert (state.x[i, len(p) + stop :] == NOTHING).all()
+    assert ended > 3 and sizes[0] == 20 > sizes[-1], "ended rows cost no more passes, nor do those whose prompt fills the block"
+    assert state.nfe == len(sizes) and state.nfe_rows.max() <= state.nfe and state.nfe_rows.min() < state.nfe_rows.max()
+
+
+def test_the_loop_is_an_iterator_of_states_and_counts():
+    process = d.Masked(V3 + 1, V3)
+    seen = list(generate(net(process), process, [(0,)] * 3, block_size=4, steps=2, max_new_tokens=7))
+    spans = [((0, 0), 0, 0), ((0, 4), 0, 0), ((0, 4), 1, 1), ((0, 4), 2, 2), ((4, 8), 0, 2), ((4, 8), 1, 3), ((4, 8), 2, 4)]
+    assert [(s.span, s.step, s.nfe) for s in seen] == spans
+    assert seen[1].x.tolist() == [[0, V3, V3, V3] + [NOTHING] * 4] * 3 and (seen[-1].x < V3).all()
+    # every pass: 4 noisy tokens a row, plus the first block's 4 clean ones once
+    assert seen[-1].token_forwards == 3 * (4 * 4 + 4) and seen[-1].nfe_rows.tolist() == [4, 4, 4]
+    moved = seen[2].x != V3
+    assert torch.equal(seen[3].x[moved], seen[2].x[moved]), "masked: a written token stays"
+    assert not torch.equal(seen[2].x, seen[3].x)
+    none = list(generate(net(process), process, [(0,)], block_size=4, max_new_tokens=0))
+    assert len(none) == 1 and none[0].done.all()
+
+
+def test_greedy_needs_no_luck_and_bad_requests_are_refused():
+    process = d.Masked(V3 + 1, V3)
+    model = net(process)
+    run = lambda **k: last(generate(model, process, [(0,), (1, 2)], **{"block_size": 1, **k})).x
+    assert torch.equal(run(temperature=0.0, seed=1), run(temperature=0.0, seed=2))
+    assert not torch.equal(run(seed=1), run(seed=2))
+    for bad in (
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"top_p": 0},
+        {"block_size": 3},
+        {"max_new_tokens": 20},
+        {"steps": 0, "block_size": 2},
+        {"max_new_tokens": -1},
+    ):
+        with pytest.raises(ValueError):
+            run(**bad)
+    for bad in ([[0, -1]], [[V3]], [[V3 + 1]], [], [0, 1]):  # no such id, the mask, none, not a list of prompts
+        with pytest.raises(ValueError):
+            last(generate(model, process, bad, block_size=1))
+    assert last(generate(model, process, torch.tensor([[0, 1]]), block_size=1)).x.shape == (1, 8)
+    single = net(process, clean_causal=False)
+    with pytest.raises(ValueError, match="block-causal"):
+        last(generate(single, process, [()], block_size=4, ar_tokens=2))
+    run = lambda cached: last(generate(single.double(), process, [(0,), (1, 2, 0, 1, 2)], block_size=4, use_cache=cached)).x
+    assert torch.equal(run(True), run(False)), "its own block size it serves"
