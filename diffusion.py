@@ -134,7 +134,7 @@ def sharpen(logits, temperature=1.0, top_p=1.0):
 
 def _column(alpha, like):
     """An alpha as float64 that broadcasts against (B, L); small numbers like 1 - alpha must not be rounded first."""
-    alpha = torch.as_tensor(alpha).to(like.device, _float(like.device))
+    alpha = torch.as_tensor(alpha, dtype=_float(like.device), device=like.device)  # a Python float as it is, not by way of float32
     return alpha[:, None] if alpha.dim() == 1 else alpha
 
 

@@ -196,14 +196,19 @@ def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=Non
     """
     cfg, device = model.cfg, next(model.parameters()).device
     home = torch.device("cpu") if device.type == "mps" else device  # sampling wants float64
-    prompt = [torch.as_tensor(p, dtype=torch.long) for p in prompt]
-    if any(p.dim() != 1 or ((p < 0) | (p >= process.vocab_size) | (p == process.mask_id)).any() for p in prompt):
-        raise ValueError(f"a prompt is a sequence of ids below {process.vocab_size}, and no mask")
-    if block_size < 1 or (steps is not None and steps < 1) or not prompt or min(ar_tokens, max_new_tokens or 0) < 0:
+    if not torch.is_tensor(prompt):
+        prompt = [torch.as_tensor(p, dtype=torch.long) for p in prompt]
+    if any(p.dim() != 1 for p in prompt[: 1 if torch.is_tensor(prompt) else None]):
+        raise ValueError("a prompt is a sequence of ids, and they come in a list")
+    if block_size < 1 or (steps is not None and steps < 1) or not len(prompt) or min(ar_tokens, max_new_tokens or 0) < 0:
         raise ValueError(
             f"block_size {block_size}, steps {steps} and {len(prompt)} prompts must be at least 1, ar_tokens and max_new_tokens 0"
         )
     first = torch.tensor([len(p) for p in prompt])  # (B,) first generated position
+    padded = prompt.long() if torch.is_tensor(prompt) else torch.nn.utils.rnn.pad_sequence(prompt, True)  # (B, P)
+    real = torch.arange(padded.size(1)) < first[:, None]
+    if (real & ((padded < 0) | (padded >= process.vocab_size) | (padded == process.mask_id)).cpu()).any():
+        raise ValueError(f"a prompt is a sequence of ids below {process.vocab_size}, and no mask")
     end = first + max_new_tokens if max_new_tokens is not None else first.clamp(min=cfg.seq_len)  # (B,)
     B, W = len(prompt), -(-int(end.max()) // block_size) * block_size
     sharpen(torch.zeros(1), temperature, top_p)  # complains now, not at the first pass
@@ -223,8 +228,7 @@ def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=Non
         raise ValueError(f"{name} takes as many passes as it needs: steps mean nothing")
 
     x = torch.full((B, W), NOTHING, device=home)
-    for row, p in zip(x, prompt, strict=True):
-        row[: len(p)] = p.to(home)
+    x[:, : padded.size(1)] = torch.where(real.to(home), padded.to(home), NOTHING)
     rows, known = torch.arange(B), first.clone()  # rows still in the batch, and how far each is written (on the CPU: no syncs)
     done = first >= end
     counts = {"nfe": 0, "nfe_rows": torch.zeros(B, dtype=torch.long), "token_forwards": 0}
@@ -275,7 +279,8 @@ def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=Non
                 hit = open & (span < cut[:, None]) & (block.x == eos_id).cpu()
                 cut = torch.where(hit.any(1), span[hit.int().argmax(1)] + 1, cut)
             over = known[rows] >= cut
-            for r, c in zip(rows[over].tolist(), cut[over].tolist(), strict=True):
-                done[r], x[r, c:] = True, NOTHING
+            done[rows[over]] = True
+            ended = rows[over].to(home)
+            x[ended] = torch.where(torch.arange(W, device=home) < cut[over].to(home)[:, None], x[ended], NOTHING)
             yield state(span, step, True)
             leave()

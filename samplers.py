@@ -139,8 +139,8 @@ def arpc(block, *, guide_every=1, warmup=0, corruption="ar", metric="", verify_t
         logits = block.predict(a_t)
         if corruption in ("divergence", "diffusion"):
             now = process.denoiser_logits(logits, block.x, a_t).log_softmax(-1)  # (R, b, V)
-            seen = (block.x != process.mask_id) & (process.mask_id is not None)
-            p = now if p is None else torch.where(seen[..., None], p, now)
+            masked = block.x == process.mask_id if process.mask_id is not None else torch.ones_like(block.open)
+            p = now if p is None else torch.where(masked[..., None], now, p)
         if k < warmup or (k - warmup) % guide_every or k + 1 == block.steps:
             block.write(block.posterior(logits, a_t, a_s, noise))
             yield

@@ -8,6 +8,7 @@ import math
 import torch
 
 import diffusion as d
+from generate import generate
 from model import ModelConfig, Transformer
 
 V3 = 3  # letters of the enumerable alphabet
@@ -24,6 +25,7 @@ def chi_squared(counts, p):
     if counts[p == 0].sum() > 0:
         return 0.0
     k = len(o) - 1
+    assert k > 0, "one cell only: nothing to test"
     z = (((o - e) ** 2 / e).sum() / k) ** (1 / 3)
     z = (z - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
     return 0.5 * math.erfc(z / math.sqrt(2))
@@ -104,3 +106,71 @@ def enumerated_ar(model, process, L):
                 longer[(*context, v)] = longer.get((*context, v), 0) + w * q
         done = longer
     return {k: v for k, v in done.items() if v > 0}
+
+
+# ----- samplers, through the loop itself
+
+
+def quick(model):
+    """The same network, which reads equal rows once: 1e5 draws on an enumerable alphabet are a few hundred different inputs."""
+    forward, timed = model.forward, model.time is not None
+
+    def unique(clean, noisy, block_size, start=0, sigma=None, cache=None):
+        assert cache is None, "use_cache=False: rows are what the network is asked"
+        parts = [clean.double(), noisy.double()] + ([sigma.view(len(noisy), -1).double()] if timed else [])
+        rows, back = torch.cat(parts, dim=1).unique(dim=0, return_inverse=True)
+        c, n = clean.size(1), noisy.size(1)
+        level = None if not timed else rows[:, c + n :].reshape(-1) if sigma.dim() == 1 else rows[:, c + n :]
+        return forward(rows[:, :c].long(), rows[:, c : c + n].long(), block_size, start, level)[back]
+
+    model.forward = unique
+    return model
+
+
+def blocks(model, process, b, n, sampler, seed=0, prompt=(), **kw):
+    """Counts (V^b,) of the blocks that n runs of a sampler end in; letters only, no mask. Rows are states(V, b) in order."""
+    prompts = torch.tensor([prompt] * n, dtype=torch.long)
+    kw = {"max_new_tokens": b - len(prompt), "seed": seed, "use_cache": False, **kw}
+    run = generate(model, process, prompts, block_size=b, sampler=sampler, **kw)
+    return code(last(run).x, V3).bincount(minlength=V3**b)
+
+
+def code(x, V):
+    """The row of states(V, L) that x (n, L) is."""
+    return (x * V ** torch.arange(x.size(1) - 1, -1, -1)).sum(-1)
+
+
+def letters(p, process, b):
+    """A distribution over states(V, b) as one over states(V3, b): the mask must have no mass left."""
+    x = states(process.vocab_size, b)
+    real = (x < V3).all(-1)
+    assert p[~real].sum() < 1e-9, f"{p[~real].sum():.2e} of the mass still has masks"
+    return p[real]
+
+
+def network(model, process, b, alpha):
+    """Every state x (m, b) of a block without context, and the logits (m, b, V) of the network there."""
+    x = states(process.vocab_size, b)
+    with torch.no_grad():
+        return x, model(x[:, :0], x, b, 0, d.sigma(torch.as_tensor(alpha, dtype=torch.float64)).expand(len(x))).double()
+
+
+def product(p, x):
+    """Independent tokens: p (m, b, V) -> (m, m), the probability of every state of x."""
+    return torch.stack([p[:, i, x[:, i]] for i in range(x.size(1))]).prod(0)
+
+
+def prior(process, b):
+    x = states(process.vocab_size, b)
+    return (x == process.mask_id).all(-1).double() if process.mask_id is not None else torch.full((len(x),), float(len(x)) ** -1).double()
+
+
+def ar_probs(model, process, y):
+    """p_AR(y_i | y_<i) over the vocabulary, (m, b, V), one token after another: for y (m, b)."""
+    out = []
+    for i in range(y.size(1)):
+        ask = process.ar_input((len(y), 1))
+        with torch.no_grad():
+            logits = model(y[:, :i], ask, 1, i, d.sigma(torch.zeros(len(y)))).double()
+        out.append(process.posterior_probs(logits, process.prior((len(y), 1)), 0.0, 1.0)[:, 0])
+    return torch.stack(out, dim=1)

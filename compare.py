@@ -1,0 +1,176 @@
+"""
+Which sampler? All of them on one checkpoint: accuracy against passes, tokens per second, distinct answers.
+
+    python compare.py --ckpt out/sudoku                       every sampler at 1, 2, 4, 8, 16 steps; one JSON line each in --out
+    python compare.py --ckpt out/sudoku --clues false         the same without prompts
+    python compare.py --report docs/samplers                  tables and a plot of everything in --out (needs matplotlib)
+
+Lines that are there already are not made again, so a run that was stopped goes on.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+from dataset import Dataset
+from diffusion import SCHEDULES
+from eval import accuracy, prompts_of
+from samplers import MASKED_ONLY, OWN_PACE, SAMPLERS, UNIFORM_ONLY
+from settings import die, load_config
+from train import pick_device, trained_with
+
+LINES = [  # a sampler and the options that differ from its defaults
+    ("ar", {}),
+    ("ancestral", {}),
+    ("ancestral", {"greedy_tail": True}),
+    ("arpc", {}),
+    ("arpc", {"metric": "gap"}),
+    ("arpc", {"corruption": "divergence"}),
+    ("arpc", {"corruption": "diffusion", "metric": "confidence"}),
+    ("arpc", {"corruption": "random"}),
+    ("psi", {}),
+    ("psi", {"kappa": "pc"}),
+    ("psi", {"kappa": "0.55:posterior,0.05@0.9:remask,0:posterior", "eta": 0.05}),
+    ("remdm_cap", {}),
+    ("remdm_rescale", {}),
+    ("remdm_conf", {}),
+    ("remdm_loop", {}),
+    ("first_hitting", {}),
+    ("confidence", {}),
+    ("threshold", {}),
+    ("factor", {}),
+    ("entropy_bound", {}),
+    ("rcr", {}),
+    ("saber", {}),
+    ("prophet", {}),
+    ("sched", {}),
+    ("gibbs", {}),
+    ("max_coupling", {}),
+    ("edlm", {}),
+    ("agreement", {}),
+    ("speculation", {}),
+    ("speculation", {"draft": "diffusion"}),
+    ("speculation", {"draft": "diffusion", "rule": "rejection"}),
+    ("speculation", {"draft": "first"}),
+    ("speculation", {"draft": "random"}),
+]
+STEPS = (1, 2, 4, 8, 16)
+
+
+@dataclass
+class CompareConfig:
+    ckpt: str = "out/sudoku"  # a training run's out_dir, with block size 1 in its mixture
+    out: str = "docs/samplers.jsonl"  # where the lines go
+    n_eval: int = 512  # samples a line
+    clues: bool = True  # false: blank prompts (sudoku)
+    max_new_tokens: int = 0  # per sample; 0: up to the end of the context
+    temperature: float = 1.0
+    seed: int = 1
+    report: str = ""  # this path with .md and .png, from the lines in --out; nothing is sampled
+    device: str = "auto"
+
+
+def label(row):
+    """arpc metric=gap"""
+    return " ".join([row["sampler"], *(f"{k}={v}" for k, v in row["options"].items())])
+
+
+def setting(row):
+    """sudoku, masked, with clues"""
+    clues = {True: ", with clues", False: ", without clues"}.get(row["clues"], "")
+    return f"{row['dataset']}, {row['process']}{clues}" + (f", temperature {row['temperature']:g}" if row["temperature"] != 1 else "")
+
+
+def report(rows, path):
+    """path.md: a table a setting, a line a sampler; path.png: accuracy against passes per token."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        die("the plot needs matplotlib", "pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    settings = list(dict.fromkeys(map(setting, rows)))
+    names = list(dict.fromkeys(map(label, rows)))
+    across = min(2, len(settings))
+    figure, axes = plt.subplots(-(-len(settings) // across), across, figsize=(8 * across, 5.5 * -(-len(settings) // across)), squeeze=False)
+    out = []
+    for axis, name in zip(axes.flat, settings, strict=False):
+        mine = [r for r in rows if setting(r) == name]
+        out += [
+            f"\n### {name}\n",
+            "| sampler | " + " | ".join(f"{n} steps" if n > 1 else "1 step" for n in STEPS) + " | distinct | tokens/s |",
+        ]
+        out += ["| --- " * (len(STEPS) + 3) + "|"]
+        for i, sampler in enumerate(names):
+            line = {r["steps"]: r for r in mine if label(r) == sampler}
+            if not line:
+                continue
+            show = lambda r: f"{100 * r['accuracy']:.0f} ({r['nfe_row']:.1f})" if r else ""
+            last = line[max(line, key=lambda k: k or 0)]
+            cells = [show(line.get(n)) for n in STEPS]
+            if None in line:
+                cells[-1] = f"own pace: {show(line[None])}"
+            out.append(f"| {sampler} | {' | '.join(cells)} | {last['distinct']} / {last['expected']:.0f} | {last['tokens_per_s']:,.0f} |")
+            points = sorted((r["nfe_token"], 100 * r["accuracy"], 100 * r["low"], 100 * r["high"]) for r in line.values())
+            x, y, low, high = zip(*points, strict=True)
+            spread = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+            style = dict(color=plt.cm.tab20(i % 20), marker="osD^v<>pP*Xh"[i % 12], linestyle="-" if i < 20 else "--")
+            axis.errorbar(x, y, yerr=spread, label=sampler, markersize=5, linewidth=1, elinewidth=0.5, **style)
+        axis.set(title=name, xscale="log", xlabel="passes per token", ylabel="% correct (95 % interval)")
+        axis.grid(alpha=0.3)
+    handles = {text: h for axis in axes.flat for h, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    figure.tight_layout()
+    figure.savefig(f"{path}.png", dpi=70, bbox_inches="tight")
+    Path(f"{path}.md").write_text("\n".join(out).lstrip() + "\n")
+    print(f"{path}.md, {path}.png: {len(rows)} lines")
+
+
+def main():
+    cfg = load_config(CompareConfig, sys.argv[1:])
+    lines = [json.loads(line) for line in Path(cfg.out).read_text().splitlines()] if Path(cfg.out).exists() else []
+    if cfg.report:
+        if not lines:
+            die(f"{cfg.out} holds no lines yet", "python compare.py --ckpt out/sudoku")
+        return report(lines, cfg.report)
+    state = checkpoint.load(cfg.ckpt)
+    run = trained_with(state)
+    data = Dataset(run.dataset, run.seq_len)
+    data.same_as(state["meta"])
+    model, process = checkpoint.build(run, state["meta"]["vocab_size"])
+    model.load_state_dict(state["ema"])
+    model = model.to(pick_device(cfg.device)[0]).eval()
+    trained = sorted(run.block_sizes)
+    if trained[0] != 1 or len(trained) < 2:
+        die(
+            f"{cfg.ckpt} was trained on block sizes {', '.join(map(str, trained))}: half the samplers need 1 and another",
+            "--ckpt out/sudoku",
+        )
+    prompts = prompts_of(data, cfg.n_eval, cfg.clues)
+    what = {"dataset": run.dataset, "process": run.process, "clues": cfg.clues if any(len(p) for p in prompts) else None}
+    what |= {"n": len(prompts), "temperature": cfg.temperature, "seed": cfg.seed, "train_steps": state["step"]}
+    what |= {"max_new_tokens": cfg.max_new_tokens, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    todo = []
+    for name, options in LINES:
+        if SAMPLERS[name] not in (MASKED_ONLY if process.mask_id is None else UNIFORM_ONLY):
+            for steps in [None] if SAMPLERS[name] in OWN_PACE else STEPS:
+                row = {**what, "sampler": name, "options": options, "steps": steps}
+                if not any(all(line[k] == v for k, v in row.items()) for line in lines):
+                    todo.append(row)
+    for row in tqdm(todo, desc=run.dataset):
+        how = {"block_size": 1 if row["sampler"] == "ar" else trained[-1], "steps": row["steps"], "temperature": cfg.temperature}
+        how |= {"max_new_tokens": cfg.max_new_tokens or None, "schedule": SCHEDULES[run.schedule], "trained": trained, **row["options"]}
+        result = accuracy(model, process, data, prompts, cfg.seed, sampler=SAMPLERS[row["sampler"]], **how)
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+        with open(cfg.out, "a") as f:
+            f.write(json.dumps(row | result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,813 @@
+"""
+Why believe samplers.py? On an alphabet of 3 letters every sampler draws the distribution that its equation gives when it is
+written out densely, in plain loops; and all of them keep the promises of the loop: cached = uncached, prompts stay, counts count.
+"""
+
+import inspect
+import itertools
+import math
+
+import pytest
+import torch
+from exact import (
+    KINDS,
+    P_VALUE,
+    V3,
+    ar_probs,
+    blocks,
+    chi_squared,
+    code,
+    enumerated_ar,
+    last,
+    letters,
+    net,
+    network,
+    prior,
+    product,
+    quick,
+    states,
+)
+
+import diffusion as d
+import samplers as s
+from generate import NOTHING, generate
+
+N = 100_000  # draws
+GRID = {n: d.loglinear(torch.linspace(1, 0, n + 1, dtype=torch.float64))[0].tolist() for n in range(1, 9)}
+
+
+def setup(kind, seed=1, soft=0.4):
+    """A random network and its process. Block size 1 reads a constant, so that p_AR is one distribution."""
+    make, kw = KINDS[kind]
+    process = make()
+    if process.mask_id is None:
+        process = d.Uniform(V3, process.predicts, ar_token=V3)
+    model = net(process, seed=seed, **kw)
+    model.head.weight.data *= soft  # so that no token is nearly certain
+    model.head.bias.data *= soft
+    return quick(model), process
+
+
+def chain(model, process, b, alphas, step):
+    """The blocks (V3^b,) that kernels step(k, x, logits, a_t, a_s) -> (m, m) end in, from pure noise."""
+    p = prior(process, b)
+    for k, (a_t, a_s) in enumerate(itertools.pairwise(alphas)):
+        p = p @ step(k, *network(model, process, b, a_t), a_t, a_s)
+    return letters(p, process, b)
+
+
+def draws(counts, p, *others):
+    """The draws have distribution p, and the test tells them from the others, where 1e5 draws can. Returns how many it told."""
+    assert abs(p.sum() - 1) < 1e-6
+    gap = (counts / counts.sum() - p).abs().sum() / 2
+    assert chi_squared(counts, p) > P_VALUE, f"{chi_squared(counts, p):.1e}, total variation {gap:.4f}"
+    visible = [other for other in others if (p - other).abs().sum() / 2 > 0.01]
+    assert all(chi_squared(counts, other) < P_VALUE for other in visible)
+    return len(visible)
+
+
+# ----- following the reverse process
+
+
+def reverse(process):
+    return lambda k, x, logits, a_t, a_s: product(process.posterior_probs(logits, x, a_t, a_s), x)
+
+
+def psi_kernel(process, kappa):
+    """kappa(k, a_t, a_s) -> number; the equation, token by token, dense."""
+
+    def step(k, x, logits, a_t, a_s):
+        noise = torch.zeros(process.vocab_size).double()
+        noise[slice(None) if process.mask_id is None else process.mask_id] = 1.0
+        again = a_s * process.posterior_probs(logits, x, a_t, 1.0) + (1 - a_s) * noise / noise.sum()
+        share = kappa(k, a_t, a_s)
+        return product(share * process.posterior_probs(logits, x, a_t, a_s) + (1 - share) * again, x)
+
+    return step
+
+
+@pytest.mark.parametrize("kind", ["masked", "uniform loo", "uniform denoiser, timed"])
+def test_psi_draws_its_kernel_and_kappa_1_is_ancestral(kind):
+    model, process = setup(kind)
+    plain = chain(model, process, 3, GRID[3], reverse(process))
+    assert torch.allclose(plain, chain(model, process, 3, GRID[3], psi_kernel(process, lambda *a: 1.0)))
+    draws(blocks(model, process, 3, N, s.ancestral, steps=3), plain)
+    draws(blocks(model, process, 3, N, s.psi, steps=3, kappa="posterior"), plain)
+    told = 0
+    for eta in (0.0, 0.3, 0.8):
+        p = chain(model, process, 3, GRID[3], psi_kernel(process, lambda k, a_t, a_s, eta=eta: eta if k < 2 else 1.0))
+        told += draws(blocks(model, process, 3, N, s.psi, steps=3, **({"eta": eta} if eta else {"kappa": "pc"})), p, plain)
+    assert told or kind != "masked"
+
+
+PROFILE = "0.7:constant,0.3:cap,0:rescale"
+
+
+@pytest.mark.parametrize("kind", ["masked", "uniform loo"])
+def test_psi_profiles(kind):
+    model, process = setup(kind)
+
+    def kappa(k, a_t, a_s):  # four steps end at times 0.75, 0.5, 0.25, 0
+        limit = min(1.0, (1 - a_s) / a_t) if a_t else 1.0
+        sigma = [None, min(0.45, limit), 0.45 * limit, 0.0][k]
+        return 0.45 if k == 0 else 1.0 if k == 3 else 1 - sigma / (1 - a_s)
+
+    p = chain(model, process, 2, GRID[4], psi_kernel(process, kappa))
+    draws(blocks(model, process, 2, N, s.psi, steps=4, kappa=PROFILE, eta=0.45), p, chain(model, process, 2, GRID[4], reverse(process)))
+    # the loop: alpha climbs to 0.6 at time 0.5, is held until 0.25 and climbs on
+    held = [0.0, 0.3, 0.6, 0.6, 1.0]
+    p = chain(model, process, 2, held, psi_kernel(process, lambda k, a_t, a_s: 1 - 0.2 / (1 - a_s) if k == 2 else 1.0))
+    draws(blocks(model, process, 2, N, s.psi, steps=4, kappa="0.5:posterior,0.25@0.6:remask,0:posterior", eta=0.2), p)
+    for bad in ("fast", "0.5:cap", "0.2:cap,0.5:pc,0:pc", "0.5@0.9:cap,0:pc", "1:pc,0:pc", "x:pc,0:pc", ""):
+        with pytest.raises(ValueError, match="kappa"):
+            blocks(model, process, 2, 1, s.psi, steps=4, kappa=bad)
+
+
+def remdm_kernel(process, sigma):
+    """ReMDM's step from its paper. sigma(k, x, a_t, a_s) -> number or (m, b)."""
+
+    def step(k, x, logits, a_t, a_s):
+        masked, mask = (x == process.mask_id)[..., None], torch.eye(process.vocab_size)[process.mask_id].double()
+        r = torch.as_tensor(sigma(k, x, a_t, a_s), dtype=torch.float64)
+        r = r[..., None] if r.dim() else r
+        p = process.denoiser_logits(logits, x).softmax(-1)
+        lift = (a_s - (1 - r) * a_t) / (1 - a_t)
+        return product(torch.where(masked, lift * p + (1 - lift) * mask, (1 - r) * p + r * mask), x)
+
+    return step
+
+
+def test_remdm_draws_its_kernel_and_is_psi_at_the_mapped_kappa():
+    model, process = setup("masked")
+    limit = lambda a_t, a_s: min(1.0, (1 - a_s) / a_t) if a_t else 1.0
+    rules = {
+        s.remdm_cap: ("cap", lambda k, x, a_t, a_s: min(0.25, limit(a_t, a_s))),
+        s.remdm_rescale: ("rescale", lambda k, x, a_t, a_s: 0.25 * limit(a_t, a_s)),
+    }
+    plain = chain(model, process, 3, GRID[4], reverse(process))
+    for sampler, (word, sigma) in rules.items():
+        p = chain(model, process, 3, GRID[4], remdm_kernel(process, sigma))
+        mapped = lambda k, a_t, a_s, sigma=sigma: 1 - sigma(k, None, a_t, a_s) / (1 - a_s) if a_s < 1 else 1.0
+        assert torch.allclose(p, chain(model, process, 3, GRID[4], psi_kernel(process, mapped)), atol=1e-12), "equal, kernel by kernel"
+        draws(blocks(model, process, 3, N, sampler, steps=4, eta=0.25), p, plain)
+        draws(blocks(model, process, 3, N, s.psi, steps=4, kappa=word, eta=0.25), p, plain)
+    # any sigma up to the limit is a kernel of Psi, with a negative kappa where sigma > 1 - a_s
+    x, logits = network(model, process, 2, 0.0)
+    for a_t, a_s, sigma in ((0.2, 0.5, 0.1), (0.5, 0.7, 0.3), (0.5, 0.8, 0.4), (0.6, 0.6, 0.2)):
+        kernel = remdm_kernel(process, lambda *a, sigma=sigma: sigma)(0, x, logits, a_t, a_s)
+        assert torch.allclose(kernel, psi_kernel(process, lambda *a, q=1 - sigma / (1 - a_s): q)(0, x, logits, a_t, a_s), atol=1e-12)
+    # the loop, and the same as a profile of Psi
+    held = [0.0, 0.3, 0.6, 0.6, 1.0]
+    p = chain(model, process, 3, held, remdm_kernel(process, lambda k, x, a_t, a_s: 0.2 * (k == 2)))
+    for sampler, kw in (
+        (s.remdm_loop, {"t_on": 0.5, "t_off": 0.25, "alpha_on": 0.6}),
+        (s.psi, {"kappa": "0.5:posterior,0.25@0.6:remask,0:posterior"}),
+    ):
+        if sampler is s.remdm_loop:
+            p = chain(
+                model, process, 3, held, remdm_kernel(process, lambda k, x, a_t, a_s: 0.2 * (k in (1, 2) and 0.25 <= 0.75 - k / 4 < 0.5))
+            )
+        draws(blocks(model, process, 3, N, sampler, steps=4, eta=0.2, **kw), p)
+
+
+def tree(step, x, n, memory=None):
+    """The exact distribution after n steps of step(k, x, memory) -> [(probability, x, memory)], for rules with a memory: {x: p}."""
+    front = [(1.0, x, memory)]
+    for k in range(n):
+        front = [(p * q, y, m) for p, x, memory in front if p > 0 for q, y, m in step(k, x, memory)]
+    out = {}
+    for p, x, _ in front:
+        out[x] = out.get(x, 0.0) + p
+    return out
+
+
+def dense(found, b):
+    return torch.tensor([found.get(tuple(x), 0.0) for x in states(V3, b).tolist()], dtype=torch.float64)
+
+
+def table(model, process, b, alpha=0.0):
+    """{block: log p (b, V)} of the network, the mask forbidden."""
+    x, logits = network(model, process, b, alpha)
+    return dict(zip(map(tuple, x.tolist()), process.loo_logits(logits, x, alpha).log_softmax(-1), strict=True))
+
+
+def test_remdm_conf_remembers_the_confidence_of_every_token():
+    model, process = setup("masked")
+    b, M, logp = 2, process.mask_id, table(model, process, 2)
+
+    def step(k, x, memory):
+        a_t, a_s = GRID[3][k : k + 2]
+        limit = min(1.0, (1 - a_s) / a_t) if a_t else 1.0
+        weight = {i: math.exp(-memory[i]) for i in range(b) if x[i] != M}
+        p, each = logp[x].exp(), []
+        for i in range(b):
+            sigma = limit * weight[i] / sum(weight.values()) if i in weight else 0.0
+            lift = (a_s - a_t) / (1 - a_t)
+            if x[i] == M:
+                each.append([(lift * p[i, v].item(), v, p[i, v].item()) for v in range(V3)] + [(1 - lift, M, 0.0)])
+            else:
+                each.append([(1 - sigma, x[i], memory[i]), (sigma, M, 0.0)])
+        return [(math.prod(e[0] for e in es), tuple(e[1] for e in es), tuple(e[2] for e in es)) for es in itertools.product(*each)]
+
+    p = dense(tree(step, (M,) * b, 3, (0.0,) * b), b)
+    draws(blocks(model, process, b, N, s.remdm_conf, steps=3), p, chain(model, process, b, GRID[3], reverse(process)))
+
+
+def test_first_hitting_is_one_random_position_after_another():
+    """What ancestral sampling tends to with many steps: a network that does not see the time, so only the order counts."""
+    model, process = setup("masked")
+    b, M, logp = 3, process.mask_id, table(model, process, 3)
+
+    def step(k, x, _):
+        left = [i for i in range(b) if x[i] == M]
+        return [(logp[x][i, v].exp().item() / len(left), (*x[:i], v, *x[i + 1 :]), None) for i in left for v in range(V3)]
+
+    p = dense(tree(step, (M,) * b, b), b)
+    draws(blocks(model, process, b, N, s.first_hitting), p, chain(model, process, b, GRID[2], reverse(process)))
+    many = d.loglinear(torch.linspace(1, 0, 2001, dtype=torch.float64))[0].tolist()
+    limit = chain(model, process, b, many, reverse(process))
+    assert (limit - p).abs().max() < 2e-3, "ancestral with 2000 steps"
+    # a network that sees the time is asked at the time of the hit: the share of masks has mean 3/4, then 3/4 2/3, ...
+    model, asked = net(process, time_conditioning=True), []
+    forward = model.forward
+    model.forward = lambda clean, noisy, b, start, sigma, cache: (
+        asked.append((-sigma).exp()) or forward(clean, noisy, b, start, sigma, cache)
+    )
+    last(generate(model, process, [()] * 4000, block_size=3, sampler=s.first_hitting, max_new_tokens=3))
+    for got, share in zip(asked, (3 / 4, 3 / 4 * 2 / 3, 3 / 4 * 2 / 3 / 2), strict=True):
+        assert abs(1 - got.double().mean() - share) < 4 * 0.3 / math.sqrt(4000)
+
+
+@pytest.mark.parametrize("kind", ["uniform loo", "uniform denoiser, timed"])
+def test_max_coupling_draws_its_kernel(kind):
+    model, process = setup(kind)
+
+    def step(k, x, logits, a_t, a_s):
+        keep = (1 - a_s) / (1 - a_t)
+        return product(keep * torch.eye(V3).double()[x] + (1 - keep) * process.denoiser_logits(logits, x, a_t).softmax(-1), x)
+
+    p = chain(model, process, 3, GRID[3], step)
+    draws(blocks(model, process, 3, N, s.max_coupling, steps=3), p, chain(model, process, 3, GRID[3], reverse(process)))
+
+
+@pytest.mark.parametrize("badness", ["random", "max", "current", "margin"])
+def test_gibbs_resamples_from_the_noisy_conditional(badness):
+    model, process = setup("uniform denoiser, timed")
+    b = 2
+
+    def corrector(a_s):
+        x, logits = network(model, process, b, a_s)
+        p = a_s * process.loo_logits(logits, x, a_s).softmax(-1) + (1 - a_s) / V3  # (m, b, V)
+        own = p.gather(-1, x[..., None])[..., 0]
+        other = torch.stack([p[..., [w for w in range(V3) if w != v]].amax(-1) for v in range(V3)], -1).gather(-1, x[..., None])[..., 0]
+        bad = {"random": 0 * own, "max": -p.amax(-1).log(), "current": -own.log(), "margin": -(own / other).log()}[badness]
+        which = (bad / 0.5).softmax(-1)  # Gumbel-top-1
+        out = torch.zeros(len(x), len(x), dtype=torch.float64)
+        for i in range(b):
+            same = (x[:, None] == x[None]).index_fill(-1, torch.tensor(i), True).all(-1)
+            out += which[:, i, None] * same * p[:, i][:, x[:, i]]
+        assert torch.allclose(out.sum(1), torch.ones(len(x)).double())
+        return out
+
+    step = lambda k, x, logits, a_t, a_s: (
+        reverse(process)(k, x, logits, a_t, a_s) @ (corrector(a_s) if k == 0 else torch.eye(len(x)).double())
+    )
+    p = chain(model, process, b, GRID[2], step)  # three passes: predictor, corrector, predictor
+    draws(
+        blocks(model, process, b, N, s.gibbs, steps=3, badness=badness, spread=0.5, resample=1),
+        p,
+        chain(model, process, b, GRID[3], reverse(process)),
+    )
+    state = last(generate(model, process, [()], block_size=8, steps=8, sampler=s.gibbs, rounds=2, use_cache=False))
+    assert state.nfe == 8, "correctors are paid out of --steps"
+
+
+# ----- ARPC
+
+
+def by_hand(found, x):
+    return dict(zip(map(tuple, x.tolist()), found, strict=True))
+
+
+def bad(corruption, metric, a, f, v):
+    """The scores once more: a and f lists of probabilities of the AR and the diffusion mode, v the token."""
+    H = lambda w: -sum(p * math.log(p) for p in w if p > 0)
+    KL = lambda w, z: sum(p * math.log(p / q) for p, q in zip(w, z, strict=True) if p > 0)
+    return {
+        ("ar", ""): lambda: -math.log(a[v]),
+        ("ar", "gap"): lambda: math.log(max(a) / a[v]),
+        ("ar", "entropy"): lambda: H(a),
+        ("divergence", ""): lambda: KL(a, f),
+        ("divergence", "reverse_kl"): lambda: KL(f, a),
+        ("divergence", "tv"): lambda: sum(abs(p - q) for p, q in zip(a, f, strict=True)) / 2,
+        ("diffusion", "entropy"): lambda: H(f),
+        ("diffusion", "confidence"): lambda: -max(f),
+        ("diffusion", "margin"): lambda: sorted(f)[-2] - sorted(f)[-1],
+        ("random", ""): lambda: 0.0,
+    }[corruption, metric]()
+
+
+@pytest.mark.parametrize("kind", ["masked", "uniform loo", "uniform denoiser, timed"])
+@pytest.mark.parametrize(
+    "corruption, metric",
+    [("ar", ""), ("ar", "gap"), ("ar", "entropy"), ("divergence", ""), ("divergence", "reverse_kl"), ("divergence", "tv"),
+     ("diffusion", "entropy"), ("diffusion", "confidence"), ("diffusion", "margin"), ("random", "")],
+)  # fmt: skip
+def test_arpc_noises_again_what_is_worst(kind, corruption, metric):
+    """
+    Three steps, two of them guided, on two tokens behind one of the prompt in the same block (two masks alone would be in
+    exactly the same place); the AR mode asked token by token, scores from their definitions.
+    """
+    model, process = setup(kind)
+    b, steps, M, open = 3, 3, process.mask_id, (1, 2)
+    real = torch.tensor([y for y in states(V3, b).tolist() if y[0] == 1])
+    p_ar = by_hand((ar_probs(model, process, real).clamp(min=1e-300).log() / 0.7).softmax(-1)[..., :V3], real)
+    posts, Ds = [], []
+    for a_t, a_s in itertools.pairwise(GRID[steps]):
+        x, logits = network(model, process, b, a_t)
+        Ds.append(by_hand(process.denoiser_logits(logits, x, a_t).softmax(-1)[..., :V3], x))
+        posts.append(by_hand(process.posterior_probs(logits, x, a_t, a_s), x))
+    score = lambda y, p, i: bad(corruption, metric, p_ar[y][i].tolist(), p[i].tolist(), y[i])
+    weight = lambda p, y: math.prod(p[i, y[i]].item() for i in open)
+
+    def step(k, x, memory):
+        now = Ds[k][x]
+        p = now if memory is None else torch.stack([memory[i] if M is not None and x[i] != M else now[i] for i in range(b)])
+        if k == steps - 1:
+            return [(weight(posts[k][x], y), y, None) for y in map(tuple, real.tolist())]
+        n = math.floor((1 - GRID[steps][k + 1]) * len(open) + 0.5)
+        out = []
+        for y in map(tuple, real.tolist()):
+            sets = [sorted(sorted(open, key=lambda i, y=y: -score(y, p, i))[:n])]
+            if corruption == "random":
+                sets = list(itertools.combinations(open, n))
+            fills = list(itertools.product([M] if M is not None else range(V3), repeat=n))
+            for worst in sets:
+                for fill in fills:
+                    new = tuple(fill[worst.index(i)] if i in worst else y[i] for i in range(b))
+                    out.append((weight(now, y) / len(sets) / len(fills), new, p))
+        return out
+
+    starts = [(1, M, M)] if M is not None else [(1, u, v) for u in range(V3) for v in range(V3)]
+    total = {}
+    for x in starts:
+        for y, q in tree(step, x, steps).items():
+            total[y] = total.get(y, 0.0) + q / len(starts)
+    how = {"corruption": corruption, "metric": metric, "verify_temperature": 0.7}
+    draws(blocks(model, process, b, N, s.arpc, prompt=(1,), steps=steps, **how), dense(total, b))
+
+
+def test_arpc_counts_open_positions_and_passes():
+    process = d.Masked(V3 + 1, V3)
+    model = net(process, seed=2, time_conditioning=True)  # asked at every step
+    run = lambda prompts=((),), steps=8, **kw: list(
+        generate(model, process, prompts, block_size=8, max_new_tokens=8 - len(prompts[0]), steps=steps, sampler=s.arpc, **kw)
+    )
+    for prompt in ((), (1,), (1, 2, 0)):
+        free = 8 - len(prompt)
+        for state in run([prompt] * 5, steps=5)[1:-1]:
+            assert state.x[:, : len(prompt)].tolist() == [list(prompt)] * 5
+            want = math.floor((1 - state.step / 5) * free + 0.5) if state.step else free
+            assert (state.x == V3).sum(1).tolist() == [want] * 5, "the budget is over open positions, rounded half up"
+    for steps, kw, nfe in (
+        (8, {}, 15),
+        (8, {"guide_every": 3}, 8 + 3),
+        (8, {"warmup": 2}, 8 + 5),
+        (8, {"warmup": 2, "guide_every": 4}, 8 + 2),
+        (1, {}, 1),
+        (8, {"corruption": "random"}, 8),
+        (8, {"corruption": "diffusion"}, 8),
+        (8, {"corruption": "divergence"}, 15),
+    ):
+        assert run(steps=steps, **kw)[-1].nfe == nfe, f"T + floor((T - 2 - warmup) / guide_every) + 1 passes: {kw}"
+    for bad in (
+        {"corruption": "best"},
+        {"metric": "kl"},
+        {"corruption": "random", "metric": "nll"},
+        {"guide_every": 0},
+        {"warmup": -1},
+        {"verify_temperature": 0.0},
+    ):
+        with pytest.raises(ValueError):
+            run(**bad)
+
+
+def test_the_verifier_has_a_temperature_of_its_own():
+    """The sampling temperature sharpens the guess, never the score: the same guess is judged the same."""
+    process = d.Masked(V3 + 1, V3)
+    model, asked = net(process, seed=2), []
+    original = s.SCORES["ar"]["nll"]
+    s.SCORES["ar"]["nll"] = lambda y, p, ar: asked.append(ar) or original(y, p, ar)
+    try:
+        for T in (1.0, 0.0):
+            last(generate(model, process, [(0,)], block_size=8, steps=2, sampler=s.arpc, temperature=T))
+        last(generate(model, process, [(0,)], block_size=8, steps=2, sampler=s.arpc, verify_temperature=0.5))
+    finally:
+        s.SCORES["ar"]["nll"] = original
+    first = [a[0, 1] for a in asked]  # the first open token: p_AR depends on the prompt alone
+    assert torch.allclose(first[0], first[1], atol=1e-6) and torch.allclose((first[0] / 0.5).log_softmax(-1), first[2], atol=1e-5)
+
+
+# ----- committing tokens: the rules once more, in plain loops
+
+
+def order(score, among):
+    return sorted(among, key=lambda i: -score[i])
+
+
+def rule_confidence(k, n, left, y, logp, memory, b, ar):
+    c = {i: logp[i, y[i]].item() for i in left}
+    m = b - 1  # open
+    have = m - len(left)
+    return set(order(c, left)[: max(0, math.ceil(m * (k + 1) / min(n, m)) - have)]), y, memory
+
+
+def rule_threshold(k, n, left, y, logp, memory, b, ar):
+    c = {i: logp[i, y[i]].exp().item() for i in left}
+    return {i for i in left if c[i] >= 0.6} | set(order(c, left)[:1]), y, memory
+
+
+def rule_factor(k, n, left, y, logp, memory, b, ar):
+    c = {i: logp[i, y[i]].exp().item() for i in left}
+    ranked, take = order(c, left), 1
+    for m in range(1, len(ranked) + 1):
+        if (m + 1) * (1 - c[ranked[m - 1]]) < 1.2:
+            take = m
+    return set(ranked[:take]), y, memory
+
+
+def rule_entropy_bound(k, n, left, y, logp, memory, b, ar):
+    h = {i: -sum(v * math.log(v) for v in logp[i].exp().tolist() if v > 0) for i in left}
+    ranked = sorted(left, key=lambda i: h[i])
+    take = max(m for m in range(1, len(ranked) + 1) if sum(h[i] for i in ranked[:m]) - max(h[i] for i in ranked[:m]) <= 0.6)
+    return set(ranked[:take]), y, memory
+
+
+def rule_rcr(k, n, left, y, logp, memory, b, ar):
+    c = {i: logp[i, y[i]].item() if i in left else memory[i] for i in range(1, b)}
+    keep = set(order(c, range(1, b))[: math.ceil((b - 1) * (k + 1) / min(n, b - 1))])
+    return keep, y, c
+
+
+def rule_saber(k, n, left, y, logp, memory, b, ar):
+    stored, before = memory or ({}, None)
+    old = [i for i in range(1, b) if i not in left]
+    c = {i: logp[i, y[i]].exp().item() for i in left}
+    mean = sum(stored[i] for i in old) / len(old) if old else 1.0
+    take = {i for i in left if c[i] > mean} | set(order(c, left)[:1])
+    fall = {i: (before[i, y[i]] - logp[i, y[i]].exp()).item() for i in old}
+    back = set(order(fall, [i for i in old if fall[i] > 0])[: max(0, min(max(0, math.ceil(len(take) / 8)), len(take) - 1))])
+    stored = {i: c[i] if i in take else stored.get(i) for i in range(1, b)}
+    return (set(old) | take) - back, y, (stored, logp.exp())
+
+
+def gaps(logp):
+    return [(row.sort().values[-1] - row.sort().values[-2]).item() for row in logp]
+
+
+def rule_prophet(k, n, left, y, logp, memory, b, ar):
+    g = {i: gaps(logp)[i] if i in left else memory[i] for i in range(1, b)}
+    limit = [2.5, 2.15, 1.0][0 if k / (n - 1) < 1 / 3 else 1 if k / (n - 1) < 2 / 3 else 2]
+    if sum(g.values()) / (b - 1) >= limit:
+        return set(range(b)), tuple(logp[i].argmax().item() if i in left else y[i] for i in range(b)), g
+    return rule_confidence(k, n, left, y, logp, None, b, ar)[:2] + (g,)
+
+
+def rule_sched(k, n, left, y, logp, memory, b, ar):
+    limit = 1.5 + (2.5 - 1.5) * (1 + math.cos(math.pi * k / (n - 1))) / 2
+    if sum(gaps(logp)[i] for i in left) / len(left) >= limit:
+        return set(range(b)), tuple(logp[i].argmax().item() if i in left else y[i] for i in range(b)), memory
+    return rule_confidence(k, n, left, y, logp, None, b, ar)[:2] + (memory,)
+
+
+def rule_agreement(k, n, left, y, logp, memory, b, ar):
+    p = ar[y]
+    agree = {i for i in left if p[i].argmax().item() == y[i]}
+    return agree | set(order({i: p[i, y[i]].item() for i in left}, left)[:1]), y, memory
+
+
+RULES = [
+    (s.confidence, {}, rule_confidence, 2),
+    (s.confidence, {}, rule_confidence, 5),
+    (s.threshold, {"threshold": 0.6}, rule_threshold, 3),
+    (s.threshold, {"threshold": 0.6}, rule_threshold, 2),
+    (s.factor, {"factor": 1.2}, rule_factor, 3),
+    (s.entropy_bound, {"bound": 0.6}, rule_entropy_bound, 3),
+    (s.rcr, {}, rule_rcr, 3),
+    (s.saber, {"at_least": 1}, rule_saber, 3),
+    (s.prophet, {"high": 2.5, "middle": 2.15, "low": 1.0}, rule_prophet, 3),
+    (s.sched, {"high": 2.5, "low": 1.5, "shape": "cosine"}, rule_sched, 3),
+    (s.agreement, {}, rule_agreement, 3),
+]
+
+
+def reversed_step(process, logps, k, x, steps):
+    """Masked ancestral sampling, to be told apart from."""
+    a_t, a_s = GRID[steps][k : k + 2]
+    move = (a_s - a_t) / (1 - a_t)
+    each = []
+    for i, v in enumerate(x):
+        lifted = [(move * logps[x][i, w].exp().item(), w) for w in range(V3)] + [(1 - move, v)]
+        each.append(lifted if v == process.mask_id else [(1.0, v)])
+    return [(math.prod(e[0] for e in es), tuple(e[1] for e in es), None) for es in itertools.product(*each)]
+
+
+@pytest.mark.parametrize("sampler, options, rule, steps", RULES, ids=lambda v: getattr(v, "__name__", None))
+def test_committing_samplers_follow_their_rule(sampler, options, rule, steps):
+    model, process = setup("masked", seed=3, soft=0.7)
+    b, M, prompt = 4, process.mask_id, 1  # three masks alone would be in exactly the same place: a prompt tells them apart
+    logps = table(model, process, b)
+    real = states(V3, b)
+    ar = by_hand(ar_probs(model, process, real), real)
+    exits = []
+
+    def step(k, x, memory):
+        left = [i for i in range(b) if x[i] == M]
+        if not left:
+            return [(1.0, x, memory)]
+        out = []
+        for guess in itertools.product(range(V3), repeat=len(left)):
+            y, it = list(x), iter(guess)
+            for i in left:
+                y[i] = next(it)
+            w = math.prod(logps[x][i, y[i]].exp().item() for i in left)
+            keep, new, m = rule(k, steps, left, tuple(y), logps[x], memory, b, ar)
+            keep = set(range(b)) if k + 1 == steps else keep | {0} | (set() if sampler in (s.rcr, s.saber) else set(range(b)) - set(left))
+            exits.append(new != tuple(y))
+            out.append((w, tuple(new[i] if i in keep else M for i in range(b)), m))
+        return out
+
+    p = dense(tree(step, (prompt,) + (M,) * (b - 1), steps), b)
+    plain = dense(tree(lambda k, x, m: reversed_step(process, logps, k, x, steps), (prompt,) + (M,) * (b - 1), steps), b)
+    draws(blocks(model, process, b, N, sampler, prompt=(prompt,), steps=steps, **options), p, plain)
+    assert any(exits) == (sampler in (s.prophet, s.sched)), "early exits happen here, and only there"
+
+
+@pytest.mark.parametrize("sampler", [s.confidence, s.threshold, s.rcr])
+def test_uniform_noise_has_flags_fresh_noise_and_the_share_as_its_time(sampler):
+    """What is not committed is drawn anew at every step, evenly; the network is told the share that is."""
+    process = d.Uniform(V3, "denoiser")
+    model, asked = net(process, time_conditioning=True), []
+    forward = model.forward
+    model.forward = lambda clean, noisy, b, start, sigma, cache: (
+        asked.append((noisy, (-sigma).exp())) or forward(clean, noisy, b, start, sigma, cache)
+    )
+    n = 20_000
+    seen = list(generate(model, process, [()] * n, block_size=4, steps=4, sampler=sampler, max_new_tokens=4, seed=3))
+    if sampler is s.confidence:
+        for k, (_, share) in enumerate(asked):
+            assert torch.allclose(share, torch.full((n,), max(1e-3, k / 4), dtype=share.dtype))
+        changed = torch.stack([seen[k + 1].x[:, :4] != seen[k + 2].x[:, :4] for k in range(4)]).sum(0)
+        assert (changed.sum(1) > 0).any()
+    for noisy, share in asked[:1]:
+        assert chi_squared(code(noisy, V3).bincount(minlength=V3**4), torch.full((V3**4,), V3**-4.0).double()) > P_VALUE
+    later, share = asked[1]
+    if sampler is not s.threshold:  # one is committed, three are fresh: any two positions are even most of the time
+        first = asked[0][0]
+        moved = (later != first).double().mean()
+        assert moved > 0.75 * 2 / 3 - 0.01, "three in four are drawn again, and a third of those come out the same"
+
+
+# ----- the AR mode as a guide
+
+
+@pytest.mark.parametrize("kind", ["masked", "uniform denoiser, ar token", "uniform loo"])
+def test_edlm_chooses_by_p_ar_over_p(kind):
+    """Two candidates, two steps on two tokens: every pair of candidates enumerated; the AR mode asked token by token."""
+    model, process = setup(kind)
+    b, V = 2, process.vocab_size
+    real = states(V3, b)
+    joint = ar_probs(model, process, real).gather(-1, real[..., None])[..., 0].prod(-1)  # p_AR(y)
+
+    def step(k, x, logits, a_t, a_s):
+        D = process.denoiser_logits(logits, x, a_t).softmax(-1)
+        q = torch.stack([D[:, i][:, real[:, i]] for i in range(b)]).prod(0)  # (m, letters)
+        q_xt = torch.ones(len(x), len(real)).double()
+        if process.mask_id is None:
+            q_xt = ((x[:, None] == real[None]) * a_t + (1 - a_t) / V).prod(-1)
+        w = torch.where(q > 0, joint * q_xt / q.clamp(min=1e-300), 0.0)
+        pair = q[:, :, None] * q[:, None, :]
+        win = torch.where(pair > 0, w[:, :, None] / (w[:, :, None] + w[:, None, :]).clamp(min=1e-300), 0.0)
+        chosen = (pair * win).sum(2) + (pair * (1 - win)).sum(1)  # y as the first of the pair, and as the second
+        out = torch.zeros(len(x), len(x)).double()
+        for j, y in enumerate(real):
+            sure = torch.full((len(x), b, V), -math.inf).double().scatter(-1, y.expand(len(x), b)[..., None], 0.0)
+            out += chosen[:, j, None] * product(process.posterior_probs(sure, x, a_t, a_s), x)
+        return out
+
+    p = chain(model, process, b, GRID[2], step)
+    plain = chain(model, process, b, GRID[2], reverse(process))
+    draws(blocks(model, process, b, N, s.edlm, steps=2, candidates=2), p, plain)
+    draws(blocks(model, process, b, N, s.edlm, steps=2, candidates=1), plain)
+    window = lambda k, *a: step(k, *a) if k == 1 else reverse(process)(k, *a)
+    draws(blocks(model, process, b, N, s.edlm, steps=2, candidates=2, start=0.5), chain(model, process, b, GRID[2], window))
+    if process.mask_id is not None:  # with many candidates the block is a draw of the AR mode, whatever the diffusion mode thinks
+        draws(blocks(model, process, b, 5_000, s.edlm, steps=1, candidates=200), joint, plain)
+
+
+def ar_blocks(model, process, b, temperature=1.0, top_p=1.0):
+    """The distribution of a block by AR sampling, enumerated."""
+    real = states(V3, b)
+    p = ar_probs(model, process, real).clamp(min=1e-300).log()
+    p = d.sharpen(p, temperature, top_p).softmax(-1)
+    return p.gather(-1, real[..., None])[..., 0].prod(-1)
+
+
+@pytest.mark.parametrize("kind", ["masked", "uniform denoiser, ar token"])
+@pytest.mark.parametrize(
+    "draft, rule",
+    [("diffusion", "rejection"), ("merged", "rejection"), ("merged", "coupled"), ("diffusion", "coupled"), ("random", "coupled")],
+)
+def test_speculation_draws_the_ar_distribution_of_whole_blocks(kind, draft, rule):
+    model, process = setup(kind, seed={"masked": 0, "uniform denoiser, ar token": 45}[kind], soft=0.5)
+    p = ar_blocks(model, process, 3)
+    one_step = chain(model, process, 3, GRID[1], reverse(process))
+    assert (p - one_step).abs().sum() / 2 > 0.3, "the draft is bad enough to be rejected"
+    assert p.min() * N > 20, f"the rarest block is expected {p.min() * N:.0f} times"
+    draws(blocks(model, process, 3, N, s.speculation, draft=draft, rule=rule), p, one_step)
+    if rule == "rejection":
+        sharp = ar_blocks(model, process, 3, 0.7, 0.9)
+        draws(blocks(model, process, 3, N, s.speculation, draft=draft, rule=rule, temperature=0.7, top_p=0.9), sharp, p)
+        wrong = blocks_with_a_wrong_residual(model, process, draft)
+        assert chi_squared(wrong, p) < 1e-12, "a rejection redrawn from p_AR and not from max(p_AR - q, 0) is seen"
+
+
+def blocks_with_a_wrong_residual(model, process, draft):
+    source = inspect.getsource(s.speculation)
+    broken = source.replace("rest = (p - q).clamp(min=0)", "rest = p")
+    assert broken != source
+    scope = dict(vars(s))
+    exec(broken, scope)
+    scope["speculation"].__name__ = "speculation"
+    return blocks(model, process, 3, N, scope["speculation"], draft=draft, rule="rejection")
+
+
+@pytest.mark.parametrize("draft", ["merged", "diffusion", "first", "random"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8}])
+def test_coupled_speculation_writes_the_very_tokens_of_ar(kind, draft, how):
+    make, kw = KINDS[kind]
+    process = make()
+    model = net(process, seed=5, **kw).double()
+    prompts = [(), (1,), (0, 2, 1), (2, 2, 2, 2, 0), (1, 0)] * 6
+    ar = last(generate(model, process, prompts, block_size=1, max_new_tokens=3, seed=7, **how))
+    fast = last(generate(model, process, prompts, block_size=4, sampler=s.speculation, draft=draft, max_new_tokens=3, seed=7, **how))
+    assert torch.equal(ar.x, fast.x[:, : ar.x.size(1)])
+    stop = {"eos_id": 1, **how}
+    ar = last(generate(model, process, prompts, block_size=1, max_new_tokens=3, seed=7, **stop))
+    fast = last(generate(model, process, prompts, block_size=4, sampler=s.speculation, draft=draft, max_new_tokens=3, seed=7, **stop))
+    assert torch.equal(ar.x, fast.x[:, : ar.x.size(1)]) and torch.equal(ar.done, fast.done)
+
+
+def test_speculation_needs_few_passes_where_the_modes_agree():
+    process = d.Masked(V3 + 1, V3)
+    model = net(process)
+    torch.nn.init.zeros_(model.head.weight)  # the same answer to everything: every draft is right
+    count = lambda **kw: last(generate(model, process, [()] * 3, block_size=8, sampler=s.speculation, **kw)).nfe_rows.tolist()
+    assert count() == [2] * 3 == count(draft="diffusion") == count(draft="first"), "one draft, one check"
+    assert count(draft="random")[0] in (1, 2), "the first check makes the guesses, the second confirms them"
+    for bad in ({"draft": "best"}, {"rule": "best"}, {"draft": "random", "rule": "rejection"}, {"steps": 3}):
+        with pytest.raises(ValueError):
+            count(**bad)
+
+
+# ----- the loop's promises, for every sampler
+
+RAGGED = [(), (1,), (0, 2, 1), (2, 2, 2, 2, 0), (1, 0)]
+
+
+def served(kind):
+    process = KINDS[kind][0]()
+    return [f for f in s.SAMPLERS.values() if f is not s.ar and f not in (s.MASKED_ONLY if process.mask_id is None else s.UNIFORM_ONLY)]
+
+
+@pytest.mark.parametrize("kind, sampler", [(k, f) for k in KINDS for f in served(k)], ids=lambda v: getattr(v, "__name__", v))
+def test_every_sampler_keeps_the_promises_of_the_loop(kind, sampler):
+    make, kw = KINDS[kind]
+    process = make()
+    model = net(process, **kw).double()
+    model.head.weight.data *= 0.1
+    model.head.bias.data *= 0.1
+    steps = {} if sampler in s.OWN_PACE else {"steps": 3}
+    passes = []
+    forward = model.forward
+    count = lambda clean, noisy, *a: passes.append((0 if clean is None else clean.numel()) + noisy.numel()) or forward(clean, noisy, *a)
+    run = lambda prompts, **k: last(
+        generate(model, process, prompts, block_size=4, sampler=sampler, **{"max_new_tokens": 3, "seed": 5, **steps, **k})
+    )
+    model.forward = count
+    together = run(RAGGED)
+    assert together.nfe == len(passes) and together.token_forwards == sum(passes), "every pass and every token is counted"
+    model.forward = forward
+    assert together.done.all() and (together.nfe_rows <= together.nfe).all() and (together.nfe_rows > 0).all()
+    assert torch.equal(run(RAGGED, use_cache=False).x, together.x), "cached = uncached"
+    assert not torch.equal(run(RAGGED, seed=6).x, together.x)
+    for i, prompt in enumerate(RAGGED):
+        n = len(prompt)
+        assert together.x[i, :n].tolist() == list(prompt), "the prompt stays"
+        assert ((together.x[i, n : n + 3] >= 0) & (together.x[i, n : n + 3] < V3)).all() and (together.x[i, n + 3 :] == NOTHING).all()
+        alone = run([prompt] * (i + 1))  # same row number, other mates
+        assert torch.equal(alone.x[i, : n + 3], together.x[i, : n + 3]) and alone.nfe_rows[i] == together.nfe_rows[i]
+    longest = run([(), (1, 2)], max_new_tokens=6, steps=None)  # more than one block; default steps
+    assert (longest.x[:, :6] >= 0).all() and (longest.x < V3).all()
+    cold = run(RAGGED * 3, temperature=0.0)
+    assert (cold.x[cold.x != NOTHING] < V3).all()
+
+
+def test_rows_that_are_finished_are_not_forwarded():
+    process = d.Masked(V3 + 1, V3)
+    model, sizes = net(process, seed=3), []
+    forward = model.forward
+    model.forward = lambda clean, noisy, *a: sizes.append(len(noisy)) or forward(clean, noisy, *a)
+    state = last(generate(model, process, [()] * 64, block_size=8, sampler=s.threshold, threshold=0.7))
+    assert sizes[0] == 64 > sizes[2] > 0 and sorted(sizes, reverse=True) == sizes
+    assert sum(sizes) == state.nfe_rows.sum() and state.nfe == len(sizes) == state.nfe_rows.max()
+    assert len(set(state.nfe_rows.tolist())) > 1, "rows differ in how many passes they need"
+
+
+def test_a_prediction_is_used_again_while_nothing_has_changed():
+    """Masked, not time-conditioned: the same text with fewer passes; time-conditioned: every step is a pass."""
+    process = d.Masked(V3 + 1, V3)
+    for timed in (False, True):
+        model = net(process, time_conditioning=timed)
+        states_seen = list(generate(model, process, [()] * 16, block_size=4, steps=32, max_new_tokens=4))
+        changes = torch.stack([a.x != b.x for a, b in itertools.pairwise(states_seen[1:])]).any(2).sum(0)  # (rows,)
+        if timed:
+            assert states_seen[-1].nfe_rows.tolist() == [32] * 16
+        else:  # a pass when it begins, and after every change but the last, behind which no mask is left to ask about
+            assert (states_seen[-1].nfe_rows - changes).abs().max() <= 1 and states_seen[-1].nfe_rows.max() <= 5
+    model = net(process)
+    usual = last(generate(model, process, [()] * 16, block_size=4, steps=32)).x
+    model.time = torch.nn.Identity()  # as if it saw the time: asked every time
+    model._condition = lambda *a: None
+    assert torch.equal(usual, last(generate(model, process, [()] * 16, block_size=4, steps=32)).x)
+
+
+def test_greedy_tail():
+    process, timed = d.Masked(V3 + 1, V3), d.Uniform(V3, "denoiser")
+    model = net(process)
+    run = lambda m, p, **k: last(generate(m, p, [()] * 8, block_size=8, steps=1, **k))
+    assert torch.equal(run(model, process, greedy_tail=True).x, run(model, process, temperature=0.0).x), "masked: the last fill"
+    model = net(timed, time_conditioning=True)
+    for sampler in (s.ancestral, s.psi):
+        state = run(model, timed, greedy_tail=True, sampler=sampler)
+        before = run(model, timed, sampler=sampler).x
+        with torch.no_grad():
+            logits = model(None, before, 8, sigma=torch.full((8,), -math.log1p(-1e-5)))
+        assert state.nfe == 2 and torch.equal(state.x, logits.argmax(-1)), "uniform: one pass more, argmax of D"
+
+
+def test_samplers_that_a_checkpoint_cannot_serve_are_refused():
+    masked, uniform = d.Masked(V3 + 1, V3), d.Uniform(V3)
+    run = lambda process, sampler, **k: last(generate(net(process, **k.pop("net", {})), process, [()], block_size=4, sampler=sampler, **k))
+    for f in s.UNIFORM_ONLY:
+        with pytest.raises(ValueError, match="masked noise"):
+            run(masked, f)
+    for f in s.MASKED_ONLY:
+        with pytest.raises(ValueError, match="uniform noise"):
+            run(uniform, f)
+    for f in (s.arpc, s.edlm, s.agreement, s.speculation):
+        with pytest.raises(ValueError, match="without 1 it has no AR mode"):
+            run(masked, f, trained=[4, 8])
+        with pytest.raises(ValueError, match="block-causal"):
+            run(masked, f, net={"clean_causal": False})
+    run(masked, s.arpc, trained=[4], corruption="diffusion")  # needs no AR mode
+    with pytest.raises(ValueError, match="steps mean nothing"):
+        run(masked, s.first_hitting, steps=3)
+    with pytest.raises(ValueError, match="belong together"):
+        last(generate(net(masked), masked, [()], block_size=1, sampler=s.arpc))
+    with pytest.raises(ValueError, match="not 4"):
+        run(masked, s.ancestral, trained=[1, 8])
+    for f, bad in (
+        (s.psi, {"eta": 2.0}),
+        (s.remdm_cap, {"eta": -1.0}),
+        (s.remdm_loop, {"eta": 0.5}),
+        (s.threshold, {"threshold": 2.0}),
+        (s.factor, {"factor": -1.0}),
+        (s.entropy_bound, {"bound": -1.0}),
+        (s.saber, {"at_least": 0}),
+        (s.sched, {"shape": "round"}),
+        (s.sched, {"decay": 2.0}),
+        (s.edlm, {"candidates": 0}),
+    ):
+        with pytest.raises(ValueError):
+            run(masked, f, **bad)
+    for bad in ({"badness": "worst"}, {"rounds": 0}, {"resample": 0}, {"spread": 0.0}):
+        with pytest.raises(ValueError):
+            run(uniform, s.gibbs, **bad)
+
+
+def test_every_option_is_explained():
+    for name, f in s.SAMPLERS.items():
+        for p in inspect.signature(f).parameters.values():
+            if p.kind is p.KEYWORD_ONLY:
+                assert f"\n{p.name}: " in inspect.getdoc(f), f"{name}: {p.name}"
+        assert "arXiv" in inspect.getdoc(f) or f is s.ar or f is s.speculation or "2605.22765" in inspect.getdoc(f), name
+
+
+def test_block_size_1_by_hand():
+    """The helper's own check: one token after another has the enumerated AR distribution."""
+    model, process = setup("masked")
+    chain_rule = enumerated_ar(model, process, 3)
+    p = ar_blocks(model, process, 3)
+    assert all(abs(p[code(torch.tensor([seq]), V3)[0]] - q) < 1e-6 for seq, q in chain_rule.items())
