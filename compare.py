@@ -33,6 +33,7 @@ LINES = [  # a sampler and the options that differ from its defaults
     ("arpc", {"corruption": "divergence"}),
     ("arpc", {"corruption": "diffusion", "metric": "confidence"}),
     ("arpc", {"corruption": "random"}),
+    ("arpc", {"guide_every": 2}),
     ("psi", {}),
     ("psi", {"kappa": "pc"}),
     ("psi", {"kappa": "0.55:posterior,0.05@0.9:remask,0:posterior", "eta": 0.05}),
@@ -66,7 +67,9 @@ STEPS = (1, 2, 4, 8, 16)
 class CompareConfig:
     ckpt: str = "out/sudoku"  # a training run's out_dir, with block size 1 in its mixture
     out: str = "docs/samplers.jsonl"  # where the lines go
+    samplers: str = ""  # these alone, as in ar,speculation
     n_eval: int = 512  # samples a line
+    batch_size: int = 256  # samples at a time; 1 is what a person who waits for an answer sees
     clues: bool = True  # false: blank prompts (sudoku)
     max_new_tokens: int = 0  # per sample; 0: up to the end of the context
     temperature: float = 1.0
@@ -83,7 +86,8 @@ def label(row):
 def setting(row):
     """sudoku, masked, with clues"""
     clues = {True: ", with clues", False: ", without clues"}.get(row["clues"], "")
-    return f"{row['dataset']}, {row['process']}{clues}" + (f", temperature {row['temperature']:g}" if row["temperature"] != 1 else "")
+    heat = f", temperature {row['temperature']:g}" if row["temperature"] != 1 else ""
+    return f"{row['dataset']}, {row['process']}{clues}{heat}" + (f", batches of {row['batch_size']}" if row["batch_size"] != 256 else "")
 
 
 def report(rows, path):
@@ -154,11 +158,19 @@ def main():
         )
     prompts = prompts_of(data, cfg.n_eval, cfg.clues)
     what = {"dataset": run.dataset, "process": run.process, "clues": cfg.clues if any(len(p) for p in prompts) else None}
-    what |= {"n": len(prompts), "temperature": cfg.temperature, "seed": cfg.seed, "train_steps": state["step"]}
+    what |= {
+        "n": len(prompts),
+        "batch_size": cfg.batch_size,
+        "temperature": cfg.temperature,
+        "seed": cfg.seed,
+        "train_steps": state["step"],
+    }
     what |= {"max_new_tokens": cfg.max_new_tokens, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    todo = []
+    todo, chosen = [], [name for name in cfg.samplers.split(",") if name]
+    if unknown := sorted(set(chosen) - set(SAMPLERS)):
+        die(f"no sampler named {unknown[0]!r}", f"--samplers {','.join(SAMPLERS)}")
     for name, options in LINES:
-        if SAMPLERS[name] not in (MASKED_ONLY if process.mask_id is None else UNIFORM_ONLY):
+        if name in (chosen or SAMPLERS) and SAMPLERS[name] not in (MASKED_ONLY if process.mask_id is None else UNIFORM_ONLY):
             for steps in [None] if SAMPLERS[name] in OWN_PACE else STEPS:
                 row = {**what, "sampler": name, "options": options, "steps": steps}
                 if not any(all(line[k] == v for k, v in row.items()) for line in lines):
@@ -166,7 +178,7 @@ def main():
     for row in tqdm(todo, desc=run.dataset):
         how = {"block_size": 1 if row["sampler"] == "ar" else trained[-1], "steps": row["steps"], "temperature": cfg.temperature}
         how |= {"max_new_tokens": cfg.max_new_tokens or None, "schedule": SCHEDULES[run.schedule], "trained": trained, **row["options"]}
-        result = accuracy(model, process, data, prompts, cfg.seed, sampler=SAMPLERS[row["sampler"]], **how)
+        result = accuracy(model, process, data, prompts, cfg.seed, cfg.batch_size, sampler=SAMPLERS[row["sampler"]], **how)
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         with open(cfg.out, "a") as f:
             f.write(json.dumps(row | result) + "\n")
