@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from sample import options
+from samplers import SAMPLERS
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +31,7 @@ def home(tmp_path_factory):
     for name, process in (("sudoku", "masked"), ("digits", "uniform")):
         out = call(home, "train.py", f"config/{name}.toml", "--out_dir", f"out/{name}", f"--process={process}", *SMALL)
         assert "parameters" in out and "val step 20 | block 1: " in out and "sample:" in out
+    call(home, "train.py", "config/sudoku.toml", "--out_dir=out/half", "--block_sizes=16:1", *SMALL, "--max_steps=2")
     return home
 
 
@@ -81,6 +84,50 @@ def test_sample(home):
     assert [s[:16] for s in re.findall(r"--- sample \d\n(.*)\n", several)] == (ROOT / "data/sudoku/puzzles.txt").read_text().split()
 
 
+def samples(out):
+    return re.findall(r"--- sample \d+\n(.*)\n", out)
+
+
+def test_samplers_and_their_own_options(home):
+    ask = ("sample.py", "--ckpt=out/sudoku", "--n_samples=4")
+    out = call(home, *ask, "--sampler", "arpc", "--steps=8", "--guide_every", "2", "--corruption=divergence")
+    assert re.search(r"1[0-2] NFE \([\d.]+ a row", out), "8 passes and 4 checks, less those in which nothing had changed"
+    assert samples(call(home, *ask, "--sampler=speculation", "--temperature=0")) == samples(
+        call(home, *ask, "--sampler=ar", "--temperature=0")
+    )
+    assert samples(call(home, *ask, "--sampler=speculation")) == samples(call(home, *ask, "--sampler=ar")), (
+        "token for token, not only on average"
+    )
+    assert samples(call(home, *ask, "--steps=4", "--greedy_tail")) != samples(call(home, *ask, "--steps=4"))
+
+
+@pytest.mark.parametrize("name", ["ancestral", "arpc", "psi", "remdm_loop", "speculation", "ar"])
+def test_a_sampler_explains_itself(home, name):
+    out = call(home, "sample.py", "--sampler", name, "--help")
+    for option in options(SAMPLERS[name]):
+        assert f"\n{option}: " in out and f"    --{option}" in out
+    assert SAMPLERS[name].__doc__.split("\n")[1].strip() in out
+    assert "SampleConfig" in call(home, "sample.py", "--help")
+
+
+def test_comparing_samplers(home):
+    flags = ("--n_eval=4", "--samplers=ar,confidence,speculation", "--out=out/c.jsonl", "--batch_size=2")
+    call(home, "compare.py", "--ckpt=out/sudoku", *flags)
+    lines = (home / "out/c.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 1 + 5 + 5 and all(0 <= r["low"] <= r["accuracy"] <= r["high"] <= 1 for r in rows)
+    (home / "out/c.jsonl").write_text("\n".join(lines[:-3]) + "\n")  # stopped on the way
+    call(home, "compare.py", "--ckpt=out/sudoku", *flags)
+    again = [json.loads(line) for line in (home / "out/c.jsonl").read_text().splitlines()]
+    made = lambda rows: [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in rows]
+    assert made(again) == made(rows), "only what was missing, and the same again"
+    out = call(home, "compare.py", "--report=out/table", "--out=out/c.jsonl")
+    assert "11 lines" in out and (home / "out/table.png").stat().st_size > 10_000
+    table = (home / "out/table.md").read_text()
+    assert "### sudoku, masked, with clues, batches of 2" in table and table.count("| speculation") == 5
+    assert "half the samplers" in call(home, "compare.py", "--ckpt=out/half", code=2)
+
+
 def test_sampling_a_stream(home):
     (home / "prompts.txt").write_text("\n3+\n3+8=11;4+4=\n")
     out = call(
@@ -112,6 +159,21 @@ def test_sampling_a_stream(home):
         (["sample.py", "--ckpt=out/digits", "--top_p=0"], "top_p"),
         (["sample.py", "--ckpt=out/digits", "--n_samples=0"], "n_samples"),
         (["sample.py", "--ckpt=out/digits", "--sampler=best"], "'best'"),
+        (["sample.py", "--ckpt=out/digits", "--sampler=arcp"], "--sampler arpc"),
+        (["sample.py", "--ckpt=out/digits", "--sampler"], "no sampler named ''"),
+        (["sample.py", "--ckpt=out/digits", "--sampler=arpc", "--eta=0.1"], "psi"),
+        (["sample.py", "--ckpt=out/digits", "--sampler=arpc", "--guide_evry=2"], "--guide_every"),
+        (["sample.py", "--ckpt=out/digits", "--sampler=arpc", "--guide_every=0"], "guide_every 0"),
+        (["sample.py", "--ckpt=out/digits", "--sampler=arpc", "--metric=kl"], "nll, gap, entropy"),
+        (["sample.py", "--ckpt=out/digits", "--sampler=first_hitting"], "uniform noise"),
+        (["sample.py", "--ckpt=out/sudoku", "--sampler=gibbs"], "masked noise"),
+        (["sample.py", "--ckpt=out/sudoku", "--sampler=speculation", "--steps=4"], "--steps"),
+        (["sample.py", "--ckpt=out/sudoku", "--sampler=arpc", "--block_size=1"], "block size 1"),
+        (["sample.py", "--ckpt=out/half", "--sampler=arpc"], "without 1 it has no AR mode"),
+        (["eval.py", "--ckpt=out/sudoku", "--samples", "--sampler=max_coupling"], "masked noise"),
+        (["eval.py", "--ckpt=out/sudoku", "--samples", "--eta=2"], "psi"),
+        (["compare.py", "--ckpt=out/sudoku", "--samplers=ar,best"], "'best'"),
+        (["compare.py", "--report=x", "--out=none.jsonl"], "none.jsonl"),
         (["sample.py", "--ckpt=out/digits", "--sampler=ar", "--steps=3"], "--steps"),
         (["sample.py", "--ckpt=out/digits", "--prompt_file=none.txt"], "none.txt"),
         (["sample.py", "--ckpt=out/digits", "--tempreature=1"], "--temperature"),

@@ -203,7 +203,17 @@ def test_the_two_uniform_predictors_convert_into_each_other():
     for alpha in (0.0, 0.03, 0.5, 0.97):
         loo, D = (exact_logits(process[k], data, x0, x0, alpha).log_softmax(-1) for k in ("loo", "denoiser"))
         assert torch.allclose(process["denoiser"].loo_logits(D, x0, alpha).log_softmax(-1), loo, atol=1e-12)
+        assert torch.allclose(process["loo"].denoiser_logits(loo, x0, alpha).log_softmax(-1), D, atol=1e-12)
+        assert torch.equal(process["loo"].loo_logits(loo, x0, alpha), loo) and torch.equal(
+            process["denoiser"].denoiser_logits(D, x0, alpha), D
+        )
         a_s = alpha + 0.02
+        # temperature acts on l: sharpening D would sharpen what the token says of itself too
+        cold = [
+            process["denoiser"].posterior_probs(D, x0, alpha, a_s, temperature=0.5),
+            process["loo"].posterior_probs(2 * loo, x0, alpha, a_s),
+        ]
+        assert torch.allclose(*cold, atol=1e-12)
         a, b = (process[k].posterior_probs(z, x0, alpha, a_s) for k, z in (("loo", loo), ("denoiser", D)))
         assert torch.allclose(a, b, atol=1e-12)
         # the reverse marginal by Bayes' rule: sum over x0 of p(x0 | xt) q(xs_i | xt_i, x0_i)
@@ -362,3 +372,12 @@ def test_objectives_can_differ_by_block_size():
     assert torch.equal(mixed[sizes == 1], ce[sizes == 1]) and torch.equal(elbo[sizes == 1], ce[sizes == 1])
     assert torch.equal(mixed[sizes == 2], elbo[sizes == 2]) and torch.equal(mixed[sizes == 4], noisy[sizes == 4])
     assert not torch.equal(elbo[sizes == 2], ce[sizes == 2]) and not torch.equal(noisy[sizes == 4], ce[sizes == 4])
+
+
+def test_the_masked_denoiser_carries_visible_tokens_over():
+    process = d.Masked(V3 + 1, V3)
+    logits, xt = torch.randn(1, 4, V3 + 1).double(), torch.tensor([[0, V3, 2, V3]])
+    D, loo = (f(logits, xt, 0.5).softmax(-1) for f in (process.denoiser_logits, process.loo_logits))
+    assert torch.equal(D[0, [0, 2]], torch.eye(V3 + 1).double()[[0, 2]]) and torch.equal(D[0, [1, 3]], loo[0, [1, 3]])
+    assert (D[..., V3] == 0).all() and (loo[..., V3] == 0).all()
+    assert torch.allclose(D, process.posterior_probs(logits, xt, 0.5, 1.0)), "the reverse step to alpha = 1 is a draw of it"

@@ -192,3 +192,34 @@ def test_leftover_or_missing_weights_are_named():
     del w["w.output_layer.linear.bias"]
     with pytest.raises(RuntimeError, match="head.bias"):
         m.from_reference(w, cfg)
+
+
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+def test_several_readings_of_a_block_share_a_pass(timed, cached):
+    """[context, guess | probes at block size 1, the noisy block]: each with its own block size and noise level, none sees the other."""
+    torch.manual_seed(0)
+    cfg = m.ModelConfig(7, 16, n_layers=2, n_heads=2, d_model=16, cond_dim=8, time_conditioning=timed)
+    net = m.Transformer(cfg).double()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    context, guess, probe, block = (torch.randint(7, (3, 4)) for _ in range(4))
+    alpha = torch.tensor([0.0, 0.3, 0.8], dtype=torch.float64)
+    at, b = torch.arange(4, 8), 4
+
+    def run(noisy, block_size, start, level, clean):
+        if not cached:
+            return net(torch.cat((context, clean), 1), noisy, block_size, start, level)
+        cache = m.KVCache(cfg, 3, 32, dtype=torch.float64)
+        net(context, None, 1, cache=cache)
+        return net(clean, noisy, block_size, start, level, cache)
+
+    none = torch.zeros(3, dtype=torch.float64)
+    apart = run(probe, 1, 4, d.sigma(none), guess), run(block, b, 4, d.sigma(alpha), guess)
+    level = d.sigma(torch.cat((none[:, None].expand(3, 4), alpha[:, None].expand(3, 4)), 1))
+    sizes = torch.tensor([[1] * 4 + [b] * 4])
+    both = run(torch.cat((probe, block), 1), sizes, torch.cat((at, at)), level, guess)
+    assert (both[:, :4] - apart[0]).abs().max() < 1e-12 and (both[:, 4:] - apart[1]).abs().max() < 1e-12
+    other = run(torch.cat((probe, (block + 1) % 7), 1), sizes, torch.cat((at, at)), level, guess)
+    assert (other[:, :4] - apart[0]).abs().max() < 1e-12, "the probes do not see the block"
+    assert (other[:, 4:] - apart[1]).abs().max() > 1e-3
