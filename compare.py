@@ -8,6 +8,7 @@ Which sampler? All of them on one checkpoint: accuracy against passes, tokens pe
 Lines that are there already are not made again, so a run that was stopped goes on.
 """
 
+import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -16,13 +17,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
 from dataset import Dataset
 from diffusion import SCHEDULES
 from eval import accuracy, prompts_of
-from samplers import MASKED_ONLY, OWN_PACE, SAMPLERS, UNIFORM_ONLY
+from generate import MASKED_ONLY, OWN_PACE, SAMPLERS, UNIFORM_ONLY
 from settings import die, load_config
-from train import pick_device, trained_with
+from train import restore
 
 LINES = [  # a sampler and the options that differ from its defaults
     ("ar", {}),
@@ -84,10 +84,12 @@ def label(row):
 
 
 def setting(row):
-    """sudoku, masked, with clues"""
+    """out/sudoku: sudoku, masked, with clues"""
     clues = {True: ", with clues", False: ", without clues"}.get(row["clues"], "")
     heat = f", temperature {row['temperature']:g}" if row["temperature"] != 1 else ""
-    return f"{row['dataset']}, {row['process']}{clues}{heat}" + (f", batches of {row['batch_size']}" if row["batch_size"] != 256 else "")
+    return f"{row['ckpt']}: {row['dataset']}, {row['process']}{clues}{heat}" + (
+        f", batches of {row['batch_size']}" if row["batch_size"] != 256 else ""
+    )
 
 
 def cell(r):
@@ -115,7 +117,11 @@ def report(rows, path):
         heads = ["1 step", *(f"{n} steps" for n in STEPS[1:]), "own pace"]
         out += [f"\n### {name}\n", f"| sampler | {' | '.join(heads)} | distinct / expected |", "| --- " * (len(heads) + 2) + "|"]
         for i, sampler in enumerate(names):
-            line = {r["steps"]: r for r in mine if label(r) == sampler}
+            line = {}
+            for r in (r for r in mine if label(r) == sampler):
+                if r["steps"] in line:
+                    die(f"two different runs of {sampler} on {name}: which one?", "one --out for each")
+                line[r["steps"]] = r
             if not line:
                 continue
             most = line[max(line, key=lambda k: k or 0)]
@@ -136,49 +142,59 @@ def report(rows, path):
     print(f"{path}.md, {path}.png: {len(rows)} lines")
 
 
+def read(path):
+    """The lines that are there."""
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    for i, line in enumerate(lines):
+        try:
+            lines[i] = json.loads(line)
+        except ValueError:
+            die(f"{path}, line {i + 1} is no JSON: was a run killed while it wrote?", f"sed -i {i + 1}d {path}")
+    return lines
+
+
 def main():
     cfg = load_config(CompareConfig, sys.argv[1:])
-    lines = [json.loads(line) for line in Path(cfg.out).read_text().splitlines()] if Path(cfg.out).exists() else []
+    lines = read(cfg.out)
     if cfg.report:
         if not lines:
             die(f"{cfg.out} holds no lines yet", "python compare.py --ckpt out/sudoku")
+        Path(cfg.report).parent.mkdir(parents=True, exist_ok=True)
         return report(lines, cfg.report)
-    state = checkpoint.load(cfg.ckpt)
-    run = trained_with(state)
-    data = Dataset(run.dataset, run.seq_len)
-    data.same_as(state["meta"])
-    model, process = checkpoint.build(run, state["meta"]["vocab_size"])
-    model.load_state_dict(state["ema"])
-    model = model.to(pick_device(cfg.device)[0]).eval()
-    trained = sorted(run.block_sizes)
-    if trained[0] != 1 or len(trained) < 2:
-        die(
-            f"{cfg.ckpt} was trained on block sizes {', '.join(map(str, trained))}: half the samplers need 1 and another",
-            "--ckpt out/sudoku",
-        )
-    prompts = prompts_of(data, cfg.n_eval, cfg.clues)
-    what = {"dataset": run.dataset, "process": run.process, "clues": cfg.clues if any(len(p) for p in prompts) else None}
-    what |= {
-        "n": len(prompts),
-        "batch_size": cfg.batch_size,
-        "temperature": cfg.temperature,
-        "seed": cfg.seed,
-        "train_steps": state["step"],
-    }
-    what |= {"max_new_tokens": cfg.max_new_tokens, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    todo, chosen = [], [name for name in cfg.samplers.split(",") if name]
+    chosen = [name for name in cfg.samplers.split(",") if name]
     if unknown := sorted(set(chosen) - set(SAMPLERS)):
         die(f"no sampler named {unknown[0]!r}", f"--samplers {','.join(SAMPLERS)}")
+    for name, least in (("n_eval", 2), ("batch_size", 1), ("max_new_tokens", 0), ("temperature", 0), ("seed", 0)):
+        if not least <= getattr(cfg, name) < float("inf"):
+            die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {least} or more")
+    run, meta, step, model, process = restore(cfg.ckpt, cfg.device)
+    data = Dataset(run.dataset, run.seq_len)
+    data.same_as(meta)
+    trained = sorted(run.block_sizes)
+    if trained[0] != 1 or len(trained) < 2:
+        die(f"{cfg.ckpt} was trained on block sizes {', '.join(map(str, trained))}: this needs 1 and another", "--ckpt out/sudoku")
+    prompts = prompts_of(data, cfg.n_eval, cfg.clues)
+    weights = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())).hexdigest()[:12]
+    what = {
+        "ckpt": cfg.ckpt, "weights": weights, "train_steps": step, "dataset": run.dataset, "process": run.process,
+        "clues": cfg.clues if any(len(p) for p in prompts) else None, "n": len(prompts), "batch_size": cfg.batch_size,
+        "max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature, "seed": cfg.seed,
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+    todo = []
     for name, options in LINES:
         if name in (chosen or SAMPLERS) and SAMPLERS[name] not in (MASKED_ONLY if process.mask_id is None else UNIFORM_ONLY):
             for steps in [None] if SAMPLERS[name] in OWN_PACE else STEPS:
                 row = {**what, "sampler": name, "options": options, "steps": steps}
-                if not any(all(line[k] == v for k, v in row.items()) for line in lines):
+                if not any(all(line.get(k) == v for k, v in row.items()) for line in lines):
                     todo.append(row)
     for row in tqdm(todo, desc=run.dataset):
         how = {"block_size": 1 if row["sampler"] == "ar" else trained[-1], "steps": row["steps"], "temperature": cfg.temperature}
         how |= {"max_new_tokens": cfg.max_new_tokens or None, "schedule": SCHEDULES[run.schedule], "trained": trained, **row["options"]}
-        result = accuracy(model, process, data, prompts, cfg.seed, cfg.batch_size, sampler=SAMPLERS[row["sampler"]], **how)
+        try:
+            result = accuracy(model, process, data, prompts, cfg.seed, cfg.batch_size, sampler=SAMPLERS[row["sampler"]], **how)
+        except ValueError as e:
+            die(str(e), "python compare.py --help")
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         with open(cfg.out, "a") as f:
             f.write(json.dumps(row | result) + "\n")

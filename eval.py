@@ -1,5 +1,5 @@
 """
-How good is it? For now: the likelihood on the validation split, and accuracy where answers can be checked.
+How good is it? The likelihood on the validation split, and accuracy where answers can be checked.
 
     python eval.py --ckpt out/sudoku                           bounds in nats per token, one a block size
     python eval.py --ckpt out/sudoku --samples                 accuracy: AR, then ancestral and ARPC with 1, 2, 4, ... steps
@@ -16,11 +16,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
 from dataset import Dataset
 from diffusion import SCHEDULES, Noise, stratified_draw, token_loss
-from generate import NOTHING, generate
-from samplers import OWN_PACE, SAMPLERS
+from generate import NOTHING, OWN_PACE, SAMPLERS, generate
 from settings import die
 
 
@@ -139,21 +137,24 @@ def prompts_of(data, n, clues=True):
 
 def main():
     from sample import load_with_sampler  # here: it imports train.py, which imports this file
-    from train import pick_device, trained_with
+    from train import restore
 
     cfg, sampler, own = load_with_sampler(EvalConfig, sys.argv[1:])
-    if cfg.n_eval < 2 or not 0 <= cfg.temperature < math.inf or cfg.seed < 0:
-        die(
-            f"n_eval {cfg.n_eval} must be at least 2, temperature {cfg.temperature} and seed {cfg.seed} at least 0",
-            "python eval.py --n_eval=512",
-        )
-    state = checkpoint.load(cfg.ckpt)
-    run = trained_with(state)
+    for name, fine, least in (
+        ("n_eval", cfg.n_eval >= 2, "2"),
+        ("steps", cfg.steps >= 0, "0"),
+        ("temperature", 0 <= cfg.temperature < math.inf, "0"),
+        ("seed", cfg.seed >= 0, "0"),
+    ):
+        if not fine:
+            die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {least} or more")
+    usual = EvalConfig()
+    for name in () if cfg.samples else ("sampler", "steps", "clues", "temperature"):
+        if getattr(cfg, name) != getattr(usual, name):
+            die(f"--{name} is about samples, and this asks for the likelihood", f"--samples --{name} {getattr(cfg, name)}")
+    run, meta, step, model, process = restore(cfg.ckpt, cfg.device)
     data = Dataset(run.dataset, run.seq_len)
-    data.same_as(state["meta"])
-    model, process = checkpoint.build(run, state["meta"]["vocab_size"])
-    model.load_state_dict(state["ema"])
-    model = model.to(pick_device(cfg.device)[0]).eval()
+    data.same_as(meta)
     if not cfg.samples:
         print(show_bounds(bounds(model, process, data, run.block_sizes, cfg.n_eval, run.schedule, cfg.seed), process))
         return
@@ -163,8 +164,14 @@ def main():
     for name in wanted:
         for b in [1] if name == "ar" else [b for b in trained if b > 1]:
             steps = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= b and (n > 1 or name != "arpc")]  # ARPC guides no last step
-            rows += [(name, b, n) for n in ([cfg.steps or None] if cfg.steps or SAMPLERS[name] in OWN_PACE else steps)]
-    print(f"{run.dataset}, {run.process}, EMA weights of step {state['step']}")
+            if SAMPLERS[name] in OWN_PACE:
+                if sampler and cfg.steps:
+                    die(f"{name} takes as many passes as it needs: --steps means nothing", "leave it out")
+                steps = [None]
+            rows += [(name, b, n) for n in ([cfg.steps] if cfg.steps and SAMPLERS[name] not in OWN_PACE else steps)]
+    if not rows:
+        die(f"{cfg.ckpt} was trained on block size 1 alone: {cfg.sampler} has no block to fill", "--sampler ar")
+    print(f"{run.dataset}, {run.process}, EMA weights of step {step}")
     has_prompts = any(len(p) for p in prompts)
     print(
         f"{len(prompts)} samples, temperature {cfg.temperature:g}, seed {cfg.seed}"

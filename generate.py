@@ -1,8 +1,8 @@
 """
 How is a text made? The one loop of generation: blocks, prompts, the KV cache, early ends and counting passes.
 
-What happens inside a block is a sampler's business: samplers.py, one function each. Letters as in diffusion.py, and R the
-rows still in the batch, b the block size.
+What happens inside a block is a sampler's business: samplers.py, unmasking.py, guided.py, one function each. Letters as in
+diffusion.py, and R the rows still in the batch, b the block size.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,20 @@ from dataclasses import dataclass
 import torch
 
 from diffusion import Noise, draw, loglinear, sharpen, sigma
+from guided import agreement, arpc, edlm, speculation
 from model import KVCache
-from samplers import MASKED_ONLY, OWN_PACE, UNIFORM_ONLY, ancestral, ar
+from samplers import ancestral, ar, first_hitting, gibbs, max_coupling, psi, remdm_cap, remdm_conf, remdm_loop, remdm_rescale
+from unmasking import confidence, entropy_bound, factor, prophet, rcr, saber, sched, threshold
+
+SAMPLERS = {
+    f.__name__: f
+    for f in (ancestral, ar, arpc, psi, remdm_cap, remdm_rescale, remdm_conf, remdm_loop, first_hitting, confidence, threshold, factor,
+              entropy_bound, rcr, saber, prophet, sched, gibbs, max_coupling, edlm, agreement, speculation)
+}  # fmt: skip
+MASKED_ONLY = {remdm_cap, remdm_rescale, remdm_conf, remdm_loop, first_hitting}
+UNIFORM_ONLY = {gibbs, max_coupling}
+READS_AR = {arpc, edlm, agreement, speculation}  # block size 1 of the same network (ARPC not with corruption random or diffusion)
+OWN_PACE = {ar, first_hitting, speculation}  # as many passes as they need: steps mean nothing
 
 NOTHING = -1  # in State.x: not written yet, or behind the end of a row
 
@@ -32,41 +44,42 @@ class State:
 
 class Block:
     """
-    The block at work, as a sampler sees it.
+    The block at work, as a sampler sees it. Its tensors lie where sampling is done: on the model's device, or the CPU for Apple's
+    GPUs, which have no float64.
 
     x (R, b) int64       its tokens: the prompt's where a prompt ends inside, noise elsewhere. `write` changes it
     open (R, b) bool     positions to generate
     live (R,) bool       rows that need more passes; a row that the sampler takes out costs nothing more
-    alpha (steps + 1,)   float64, noise levels from 0 (pure noise) to 1 (clean), the schedule on a linear grid of times
+    alpha                steps + 1 numbers, noise levels from 0 (pure noise) to 1 (clean): the schedule on a linear grid of times
     process, steps, temperature, top_p
     """
 
-    def __init__(self, model, process, cache, counts, x, rows, span, open, seed, trained, steps, schedule, temperature, top_p):
+    def __init__(self, *, model, process, cache, counts, text, rows, span, open, seed, trained, steps, schedule, temperature, top_p):
         self.model, self.process, self.cache, self.counts, self.seed, self.trained = model, process, cache, counts, seed, trained
-        self.temperature, self.top_p, self.schedule = temperature, top_p, schedule
-        self.text, self.rows, self.at, self.open = x, rows.to(x.device), span.to(x.device), open.to(x.device)
-        self.given = x[self.rows[:, None], self.at]  # prompt, and whatever stands in rows that wait
+        self.temperature, self.top_p, self.schedule, self.text = temperature, top_p, schedule, text
+        self.rows, self.positions, self.open = rows.to(text.device), span.to(text.device), open.to(text.device)
+        self.given = text[self.rows[:, None], self.positions]  # prompt, and whatever stands in rows that wait
         self.steps = steps or len(span)
         self.alpha = self.grid(self.steps)
         self.live = self.open.any(1)
         self.x = torch.where(self.open, self.prior(self.noise(-1)), self.given.clamp(min=0))
-        self.some = (None, None)  # rows, and the cache of these rows alone
+        self.subset = (None, None)  # rows, and the cache of these rows alone
         self.read = self.logits = None  # what the last predict read, and said
-        self.timeless = model.time is None or model.cfg.condition_clean
+        self.timeless = model.time is None or model.cfg.condition_clean  # the latter: published weights, whose sigma was 0 throughout
 
     # ----- what a sampler may do
 
     def noise(self, k):
         """Random numbers of step k >= 0; -1 made the pure noise, -2 what block size 1 reads."""
-        return Noise(self.seed, self.rows, self.at, k)
+        return Noise(self.seed, self.rows, self.positions, k)
 
     def grid(self, steps):
-        """alpha at steps + 1 equally spaced times from 1 to 0."""
-        return self.schedule(torch.linspace(1, 0, steps + 1, dtype=torch.float64))[0]
+        """alpha at steps + 1 equally spaced times from 1 to 0; the last is 1 exactly, whatever the schedule rounds to."""
+        return self.schedule(torch.linspace(1, 0, steps + 1, dtype=torch.float64))[0].tolist()[:-1] + [1.0]
 
     def prior(self, noise):
         """Pure noise, (R, b)."""
-        return self.process.prior((len(self.rows), len(self.at)), noise, self.at.device)
+        return self.process.prior((len(self.rows), len(self.positions)), noise, self.rows.device)
 
     def write(self, x):
         """x at the open positions of live rows."""
@@ -81,21 +94,21 @@ class Block:
         if self.timeless and self.read is not None:
             need = need & (x != self.read).any(1)
         if need.any():
-            logits = self._forward(need, None, x, len(self.at), alpha, int(self.at[0]))
+            logits = self._forward(need, None, x, len(self.positions), alpha, int(self.positions[0]))
             self.logits = logits if self.logits is None else torch.where(need[:, None, None], logits, self.logits)
             self.read = x
         return self.logits
 
     def verify(self, y):
         """Logits (R, b, V) of block size 1 at every position, each given y before it: one pass of two tokens a position."""
-        self._can_verify()
-        return self._forward(self.live, y, self.ar_input(), 1, 0.0, int(self.at[0]))
+        self.need_ar_mode()
+        return self._forward(self.live, y, self.ar_input(), 1, 0.0, int(self.positions[0]))
 
     def verify_and_predict(self, y, alpha):
         """Both in one pass of three tokens a position: verify(y), and predict(alpha) of the block as it stands."""
-        self._can_verify()
-        b = len(self.at)
-        sizes, at = torch.tensor([[1] * b + [b] * b]), torch.cat((self.at, self.at)).cpu()
+        self.need_ar_mode()
+        b = len(self.positions)
+        sizes, at = torch.tensor([[1] * b + [b] * b]), torch.cat((self.positions, self.positions)).cpu()
         level = torch.cat((torch.zeros(len(self.rows), b).to(alpha), alpha[:, None].expand(-1, b)), dim=1)
         logits = self._forward(self.live, y, torch.cat((self.ar_input(), self.x), dim=1), sizes, level, at)
         return logits[:, :b], logits[:, b:]
@@ -117,7 +130,7 @@ class Block:
 
     def ar_input(self):
         """What block size 1 reads in place of the tokens it predicts, (R, b)."""
-        return self.process.ar_input((len(self.rows), len(self.at)), self.noise(-2), self.at.device)
+        return self.process.ar_input((len(self.rows), len(self.positions)), self.noise(-2), self.x.device)
 
     def ar_draw(self, logits):
         """The tokens that AR sampling draws from these logits: with the same logits always the same ones."""
@@ -128,9 +141,10 @@ class Block:
 
     def show(self):
         """Put the block into the text."""
-        self.text[self.rows[:, None], self.at] = torch.where(self.open, self.x, self.given)
+        self.text[self.rows[:, None], self.positions] = torch.where(self.open, self.x, self.given)
 
-    def _can_verify(self):
+    def need_ar_mode(self):
+        """Raise ValueError if block size 1 of this network cannot be asked."""
         if not self.model.cfg.clean_causal:
             raise ValueError("the clean stream of this model is block-causal: it cannot serve block size 1 as well")
         if self.trained is not None and 1 not in self.trained:
@@ -141,15 +155,15 @@ class Block:
         One pass: what the cache lacks of the context, then `gen` (R, b) as clean text or None, then noisy (R, N). Returns logits
         (R, N, V), zeros in rows that were not needed. The context enters the cache, for all rows; `gen` never does.
         """
-        begin, device, R = int(self.at[0]), self.model.embed.weight.device, len(self.rows)
+        begin, device, R = int(self.positions[0]), self.model.embed.weight.device, len(self.rows)
         have = self.cache.length if self.cache is not None else 0
         run = torch.ones_like(need) if self.cache is not None and have < begin else need
         everyone, index = bool(run.all()), run.nonzero()[:, 0]
         cache = self.cache
         if cache is not None and not everyone:
-            if self.some[0] is None or not torch.equal(self.some[0], index):
-                self.some = (index, self.cache.select(index.to(device)))
-            cache = self.some[1]
+            if self.subset[0] is None or not torch.equal(self.subset[0], index):
+                self.subset = (index, self.cache.select(index.to(device)))
+            cache = self.subset[1]
         clean = self.text[self.rows[index], have:begin].clamp(min=0)  # NOTHING only in rows that wait: rolled back in generate
         if gen is not None:
             clean = torch.cat((clean, gen[index]), dim=1)
@@ -190,9 +204,9 @@ def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=Non
     A prompt that ends inside a block is read as part of that block: well understood by masked models (visible is known); a
     time-conditioned uniform model trained without prompts takes it for noise at first. End it at a block, or use ar_tokens.
 
-    Raises ValueError, at the first next() or, for a sampler's own options, at the first block: for lengths the model cannot
-    hold, ids it does not know, bad temperature or top_p, a sampler that the noise or the network cannot serve, and AR tokens
-    from a model whose clean stream is block-causal (its cache fits one block size only).
+    Raises ValueError for lengths the model cannot hold, ids it does not know, bad temperature or top_p, a sampler that the noise
+    or the network cannot serve, and AR tokens from a model whose clean stream is block-causal (its cache fits one block size
+    only): at the first next(); for a sampler's own options when it gets its first block.
     """
     cfg, device = model.cfg, next(model.parameters()).device
     home = torch.device("cpu") if device.type == "mps" else device  # sampling wants float64
@@ -200,10 +214,10 @@ def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=Non
         prompt = [torch.as_tensor(p, dtype=torch.long) for p in prompt]
     if any(p.dim() != 1 for p in prompt[: 1 if torch.is_tensor(prompt) else None]):
         raise ValueError("a prompt is a sequence of ids, and they come in a list")
-    if block_size < 1 or (steps is not None and steps < 1) or not len(prompt) or min(ar_tokens, max_new_tokens or 0) < 0:
-        raise ValueError(
-            f"block_size {block_size}, steps {steps} and {len(prompt)} prompts must be at least 1, ar_tokens and max_new_tokens 0"
-        )
+    least = {"block_size": (block_size, 1), "steps": (steps, 1), "the number of prompts": (len(prompt), 1)}
+    for what, (value, low) in (least | {"ar_tokens": (ar_tokens, 0), "max_new_tokens": (max_new_tokens, 0)}).items():
+        if value is not None and value < low:
+            raise ValueError(f"{what} must be at least {low}, not {value}")
     first = torch.tensor([len(p) for p in prompt])  # (B,) first generated position
     padded = prompt.long() if torch.is_tensor(prompt) else torch.nn.utils.rnn.pad_sequence(prompt, True)  # (B, P)
     real = torch.arange(padded.size(1)) < first[:, None]
@@ -262,7 +276,10 @@ def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=Non
             open = (span >= known[rows, None]) & (known[rows] < stop[rows])[:, None]  # (R, b): to be written now
             if not open.any():
                 continue  # prompt in every row: the next pass reads it
-            block = Block(model, process, cache, counts, x, rows, span, open, seed, trained, steps, schedule, temperature, top_p)
+            block = Block(
+                model=model, process=process, cache=cache, counts=counts, text=x, rows=rows, span=span, open=open, seed=seed,
+                trained=trained, steps=steps, schedule=schedule, temperature=temperature, top_p=top_p,
+            )  # fmt: skip
             if b > 1:
                 block.show()
                 yield state(span, 0)  # noise, to look at

@@ -18,13 +18,11 @@ import time
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
-import checkpoint
 from dataset import Tokenizer
 from diffusion import SCHEDULES
-from generate import NOTHING, generate
-from samplers import OWN_PACE, SAMPLERS
-from settings import die, load_config
-from train import pick_device, trained_with
+from generate import MASKED_ONLY, NOTHING, OWN_PACE, READS_AR, SAMPLERS, UNIFORM_ONLY, generate
+from settings import die, load_config, read_toml
+from train import restore
 
 
 @dataclass
@@ -32,7 +30,7 @@ class SampleConfig:
     ckpt: str = "out/run"  # a training run's out_dir
     prompt: str = ""  # the text to go on from; for rows like sudoku's nothing means blanks
     prompt_file: str = ""  # or one prompt a line, of any lengths, each with n_samples
-    sampler: str = "ancestral"  # a function of samplers.py; --sampler NAME --help explains it; ar is the same as block size 1
+    sampler: str = "ancestral"  # or ar, arpc, psi, confidence, speculation, ...; --sampler NAME --help explains one and lists all
     block_size: int = 0  # tokens denoised together; 0: the largest that was trained. 1 is autoregressive
     steps: int = 0  # steps per block; 0: one a token
     ar_tokens: int = 0  # so many tokens first by block size 1 (AR-then-block)
@@ -54,33 +52,49 @@ def options(sampler):
     return {p.name: p.default for p in inspect.signature(sampler).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
+def explain(sampler, own):
+    """What --sampler NAME --help prints."""
+    limits = {
+        "masked noise only": sampler in MASKED_ONLY,
+        "uniform noise only": sampler in UNIFORM_ONLY,
+        "block size 1 must have been trained too": sampler in READS_AR,
+        "takes no --steps": sampler in OWN_PACE,
+    }
+    print(f"--sampler {sampler.__name__}" + "".join(f"; {what}" for what, so in limits.items() if so) + f"\n\n{inspect.getdoc(sampler)}\n")
+    print("Its own options and their defaults:" if own else "It has no options of its own.")
+    for option, default in own.items():
+        print(f"    --{option}" + ("" if default == "" else f"    {default}"))
+    print(f"\nAll samplers: {', '.join(SAMPLERS)}.\nWhat they share: python {Path(sys.argv[0]).name} --help")
+
+
 def load_with_sampler(cls, argv):
     """(settings, sampler, its options) from command-line words: `cls` and the options of the sampler that --sampler names."""
-    name = cls.sampler
+    named, from_file = [], []
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         if word.partition("=")[0] == "--sampler":
-            name = word.partition("=")[2] or following
-    if name not in SAMPLERS and name != cls.sampler:
+            named.append(word.partition("=")[2] or ("" if following.startswith("--") else following))
+        elif word.endswith(".toml") and not word.startswith("--"):
+            from_file += [str(read_toml(word).get("sampler", cls.sampler))]
+    name = (named or from_file or [cls.sampler])[-1]  # flags win
+    if name not in SAMPLERS and (named or from_file):
         near = difflib.get_close_matches(name, SAMPLERS, 1)
         die(f"no sampler named {name!r}", f"--sampler {near[0] if near else '|'.join(SAMPLERS)}")
     sampler = SAMPLERS.get(name)  # None: eval.py's default, several
     own = options(sampler) if sampler else {}
-    if {"-h", "--help"} & set(argv) and any(word.partition("=")[0] == "--sampler" for word in argv) and sampler:
-        print(f"--sampler {name}\n\n{inspect.getdoc(sampler)}\n")
-        print("Its own options:" if own else "It has no options of its own.")
-        for option, default in own.items():
-            print(f"    --{option} {default}" if default != "" else f"    --{option}")
-        print(f"\nAll samplers: {', '.join(SAMPLERS)}. What all of them share: python {Path(sys.argv[0]).name} --help")
-        raise SystemExit
-    shared = set(cls.__dataclass_fields__)
+    if {"-h", "--help"} & set(argv):
+        if named:
+            explain(sampler, own)
+            raise SystemExit
+        load_config(cls, ["--help"])
     for word in argv:
         flag = word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else ""
         others = [s for s, f in SAMPLERS.items() if flag in options(f)]
-        if others and flag not in shared and flag not in own:
-            die(f"--{flag} is an option of {', '.join(others)}, not of {name or 'all samplers'}", f"--sampler {others[0]}")
+        if others and flag not in cls.__dataclass_fields__ and flag not in own:
+            one = others[0]
+            die(f"--{flag} is an option of {', '.join(others)}" + (f", not of {name}" if name else ": which?"), f"--sampler {one}")
     both = make_dataclass(cls.__name__, [(o, type(default), default) for o, default in own.items()], bases=(cls,))
     both.__module__ = cls.__module__
-    cfg = load_config(both, argv)
+    cfg = load_config(both, argv, help=f"--sampler {name} --help" if sampler else "--help")
     return cfg, sampler, {o: getattr(cfg, o) for o in own}
 
 
@@ -174,12 +188,8 @@ def stream(states, tokenizer, prompt):
 
 def main():
     cfg, sampler, own = load_with_sampler(SampleConfig, sys.argv[1:])
-    state = checkpoint.load(cfg.ckpt)
-    run, meta = trained_with(state), state["meta"]
+    run, meta, _, model, process = restore(cfg.ckpt, cfg.device)
     tokenizer = Tokenizer(meta, Path("data") / run.dataset)
-    model, process = checkpoint.build(run, meta["vocab_size"])
-    model.load_state_dict(state["ema"])
-    model = model.to(pick_device(cfg.device)[0]).eval()
 
     trained = sorted(run.block_sizes)
     if cfg.sampler == "ar" and cfg.block_size not in (0, 1):
@@ -205,6 +215,10 @@ def main():
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {fix}")
     if b == 1 and (cfg.steps or cfg.ar_tokens):
         die("block size 1 takes one pass a token and is AR throughout: --steps and --ar_tokens mean nothing", "leave them out")
+    if b == 1 and cfg.sampler == "ancestral":
+        if own != options(sampler):
+            die("block size 1 is the sampler ar: it has no options of its own", "leave them out, or another --block_size")
+        sampler, own = SAMPLERS["ar"], {}
     if cfg.steps and sampler in OWN_PACE:
         die(f"{cfg.sampler} takes as many passes as it needs: --steps means nothing", "leave it out")
 
@@ -234,6 +248,8 @@ def main():
                 f"a prompt of {len(ids)} tokens and {cfg.max_new_tokens or 'some'} more: the context has {run.seq_len}",
                 "a shorter --prompt or fewer --max_new_tokens",
             )
+    if cfg.ar_tokens and all(cfg.ar_tokens >= (cfg.max_new_tokens or run.seq_len - len(ids)) for _, ids in prompts):
+        die(f"--ar_tokens {cfg.ar_tokens} leaves nothing for the blocks", "--sampler ar, or fewer of them")
     prompts = [ids for _, ids in prompts for _ in range(cfg.n_samples)]
 
     spent = [0.0]
@@ -244,15 +260,15 @@ def main():
     )  # fmt: skip
     states = timed(states, spent)
     try:
-        states = itertools.chain(list(itertools.islice(states, 3)), states)  # so far that the sampler has seen its options
+        states = itertools.chain(list(itertools.islice(states, 3)), states)  # before anything is shown, the sampler sees its options
+        if cfg.animate and sys.stdout.isatty():
+            states = animate(states, tokenizer, process.mask_id, meta, cfg.fps)
+        else:
+            states = stream(states, tokenizer, tokenizer.decode(prompts[0]))
+        for last in states:
+            pass
     except ValueError as e:
         die(str(e), f"python sample.py --sampler {cfg.sampler} --help")
-    if cfg.animate and sys.stdout.isatty():
-        states = animate(states, tokenizer, process.mask_id, meta, cfg.fps)
-    else:
-        states = stream(states, tokenizer, tokenizer.decode(prompts[0]))
-    for last in states:
-        pass
     n = int((last.x != NOTHING).sum()) - sum(map(len, prompts))
     passes = f"{last.nfe} NFE ({last.nfe_rows.float().mean():.1f} a row, {last.token_forwards:,} token-forwards)"
     print(f"{n} tokens, {n / spent[0]:,.0f} tokens/s, {passes}, block size {b}, seed {cfg.seed}")

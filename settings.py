@@ -26,8 +26,8 @@ def die(problem, fix):
     raise SystemExit(2)
 
 
-def load_config(cls, argv):
-    """An instance of the dataclass `cls` from command-line words; exits with two lines on anything it does not know."""
+def load_config(cls, argv, help="--help"):
+    """An instance of the dataclass `cls` from command-line words; exits with two lines, `help` in them, on anything it does not know."""
     declared, from_file, from_flags, words = {f.name: f for f in fields(cls)}, {}, {}, list(argv)
     script = os.path.basename(sys.argv[0])
     while words:
@@ -49,11 +49,11 @@ def load_config(cls, argv):
         elif word.endswith(".toml"):
             where, pairs, given = word, read_toml(word), from_file
         else:
-            die(f"'{word}' is neither a --flag nor a .toml file", f"python {script} --help")
+            die(f"'{word}' is neither a --flag nor a .toml file", f"python {script} {help}")
         for name, value in pairs.items():
             if name not in declared:
                 near = difflib.get_close_matches(name, declared, 1)
-                die(f"{where}: no setting named '{name}'", f"--{near[0]}" if near else f"python {script} --help")
+                die(f"{where}: no setting named '{name}'", f"--{near[0]}" if near else f"python {script} {help}")
             try:
                 given[name] = convert(value, declared[name].type)
             except (ValueError, TypeError, KeyError, AttributeError):
@@ -62,7 +62,7 @@ def load_config(cls, argv):
                 example = ",".join(f"{k}:{v:g}" for k, v in default.items()) if isinstance(default, dict) else default
                 die(
                     f"{where}: '{name}' wants {declared[name].type.__name__}, got {value!r}",
-                    f"python {script} --help, or --{name}={example}",
+                    f"python {script} {help}, or --{name}={example}",
                 )
     return cls(**{**from_file, **from_flags})
 

@@ -150,6 +150,15 @@ def trained_with(state):
         die(f"this checkpoint's settings are of another version: {e}", "train again, or check out the version that wrote it")
 
 
+def restore(ckpt, device):
+    """(settings, dataset facts, step, model with EMA weights on the device, process) of a run's out_dir, ready to sample."""
+    state = checkpoint.load(ckpt)
+    run = trained_with(state)
+    model, process = checkpoint.build(run, state["meta"]["vocab_size"])
+    model.load_state_dict(state["ema"])
+    return run, state["meta"], state["step"], model.to(pick_device(device)[0]).eval(), process
+
+
 def pick_device(name):
     """(device, why)"""
     if name not in ("auto", "cpu", "cuda", "mps") and not name.startswith("cuda:"):

@@ -124,8 +124,8 @@ def test_comparing_samplers(home):
     out = call(home, "compare.py", "--report=out/table", "--out=out/c.jsonl")
     assert "11 lines" in out and (home / "out/table.png").stat().st_size > 10_000
     table = (home / "out/table.md").read_text()
-    assert "### sudoku, masked, with clues, batches of 2" in table and table.count("| speculation") == 5
-    assert "half the samplers" in call(home, "compare.py", "--ckpt=out/half", code=2)
+    assert "### out/sudoku: sudoku, masked, with clues, batches of 2" in table and table.count("| speculation") == 5
+    assert "this needs 1 and another" in call(home, "compare.py", "--ckpt=out/half", code=2)
 
 
 def test_sampling_a_stream(home):

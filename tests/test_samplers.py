@@ -6,6 +6,7 @@ written out densely, in plain loops; and all of them keep the promises of the lo
 import inspect
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,10 +30,11 @@ from exact import (
 )
 
 import diffusion as d
-import samplers as s
-from generate import NOTHING, generate
+import guided
+from generate import MASKED_ONLY, NOTHING, OWN_PACE, SAMPLERS, UNIFORM_ONLY, generate
 
 N = 100_000  # draws
+s = SimpleNamespace(**SAMPLERS)
 GRID = {n: d.loglinear(torch.linspace(1, 0, n + 1, dtype=torch.float64))[0].tolist() for n in range(1, 9)}
 
 
@@ -396,14 +398,14 @@ def test_the_verifier_has_a_temperature_of_its_own():
     """The sampling temperature sharpens the guess, never the score: the same guess is judged the same."""
     process = d.Masked(V3 + 1, V3)
     model, asked = net(process, seed=2), []
-    original = s.SCORES["ar"]["nll"]
-    s.SCORES["ar"]["nll"] = lambda y, p, ar: asked.append(ar) or original(y, p, ar)
+    original = guided.SCORES["ar"]["nll"]
+    guided.SCORES["ar"]["nll"] = lambda y, p, ar: asked.append(ar) or original(y, p, ar)
     try:
         for T in (1.0, 0.0):
             last(generate(model, process, [(0,)], block_size=8, steps=2, sampler=s.arpc, temperature=T))
         last(generate(model, process, [(0,)], block_size=8, steps=2, sampler=s.arpc, verify_temperature=0.5))
     finally:
-        s.SCORES["ar"]["nll"] = original
+        guided.SCORES["ar"]["nll"] = original
     first = [a[0, 1] for a in asked]  # the first open token: p_AR depends on the prompt alone
     assert torch.allclose(first[0], first[1], atol=1e-6) and torch.allclose((first[0] / 0.5).log_softmax(-1), first[2], atol=1e-5)
 
@@ -636,7 +638,7 @@ def blocks_with_a_wrong_residual(model, process, draft):
     source = inspect.getsource(s.speculation)
     broken = source.replace("rest = (p - q).clamp(min=0)", "rest = p")
     assert broken != source
-    scope = dict(vars(s))
+    scope = dict(vars(guided))
     exec(broken, scope)
     scope["speculation"].__name__ = "speculation"
     return blocks(model, process, 3, N, scope["speculation"], draft=draft, rule="rejection")
@@ -678,7 +680,7 @@ RAGGED = [(), (1,), (0, 2, 1), (2, 2, 2, 2, 0), (1, 0)]
 
 def served(kind):
     process = KINDS[kind][0]()
-    return [f for f in s.SAMPLERS.values() if f is not s.ar and f not in (s.MASKED_ONLY if process.mask_id is None else s.UNIFORM_ONLY)]
+    return [f for f in SAMPLERS.values() if f is not s.ar and f not in (MASKED_ONLY if process.mask_id is None else UNIFORM_ONLY)]
 
 
 @pytest.mark.parametrize("kind, sampler", [(k, f) for k in KINDS for f in served(k)], ids=lambda v: getattr(v, "__name__", v))
@@ -688,7 +690,7 @@ def test_every_sampler_keeps_the_promises_of_the_loop(kind, sampler):
     model = net(process, **kw).double()
     model.head.weight.data *= 0.1
     model.head.bias.data *= 0.1
-    steps = {} if sampler in s.OWN_PACE else {"steps": 3}
+    steps = {} if sampler in OWN_PACE else {"steps": 3}
     passes = []
     forward = model.forward
     count = lambda clean, noisy, *a: passes.append((0 if clean is None else clean.numel()) + noisy.numel()) or forward(clean, noisy, *a)
@@ -760,10 +762,10 @@ def test_greedy_tail():
 def test_samplers_that_a_checkpoint_cannot_serve_are_refused():
     masked, uniform = d.Masked(V3 + 1, V3), d.Uniform(V3)
     run = lambda process, sampler, **k: last(generate(net(process, **k.pop("net", {})), process, [()], block_size=4, sampler=sampler, **k))
-    for f in s.UNIFORM_ONLY:
+    for f in UNIFORM_ONLY:
         with pytest.raises(ValueError, match="masked noise"):
             run(masked, f)
-    for f in s.MASKED_ONLY:
+    for f in MASKED_ONLY:
         with pytest.raises(ValueError, match="uniform noise"):
             run(uniform, f)
     for f in (s.arpc, s.edlm, s.agreement, s.speculation):
@@ -798,7 +800,7 @@ def test_samplers_that_a_checkpoint_cannot_serve_are_refused():
 
 
 def test_every_option_is_explained():
-    for name, f in s.SAMPLERS.items():
+    for name, f in SAMPLERS.items():
         for p in inspect.signature(f).parameters.values():
             if p.kind is p.KEYWORD_ONLY:
                 assert f"\n{p.name}: " in inspect.getdoc(f), f"{name}: {p.name}"
