@@ -131,7 +131,7 @@ def job_pair(cfg, process, device, what):
         model.eval()
 
         def ours():
-            for _ in generate(model, process, [()] * B, block_size=b, steps=b, max_new_tokens=T):
+            for _ in generate(model, process, [()] * B, block_size=b, max_new_tokens=T):
                 pass
 
         return {"ours": ours, "textbook": lambda: textbook_generate(model, process, B, T, b, b)}

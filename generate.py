@@ -38,7 +38,7 @@ class State:
     finished: bool  # the block is written
     done: torch.Tensor  # (B,) bool: the row has ended
     nfe: int  # forward passes so far
-    nfe_rows: torch.Tensor  # (B,) int64: those that this row was part of
+    nfe_rows: torch.Tensor  # (B,) int64: those that this row needed
     token_forwards: int  # tokens pushed through the network so far: what a pass really costs
 
 
@@ -129,7 +129,7 @@ class Block:
         return y
 
     def ar_input(self):
-        """What block size 1 reads in place of the tokens it predicts, (R, b)."""
+        """What block size 1 reads in place of the tokens it predicts, (R, b): the same at every pass, so that AR has one answer."""
         return self.process.ar_input((len(self.rows), len(self.positions)), self.noise(-2), self.x.device)
 
     def ar_draw(self, logits):
@@ -191,7 +191,7 @@ def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=Non
     prompt          (B, P) int64, or a list of B id sequences of any lengths; they may be empty and may end inside a block
     block_size      tokens denoised together; 1 is autoregressive: one pass a token
     sampler         a function of samplers.py; **options are its own
-    steps           passes per block, over a linear grid of times from 1 to 0; default block_size
+    steps           per block, over a linear grid of times from 1 to 0; default block_size; not for block size 1
     max_new_tokens  per row, default up to the model's seq_len. Blocks are always whole: a surplus is cut off at the end,
                     so the tokens kept have exactly the model's distribution
     ar_tokens       so many tokens first by block size 1, then blocks (AR-then-block)
@@ -236,10 +236,12 @@ def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=Non
             raise ValueError(f"this network was trained on block sizes {', '.join(map(str, trained))}, not {b}")
     if (block_size == 1) != (sampler is ar) and not (block_size == 1 and sampler is ancestral):
         raise ValueError(f"block size 1 and the sampler ar belong together: got {block_size} and {name}")
+    if block_size == 1 and options:
+        raise ValueError(f"block size 1 is the sampler ar: it has no options, got {', '.join(options)}")
     if sampler in (MASKED_ONLY if process.mask_id is None else UNIFORM_ONLY):
         raise ValueError(f"{name} is not defined for {'uniform' if process.mask_id is None else 'masked'} noise")
-    if sampler in OWN_PACE and steps is not None and block_size > 1:
-        raise ValueError(f"{name} takes as many passes as it needs: steps mean nothing")
+    if steps is not None and (sampler in OWN_PACE or block_size == 1):
+        raise ValueError(f"{'ar' if block_size == 1 else name} takes as many passes as it needs: steps mean nothing")
 
     x = torch.full((B, W), NOTHING, device=home)
     x[:, : padded.size(1)] = torch.where(real.to(home), padded.to(home), NOTHING)

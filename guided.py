@@ -53,7 +53,7 @@ def arpc(block, *, guide_every=1, warmup=0, corruption="ar", metric="", verify_t
         confidence, margin; empty: the first
     verify_temperature: of p_AR in the score; the sampling temperature stays out of it
 
-    p is the distribution that the token was drawn from: D. A masked network says nothing about a token it can see (SUBS puts all
+    p is D, before temperature and top_p, when the token was drawn. A masked network says nothing about a token it can see (SUBS puts all
     mass on it, and no visible token would ever be doubted), so there p is kept from the last step at which the token was a mask.
     """
     need(corruption in SCORES, "corruption", corruption, f"one of {', '.join(SCORES)}")
@@ -85,7 +85,7 @@ def arpc(block, *, guide_every=1, warmup=0, corruption="ar", metric="", verify_t
             score = noise.uniform(1)[..., 0]
         else:
             score = SCORES[corruption][metric or next(iter(SCORES[corruption]))](y, p, p_ar)
-        n = ((1 - a_s) * block.open.sum(1).double() + 0.5).floor()
+        n = ((1 - a_s) * block.open.sum(1).double() + 0.5 + 1e-9).floor()  # 1e-9: 1 - a_s is a hair below the fraction it stands for
         block.write(torch.where(top(score, n, block.open), block.prior(noise), y))
         yield
 
@@ -98,13 +98,13 @@ def edlm(block, *, candidates=4, start=1.0, stop=0.0):
 
     and take the reverse step towards it. With many candidates y comes from the AR mode's own posterior given x_t. For masked noise
     q(x_t | y) is the same for all candidates; p_AR(y) counts visible tokens too, since their probability depends on the others
-    (EDLM's code leaves them out). One pass a candidate, and one to propose.
+    (EDLM's code leaves them out). Temperature and top_p sharpen both, D and p_AR. One pass a candidate, and one to propose.
 
-    candidates: how many
+    candidates: how many, at least 2
     start: only at times from here, ancestral before
     stop: down to here, ancestral after
     """
-    need(candidates >= 1, "candidates", candidates, "at least 1")
+    need(candidates >= 2, "candidates", candidates, "at least 2")
     need(0 < start <= 1, "start", start, "a time above 0, at most 1")
     need(0 <= stop < start, "stop", stop, "a time from 0, below start")
     block.need_ar_mode()
@@ -120,11 +120,11 @@ def edlm(block, *, candidates=4, start=1.0, stop=0.0):
         q = process.posterior_probs(logits, x_t, a_t, 1.0, block.temperature, block.top_p)  # D, as it is drawn from
         for _ in range(candidates):
             y = torch.where(block.open, block.posterior(logits, a_t, 1.0, noise), x_t)
-            ar = pick(process.loo_logits(block.verify(y), x_t, 0.0).log_softmax(-1).double(), y)
+            ar = pick(block.sharpen(process.loo_logits(block.verify(y), x_t, 0.0)).log_softmax(-1).double(), y)
             noisy = 0.0 if process.mask_id is not None else ((y == x_t).double() * a_t + (1 - a_t) / V).log()  # log q(x_t | y)
-            ys, weights = ys + [y], weights + [((ar + noisy - pick(q, y).log()) * block.open).sum(1)]
+            ys, weights = ys + [y], weights + [torch.where(block.open, ar + noisy - pick(q, y).log(), 0.0).sum(1)]
         u = noise.uniform(1)[:, 0, 0]  # one choice a row
-        cdf = torch.stack(weights, 1).softmax(1).cumsum(1)
+        cdf = torch.stack(weights, 1).clamp(min=-1e30).softmax(1).cumsum(1)  # -1e30: if top_p rules out all of them, any
         choice = (u[:, None] > cdf).sum(1).clamp(max=candidates - 1)
         y = torch.stack(ys, 1)[torch.arange(len(u), device=u.device), choice]
         certain = torch.full_like(logits, -math.inf).scatter(-1, y[..., None], 0.0)
@@ -149,16 +149,17 @@ def agreement(block):
 def speculation(block, *, draft="merged", rule="coupled"):
     """
     Lossless self-speculation: the diffusion mode drafts the block in one pass, the AR mode checks all of it in one, and the longest
-    valid prefix stays, with the AR mode's own token behind it. The text is distributed exactly as AR's, in fewer passes.
+    valid prefix stays, with the AR mode's own token behind it. The text is distributed exactly as AR's, in fewer passes. With
+    exponential clocks E (R, b, V), drawn once for every position of the text, AR sampling is x_i = argmin_v E_iv / p_AR(v | x_<i), and
+
+        coupled     y_i = argmin_v E_iv / q_i(v),  valid while  y_i = argmin_v E_iv / p_AR(v | y_<i)
+        rejection   y_i ~ q_i,  valid with probability min(1, p_AR(y_i) / q_i(y_i)),  else x_i ~ max(p_AR - q_i, 0)
 
     draft: merged: the next draft is made in the same pass as the check, from the tokens accepted before it: one pass a round |
         diffusion: in a pass of its own, which sees one round more | first: one draft, then the AR mode's last guesses again
-        (Jacobi decoding) | random: Jacobi from random tokens, the baseline that any draft must beat
-    rule: coupled: AR sampling is a function of its logits and of fixed random numbers (`ar_draw`). The draft is the same
-        function of the diffusion logits; a token is valid if AR draws it too. Not only the distribution but every token is the
-        one that --sampler ar --seed would have written |
-        rejection: the standard test (arXiv 2211.17192), for drafts by diffusion: keep y_i with probability min(1, p_AR / q), else draw
-        from max(p_AR - q, 0)
+        (Jacobi decoding, arXiv 2305.10427) | random: Jacobi from random tokens, the baseline that any draft must beat
+    rule: coupled: not only the distribution but every token is the one that --sampler ar writes with this seed; any draft will do |
+        rejection: the standard test (arXiv 2211.17192), for drafts by diffusion
 
     A proposal may not have seen other proposals that are checked with it, or the test is not exact: drafts are independent draws.
     """
@@ -182,7 +183,7 @@ def speculation(block, *, draft="merged", rule="coupled"):
 
     if draft == "random":
         anything = process.loo_logits(torch.zeros(*known.shape, process.vocab_size, device=here.device), block.x, 0.0)
-        y = torch.where(known, block.x, block.draw(anything, block.noise(1)))
+        y = torch.where(known, block.x, block.draw(anything, block.noise(2)))
     while block.live.any():
         if y is None or draft == "diffusion":
             q, y = propose(block.predict(level()), block.x, level())

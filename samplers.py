@@ -65,7 +65,11 @@ def ancestral(block, *, greedy_tail=False):
     for k in range(block.steps):
         temperature = 0.0 if greedy_tail and is_last_fill(block, k) else None
         block.write(block.posterior(block.predict(block.alpha[k]), block.alpha[k], block.alpha[k + 1], block.noise(k), temperature))
+        if block.process.mask_id is not None:
+            block.live = block.live & (block.x == block.process.mask_id).any(1)  # without masks nothing can change any more
         yield
+        if not block.live.any():
+            return
     if greedy_tail:
         yield from tail(block)
 
@@ -77,12 +81,12 @@ def is_last_fill(block, k):
 
 def tail(block):
     """
-    Greedy tail (Psi-samplers, arXiv 2602.21185): after the last step x <- argmax D once more, at t = 1e-5. Costs one pass, and some
-    diversity. Masked noise never changes a written token, so for it the last fill is the argmax instead (`is_last_fill`).
+    Greedy tail (Psi-samplers, arXiv 2602.21185): after the last step x <- argmax x_theta once more, at t = 1e-5, where x_theta is what
+    the network was trained to output, l or D. Costs one pass, and some diversity. Masked noise never changes a written token, so
+    for it the last fill is the argmax instead (`is_last_fill`).
     """
     if block.process.mask_id is None:
-        alpha = 1 - 1e-5
-        block.write(block.process.denoiser_logits(block.predict(alpha), block.x, alpha).argmax(-1))
+        block.write(block.predict(1 - 1e-5).argmax(-1))
         yield
 
 
@@ -98,7 +102,8 @@ def psi(block, *, kappa="constant", eta=0.5, greedy_tail=False):
 
         x_s ~ kappa q(x_s | x_t, p) + (1 - kappa) [ a_s q(x_0 | x_t, p) + (1 - a_s) pi ]
 
-    token by token. Marginals are kept for any kappa in [0, 1]: 1 is ancestral, 0 forgets everything but the guess.
+    token by token: 1 is ancestral, 0 forgets everything but the guess. With the true p(x_0 | x_t), for uniform noise with l, the
+    marginals of a token are the same for any kappa in [0, 1].
 
     kappa: posterior (1) | pc (0) | constant (eta) | cap | rescale | remask: kappa = 1 - sigma / (1 - a_s), with
         sigma = min(eta, (1 - a_s) / a_t) | eta min(1, (1 - a_s) / a_t) | eta. One word, or a profile over the time t from 1 to 0:
@@ -211,7 +216,8 @@ def remdm(block, sigma_of, eta):
 def remdm_conf(block):
     """
     ReMDM by confidence (arXiv 2503.00307): sigma_i = min(1, (1 - a_s) / a_t) softmax_i(-c_i) over the visible tokens,
-    c_i = p(x_i) when the token was placed. Tokens the network was unsure of are taken back first.
+    c_i = p(x_i), before temperature, when the token was placed; masks keep sigma = 0. Tokens the network was unsure of are taken back
+    first.
     """
     confidence = torch.zeros(block.x.shape, dtype=torch.float64, device=block.x.device)
     for k in range(block.steps):
@@ -242,7 +248,7 @@ def remdm_loop(block, *, eta=0.05, t_on=0.55, t_off=0.05, alpha_on=0.9):
     for k in range(block.steps):
         a_t, a_s = alpha[k : k + 2]
         s = 1 - (k + 1) / block.steps
-        sigma = eta if t_off - 1e-9 <= s < t_on - 1e-9 else 0.0
+        sigma = min(eta, sigma_max(a_t, a_s)) if t_off - 1e-9 <= s < t_on - 1e-9 else 0.0
         remask(block, block.predict(a_t), a_t, a_s, sigma, block.noise(k))
         yield
 
@@ -276,9 +282,9 @@ def gibbs(block, *, rounds=1, resample=4, badness="margin", spread=1.0):
 
         p(x_i | x without i) = a_s l_i(x_i) + (1 - a_s) / V
 
-    which leaves the noisy marginal as it is, were they drawn one at a time. Positions by Gumbel-top-k on their badness. --steps
-    counts the corrector's passes too: the first floor((steps - 1) / (1 + rounds)) reverse steps have correctors, so fewer than
-    rounds + 2 steps have none.
+    Positions by Gumbel-top-k on their badness. One position, chosen at random, leaves the noisy marginal as it is; several at once, or
+    the bad ones first, do not: a heuristic that moves towards likelier tokens. --steps counts the corrector's passes too: the first
+    floor((steps - 1) / (1 + rounds)) reverse steps have correctors, so fewer than rounds + 2 steps have none.
 
     rounds: correctors after a step; the paper's code has 2
     resample: positions a corrector; the paper's code has 12 of some hundred
@@ -315,8 +321,8 @@ def gibbs(block, *, rounds=1, resample=4, badness="margin", spread=1.0):
 
 def max_coupling(block):
     """
-    Another reverse kernel with the same marginals (arXiv 2605.22765): keep x_t with probability (1 - a_s) / (1 - a_t), else draw
-    from D. For masked noise that is the ancestral step itself.
+    Another reverse kernel (arXiv 2605.22765): keep x_t with probability (1 - a_s) / (1 - a_t), else draw from D. With the true D a
+    token has the same marginals as in the ancestral step; for masked noise it is the ancestral step.
     """
     for k in range(block.steps):
         (a_t, a_s), noise = block.alpha[k : k + 2], block.noise(k)

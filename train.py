@@ -327,7 +327,13 @@ def sample_lines(model, process, data, cfg):
     prompts = [row[: int(keep.int().argmax())] for row, keep in zip(x0, answer, strict=True)]
     b = max(cfg.block_sizes)
     for state in generate(
-        model, process, prompts, block_size=b, steps=min(b, 32), eos_id=data.meta.get("eos_id"), schedule=SCHEDULES[cfg.schedule]
+        model,
+        process,
+        prompts,
+        block_size=b,
+        steps=min(b, 32) if b > 1 else None,
+        eos_id=data.meta.get("eos_id"),
+        schedule=SCHEDULES[cfg.schedule],
     ):
         pass
     try:

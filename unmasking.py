@@ -12,7 +12,8 @@ from samplers import entropy, margin, need, pick, top
 def unmask(block, choose):
     """
     The loop these samplers share. Some positions are committed, the rest is pure noise: masks, or fresh uniform tokens at every step,
-    whose leave-one-out l is the right prediction because they are known to be noise. A step proposes y ~ l for the rest;
+    predicted by l, which leaves their own token out: it is known to be noise (that the others' tokens are, the network is not told,
+    other than by the noise level). A step proposes y ~ l for the rest;
     choose(k, left, y, logp) returns which positions are committed after it, and the tokens; left (R, b) marks the rest,
     logp (R, b, V) is log l, and confidence means l(y). The noise level is the share committed. The last step keeps everything:
     where --steps is a limit, its default, one a token, is none.
@@ -36,15 +37,15 @@ def unmask(block, choose):
 
 
 def quota(block, k):
-    """(R,) how many tokens to have after step k, in even portions; a row with fewer open positions than steps takes fewer steps."""
+    """(R,) tokens to have after step k of T, ceil(n (k + 1) / min(n, T)): even portions; n open positions never take more than n steps."""
     n = block.open.sum(1)
     return -(-n * (k + 1) // n.clamp(1, block.steps))
 
 
 def confidence(block):
     """
-    Low-confidence remasking (MaskGIT, arXiv 2202.04200; LLaDA, 2502.09992): every step commits the same number of tokens, those
-    with the highest l(y).
+    Low-confidence remasking (after MaskGIT, arXiv 2202.04200; with the even schedule of LLaDA, 2502.09992): every step commits the
+    same number of tokens, those with the highest l(y).
     """
     yield from unmask(block, lambda k, left, y, logp: (~left | top(pick(logp, y), quota(block, k) - (block.open & ~left).sum(1), left), y))
 
@@ -92,7 +93,7 @@ def entropy_bound(block, *, bound=0.5):
 
     which bounds what the k tokens, drawn independently, may know of each other. --steps is a limit.
 
-    bound: in nats; 0 is one token at a time
+    bound: in nats; 0 is one token at a time, but for those that are certain
     """
     need(0 <= bound < math.inf, "bound", bound, "at least 0 nats and finite")
 
@@ -108,7 +109,8 @@ def entropy_bound(block, *, bound=0.5):
 def rcr(block):
     """
     Running-confidence remasking (MDPO, arXiv 2508.13148): like `confidence`, but every step fills the whole block, and its least
-    sure tokens become noise again, whenever they were written; the confidence is the one a token was last written with.
+    sure tokens become noise again, whenever they were written: `quota` tokens stay, those with the highest stored confidence, which is
+    the l(y) that a token was last written with.
     """
     stored = torch.zeros(block.x.shape, dtype=torch.float64, device=block.x.device)
 
@@ -130,7 +132,8 @@ def saber(block, *, at_least=2):
 
     at_least: tokens to commit in a step, at least
 
-    For masked noise l at a visible token is the raw output there, which training never looked at: a weak witness.
+    For masked noise l at a visible token is the raw output there, which training never looked at: a weak witness. The paper takes
+    its mean over the whole text so far; this one knows its block.
     """
     need(at_least >= 1, "at_least", at_least, "at least 1")
     stored = torch.zeros(block.x.shape, dtype=torch.float64, device=block.x.device)
@@ -167,7 +170,8 @@ def early_exit(block, statistic, limit):
 def prophet(block, *, high=7.5, middle=5.0, low=2.5):
     """
     Prophet (arXiv 2508.19982): `confidence`, until the mean over the block of the gap between the two best logits reaches a limit that
-    falls in three stairs; then the argmax everywhere. A committed token counts with the gap it was committed at.
+    falls in three stairs; then the argmax everywhere. A committed token counts with the gap it was committed at (the paper asks
+    again; a masked network has no answer there).
 
     high: the limit in the first third of the steps
     middle: in the second
