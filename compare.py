@@ -61,6 +61,11 @@ LINES = [  # a sampler and the options that differ from its defaults
     ("speculation", {"draft": "random"}),
 ]
 STEPS = (1, 2, 4, 8, 16)
+HEAD = """# The samplers in numbers
+
+Made by `python compare.py --report`. A cell is **percent correct** (95 % interval) · passes a token of a row · tokens a second; the columns
+are steps a block. *distinct / expected*: different correct answers in the right-most cell, and how many as many uniform draws of possible
+ones would give."""
 
 
 @dataclass
@@ -111,7 +116,7 @@ def report(rows, path):
     names = list(dict.fromkeys(map(label, rows)))
     across = min(2, len(settings))
     figure, axes = plt.subplots(-(-len(settings) // across), across, figsize=(8 * across, 5.5 * -(-len(settings) // across)), squeeze=False)
-    out = []
+    out = [HEAD]
     for axis, name in zip(axes.flat, settings, strict=False):
         mine = [r for r in rows if setting(r) == name]
         heads = ["1 step", *(f"{n} steps" for n in STEPS[1:]), "own pace"]
@@ -130,15 +135,21 @@ def report(rows, path):
             points = sorted((r["nfe_token"], 100 * r["accuracy"], 100 * r["low"], 100 * r["high"]) for r in line.values())
             x, y, low, high = zip(*points, strict=True)
             spread = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
-            style = dict(color=plt.cm.tab20(i % 20), marker="osD^v<>pP*Xh"[i % 12], linestyle="-" if i < 20 else "--")
-            axis.errorbar(x, y, yerr=spread, label=sampler, markersize=5, linewidth=1, elinewidth=0.5, **style)
+            headline = sampler in ("ar", "ancestral", "arpc")
+            style = (
+                {"color": "black"} if headline else {"color": plt.cm.tab20((2 * i + i // 10) % 20), "linestyle": "-" if i < 20 else "--"}
+            )
+            style |= {"marker": "osD^v<>pP*Xh"[i % 12], "linewidth": 2.2 if headline else 1, "zorder": 3 if headline else 2}
+            axis.errorbar(x, y, yerr=spread, label=sampler, markersize=5, elinewidth=0.5, **style)
         axis.set(title=name, xscale="log", xlabel="passes per token", ylabel="% correct (95 % interval)")
+        axis.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4], ["1/16", "1/8", "1/4", "1/2", "1", "2", "4"])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     handles = {text: h for axis in axes.flat for h, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     figure.tight_layout()
-    figure.savefig(f"{path}.png", dpi=70, bbox_inches="tight")
-    Path(f"{path}.md").write_text("\n".join(out).lstrip() + "\n")
+    figure.savefig(f"{path}.png", dpi=60, bbox_inches="tight")
+    Path(f"{path}.md").write_text("\n".join(out) + "\n")
     print(f"{path}.md, {path}.png: {len(rows)} lines")
 
 

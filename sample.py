@@ -268,7 +268,8 @@ def main():
         for last in states:
             pass
     except ValueError as e:
-        die(str(e), f"python sample.py --sampler {cfg.sampler} --help")
+        cannot = "AR mode" in str(e) or "not defined" in str(e)
+        die(str(e), "--sampler ancestral, which every checkpoint serves" if cannot else f"python sample.py --sampler {cfg.sampler} --help")
     n = int((last.x != NOTHING).sum()) - sum(map(len, prompts))
     passes = f"{last.nfe} NFE ({last.nfe_rows.float().mean():.1f} a row, {last.token_forwards:,} token-forwards)"
     print(f"{n} tokens, {n / spent[0]:,.0f} tokens/s, {passes}, block size {b}, seed {cfg.seed}")

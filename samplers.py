@@ -120,20 +120,24 @@ def psi(block, *, kappa="constant", eta=0.5, greedy_tail=False):
     alpha = plateau(block.steps, until[0], until[1], hold) if hold else block.alpha
     for k in range(block.steps):
         (a_t, a_s), noise, s = alpha[k : k + 2], block.noise(k), 1 - (k + 1) / block.steps
-        mode = next(m for u, m in zip(until, modes, strict=True) if s >= u - 1e-9)
-        limit = sigma_max(a_t, a_s)
-        sigma = {"cap": min(eta, limit), "rescale": eta * limit, "remask": eta}.get(mode)
-        share = {"posterior": 1.0, "pc": 0.0, "constant": eta}.get(mode)
-        if share is None:
-            share = max(0.0, 1 - sigma / max(1 - a_s, 1e-12))
+        mode = next(m for u, m in zip(until, modes, strict=True) if s >= u - 1e-9)  # the part of the profile in which the step ends
         logits = block.predict(a_t)
-        reverse = noise.uniform(1)[..., 0] <= (share if k + 1 < block.steps else 1.0)
+        reverse = noise.uniform(1)[..., 0] <= (kappa_of(mode, eta, a_t, a_s) if k + 1 < block.steps else 1.0)
         x_s = block.posterior(logits, a_t, a_s, noise, 0.0 if greedy_tail and is_last_fill(block, k) else None)
         renoised = block.process.corrupt(block.posterior(logits, a_t, 1.0, noise), a_s, noise)
         block.write(torch.where(reverse, x_s, renoised))
         yield
     if greedy_tail:
         yield from tail(block)
+
+
+def kappa_of(mode, eta, a_t, a_s):
+    """The share of reverse steps in a mode of Psi, a number in [0, 1]."""
+    if mode in ("posterior", "pc", "constant"):
+        return {"posterior": 1.0, "pc": 0.0, "constant": eta}[mode]
+    limit = sigma_max(a_t, a_s)
+    sigma = {"cap": min(eta, limit), "rescale": eta * limit, "remask": eta}[mode]
+    return max(0.0, 1 - sigma / (1 - a_s)) if a_s < 1 else 1.0
 
 
 def profile(text):

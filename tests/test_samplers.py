@@ -31,6 +31,7 @@ from exact import (
 
 import diffusion as d
 import guided
+import unmasking
 from generate import MASKED_ONLY, NOTHING, OWN_PACE, SAMPLERS, UNIFORM_ONLY, generate
 
 N = 100_000  # draws
@@ -515,10 +516,19 @@ def rule_prophet(k, n, left, y, logp, memory, b, ar):
 
 
 def rule_sched(k, n, left, y, logp, memory, b, ar):
-    limit = 0.3 + (1.5 - 0.3) * (1 + math.cos(math.pi * k / (n - 1))) / 2
-    if sum(gaps(logp)[i] for i in left) / len(left) >= limit:
+    if sum(gaps(logp)[i] for i in left) / len(left) >= 1.5 - 1.2 * k / (n - 1):
         return set(range(b)), tuple(logp[i].argmax().item() if i in left else y[i] for i in range(b)), memory
     return rule_confidence(k, n, left, y, logp, None, b, ar)[:2] + (memory,)
+
+
+def test_the_limit_of_sched_falls_as_its_shape_says(monkeypatch):
+    limits = []
+    monkeypatch.setattr(unmasking, "early_exit", lambda block, statistic, limit: limits.append(limit) or [])
+    for shape, at in (("linear", (8, 5, 2)), ("cosine", (8, 5, 2)), ("exp", (8, 2 + 6 * math.exp(-1.5), 2 + 6 * math.exp(-3)))):
+        assert list(unmasking.sched(None, high=8.0, low=2.0, shape=shape, **({"decay": 3.0} if shape == "exp" else {}))) == []
+        assert [limits[-1](r) for r in (0, 0.5, 1)] == pytest.approx(at)
+    list(unmasking.sched(None, high=8.0, low=2.0, shape="cosine"))
+    assert limits[-1](0.25) == pytest.approx(5 + 3 * math.cos(math.pi / 4))
 
 
 def rule_agreement(k, n, left, y, logp, memory, b, ar):
@@ -537,7 +547,7 @@ RULES = [
     (s.rcr, {}, rule_rcr, 3),
     (s.saber, {}, rule_saber, 3),
     (s.prophet, {"high": 1.5, "middle": 1.1, "low": 0.8}, rule_prophet, 3),
-    (s.sched, {"high": 1.5, "low": 0.3, "shape": "cosine"}, rule_sched, 3),
+    (s.sched, {"high": 1.5, "low": 0.3}, rule_sched, 3),
     (s.agreement, {}, rule_agreement, 3),
 ]
 
