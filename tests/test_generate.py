@@ -133,6 +133,14 @@ def test_the_loop_is_an_iterator_of_states_and_counts():
     assert len(none) == 1 and none[0].done.all()
 
 
+def test_passes_of_a_row_are_those_it_needed():
+    """The second row waits while the first writes its two blocks, and is there when the cache takes in the first of them."""
+    process = d.Uniform(V3)
+    model = net(process, time_conditioning=True)  # asked at every step
+    state = last(generate(model, process, [(), (1, 1, 1, 1)], block_size=2, steps=3, max_new_tokens=4))
+    assert state.nfe == 12 and state.nfe_rows.tolist() == [6, 6]
+
+
 def test_greedy_needs_no_luck_and_bad_requests_are_refused():
     process = d.Masked(V3 + 1, V3)
     model = net(process)

@@ -31,6 +31,7 @@ from exact import (
 
 import diffusion as d
 import guided
+import samplers
 import unmasking
 from generate import MASKED_ONLY, NOTHING, OWN_PACE, SAMPLERS, UNIFORM_ONLY, generate
 
@@ -227,6 +228,28 @@ def test_remdm_conf_remembers_the_confidence_of_every_token():
 
     p, forgetful = (dense(tree(lambda *a, r=r: step(*a, remembers=r), (M,) * b, 4, (0.0,) * b), b) for r in (True, False))
     draws(blocks(model, process, b, 4 * N, s.remdm_conf, steps=4), p, forgetful, chain(model, process, b, GRID[4], reverse(process)))
+
+
+def test_remdm_conf_takes_back_by_the_confidence_of_the_day(monkeypatch):
+    """Not by what the network says of a visible token now; every sigma, from the outside."""
+    process, seen, original = d.Masked(V3 + 1, V3), [], samplers.remask
+
+    def spy(block, logits, a_t, a_s, sigma, noise):
+        seen.append((block.x, logits, sigma))
+        original(block, logits, a_t, a_s, sigma, noise)
+        seen[-1] += (block.x,)
+
+    monkeypatch.setattr(samplers, "remask", spy)
+    last(generate(net(process, seed=3), process, [(0,)] * 200, block_size=8, steps=8, sampler=s.remdm_conf))
+    confidence = torch.zeros(200, 8, dtype=torch.float64)
+    for k, (x, logits, sigma, after) in enumerate(seen):
+        visible = (x != V3) & (torch.arange(8) > 0)  # not the prompt
+        limit = min(1.0, (1 - (k + 1) / 8) / (k / 8)) if k else 1.0
+        want = limit * (-confidence).exp() * visible / ((-confidence).exp() * visible).sum(1, keepdim=True).clamp(min=1e-9)
+        assert torch.allclose(sigma, want, atol=1e-6)
+        placed = (x == V3) & (after != V3)
+        p = process.loo_logits(logits).softmax(-1).double().gather(-1, after.clamp(max=V3 - 1)[..., None])[..., 0]
+        confidence = torch.where(placed, p, confidence)
 
 
 def test_first_hitting_is_one_random_position_after_another():
@@ -502,6 +525,11 @@ def rule_saber(k, n, left, y, logp, memory, b, ar):
     return (set(old) | take) - back, y, (tuple(stored.items()), tuple(map(tuple, p)))
 
 
+def rule_saber_that_keeps(k, n, left, y, logp, memory, b, ar):
+    keep, y, memory = rule_saber(k, n, left, y, logp, memory, b, ar)
+    return keep | set(range(1, b)) - set(left), y, memory
+
+
 def gaps(logp):
     return [(row.sort().values[-1] - row.sort().values[-2]).item() for row in logp]
 
@@ -598,9 +626,11 @@ def by_the_rule(model, process, rule, steps, b):
 def test_committing_samplers_follow_their_rule(sampler, options, rule, steps):
     """And the test tells every rule from every other."""
     model, process = setup("masked", seed=18, soft=2.0)
-    p, exits = by_the_rule(model, process, rule, steps, 4)
-    others = [by_the_rule(model, process, r, 3, 4)[0] for r in {r for *_, r, _ in RULES} - {rule}] if steps == 3 else []
-    draws(blocks(model, process, 4, N, sampler, prompt=(1,), steps=steps, **options), p, *others)
+    b = 5 if sampler is s.saber else 4  # taking back needs a second step with two to commit
+    p, exits = by_the_rule(model, process, rule, steps, b)
+    others = [by_the_rule(model, process, r, 3, b)[0] for r in {r for *_, r, _ in RULES} - {rule}] if steps == 3 else []
+    others += [by_the_rule(model, process, rule_saber_that_keeps, 3, b)[0]] if sampler is s.saber else []
+    draws(blocks(model, process, b, N, sampler, prompt=(1,), steps=steps, **options), p, *others)
     assert exits == (sampler in (s.prophet, s.sched)), "early exits happen here, and only there"
 
 
