@@ -1,5 +1,5 @@
 # make demo    environment, data, training, a table, animated samples: 5 to 6 minutes on 2 CPU cores, no GPU
-# make test    what CI runs, @TEST@ minutes
+# make test    what CI runs, 5 minutes
 # make lint
 
 PY := .venv/bin/python
