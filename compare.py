@@ -199,12 +199,14 @@ def main():
                 row = {**what, "sampler": name, "options": options, "steps": steps}
                 if not any(all(line.get(k) == v for k, v in row.items()) for line in lines):
                     todo.append(row)
-    for row in tqdm(todo, desc=run.dataset):
+    bar = tqdm(todo, desc=run.dataset, disable=None)
+    for row in bar:
         how = {"block_size": 1 if row["sampler"] == "ar" else trained[-1], "steps": row["steps"], "temperature": cfg.temperature}
         how |= {"max_new_tokens": cfg.max_new_tokens or None, "schedule": SCHEDULES[run.schedule], "trained": trained, **row["options"]}
         try:
             result = accuracy(model, process, data, prompts, cfg.seed, cfg.batch_size, sampler=SAMPLERS[row["sampler"]], **how)
         except ValueError as e:
+            bar.close()
             die(str(e), "python compare.py --help")
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         with open(cfg.out, "a") as f:

@@ -178,13 +178,15 @@ def main():
         + f", with{'' if cfg.clues else 'out'} clues" * has_prompts
     )
     print(f"{'sampler':>13} {'block':>6} {'steps':>6} {'NFE':>5} {'a row':>6} {'correct, 95 %':>20} {'distinct':>10} {'tokens/s':>9}")
-    for name, b, steps in tqdm(rows, desc="sampling", leave=False, file=sys.stderr):
+    bar = tqdm(rows, desc="sampling", leave=False, file=sys.stderr, disable=None)
+    for name, b, steps in bar:
         try:
             r = accuracy(
                 model, process, data, prompts, cfg.seed, block_size=b, sampler=SAMPLERS[name], steps=steps, temperature=cfg.temperature,
                 schedule=SCHEDULES[run.schedule], trained=trained, **own,
             )  # fmt: skip
         except ValueError as e:
+            bar.close()
             die(str(e), f"python eval.py --sampler {name} --help")
         share = f"{100 * r['accuracy']:.1f} ({100 * r['low']:.1f}-{100 * r['high']:.1f})"
         distinct = f"{r['distinct']}/{r['expected']:.0f}" if r["expected"] else ""

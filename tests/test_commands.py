@@ -1,5 +1,6 @@
 """Why believe the command lines? Every script as a user runs it, in a fresh copy of the project, for a few steps."""
 
+import inspect
 import json
 import re
 import shutil
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from generate import SAMPLERS
 from sample import options
-from samplers import SAMPLERS
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +107,7 @@ def test_a_sampler_explains_itself(home, name):
     out = call(home, "sample.py", "--sampler", name, "--help")
     for option in options(SAMPLERS[name]):
         assert f"\n{option}: " in out and f"    --{option}" in out
-    assert SAMPLERS[name].__doc__.split("\n")[1].strip() in out
+    assert inspect.getdoc(SAMPLERS[name]) in out
     assert "SampleConfig" in call(home, "sample.py", "--help")
 
 
@@ -163,7 +164,7 @@ def test_sampling_a_stream(home):
         (["sample.py", "--ckpt=out/digits", "--sampler"], "no sampler named ''"),
         (["sample.py", "--ckpt=out/digits", "--sampler=arpc", "--eta=0.1"], "psi"),
         (["sample.py", "--ckpt=out/digits", "--sampler=arpc", "--guide_evry=2"], "--guide_every"),
-        (["sample.py", "--ckpt=out/digits", "--sampler=arpc", "--guide_every=0"], "guide_every 0"),
+        (["sample.py", "--ckpt=out/digits", "--sampler=arpc", "--guide_every=0"], "guide_every must be at least 1"),
         (["sample.py", "--ckpt=out/digits", "--sampler=arpc", "--metric=kl"], "nll, gap, entropy"),
         (["sample.py", "--ckpt=out/digits", "--sampler=first_hitting"], "uniform noise"),
         (["sample.py", "--ckpt=out/sudoku", "--sampler=gibbs"], "masked noise"),

@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+from generate import SAMPLERS
+from sample import options
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -27,5 +30,6 @@ def test_commands_use_settings_that_exist():
         if ".venv" not in p.parts
         for m in re.findall(r"^    (\w+): (?:int|float|str|bool|dict)\b", p.read_text(), re.M)
     }
+    declared |= {option for f in SAMPLERS.values() for option in options(f)}
     for flag in re.findall(r" --(\w+)", " ".join(line for line in README.splitlines() if "python" in line and "--" in line)):
         assert flag in declared | {"standalone", "nproc_per_node", "help"}, f"README uses --{flag}"
