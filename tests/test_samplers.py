@@ -3,6 +3,7 @@ Why believe samplers.py? On an alphabet of 3 letters every sampler draws the dis
 written out densely, in plain loops; and all of them keep the promises of the loop: cached = uncached, prompts stay, counts count.
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -357,11 +358,13 @@ METRICS = [("ar", m) for m in ("nll", "gap", "entropy")] + [("divergence", m) fo
 METRICS += [("diffusion", m) for m in ("entropy", "confidence", "margin")] + [("random", "")]
 
 
-def arpc_by_hand(model, process, b, corruption, metric, guided=(0, 1)):
+@functools.cache
+def arpc_by_hand(kind, b, seed, soft, corruption, metric, guided=(0, 1)):
     """
     Three steps, the first two guided, behind one token of the prompt in the same block (masks alone would be in one and the same
     place); the AR mode asked token by token, scores from their definitions.
     """
+    model, process = setup(kind, seed, soft)
     steps, M, open = 3, process.mask_id, tuple(range(1, b))
     real = torch.tensor([y for y in states(V3, b).tolist() if y[0] == 1])
     lists = lambda p, x: {y: q.tolist() for y, q in by_hand(p, x).items()}
@@ -409,8 +412,8 @@ def arpc_by_hand(model, process, b, corruption, metric, guided=(0, 1)):
 def test_arpc_noises_again_what_is_worst(kind, b, seed, soft, corruption, metric):
     """And the test tells every score from every other (but on the third network, where some of them agree)."""
     model, process = setup(kind, seed, soft)
-    p = arpc_by_hand(model, process, b, corruption, metric)
-    others = [arpc_by_hand(model, process, b, *m) for m in METRICS if m != (corruption, metric)] if "timed" not in kind else []
+    p = arpc_by_hand(kind, b, seed, soft, corruption, metric)
+    others = [arpc_by_hand(kind, b, seed, soft, *m) for m in METRICS if m != (corruption, metric)] if "timed" not in kind else []
     how = {"corruption": corruption, "metric": metric} | ({"verify_temperature": 0.7} if corruption in ("ar", "divergence") else {})
     draws(blocks(model, process, b, N, s.arpc, prompt=(1,), steps=3, **how), p, *others)
 
@@ -419,7 +422,7 @@ def test_arpc_noises_again_what_is_worst(kind, b, seed, soft, corruption, metric
 def test_arpc_guides_the_steps_it_says(how, guided):
     kind, b, seed, soft = ARPC_NETS[0]
     model, process = setup(kind, seed, soft)
-    exact = {g: arpc_by_hand(model, process, b, "ar", "nll", g) for g in ((), (0,), (1,), (0, 1))}
+    exact = {g: arpc_by_hand(kind, b, seed, soft, "ar", "nll", g) for g in ((), (0,), (1,), (0, 1))}
     counts = blocks(model, process, b, N, s.arpc, prompt=(1,), steps=3, verify_temperature=0.7, **how)
     draws(counts, exact.pop(guided), *exact.values())
 
@@ -583,8 +586,10 @@ RULES = [
 UNIFORM_RULES = [r for r in RULES if r[3] == 3 and r[0] in (s.confidence, s.threshold, s.entropy_bound, s.rcr, s.saber, s.sched)]
 
 
-def by_the_rule(model, process, rule, steps, b):
+@functools.cache
+def by_the_rule(kind, seed, soft, rule, steps, b):
     """The exact distribution of a committing sampler's blocks behind one prompt token (masks alone would be in one and the same place)."""
+    model, process = setup(kind, seed, soft)
     noise = [process.mask_id] if process.mask_id is not None else list(range(V3))
     tables = [table(model, process, b, n / (b - 1)) for n in range(b - 1)]  # the noise level is the share that is committed
     real = states(V3, b)
@@ -625,11 +630,12 @@ def by_the_rule(model, process, rule, steps, b):
 @pytest.mark.parametrize("sampler, options, rule, steps", RULES, ids=lambda v: getattr(v, "__name__", None))
 def test_committing_samplers_follow_their_rule(sampler, options, rule, steps):
     """And the test tells every rule from every other."""
-    model, process = setup("masked", seed=18, soft=2.0)
+    net_of = ("masked", 18, 2.0)
+    model, process = setup(*net_of)
     b = 5 if sampler is s.saber else 4  # taking back needs a second step with two to commit
-    p, exits = by_the_rule(model, process, rule, steps, b)
-    others = [by_the_rule(model, process, r, 3, b)[0] for r in {r for *_, r, _ in RULES} - {rule}] if steps == 3 else []
-    others += [by_the_rule(model, process, rule_saber_that_keeps, 3, b)[0]] if sampler is s.saber else []
+    p, exits = by_the_rule(*net_of, rule, steps, b)
+    others = [by_the_rule(*net_of, r, 3, b)[0] for r in {r for *_, r, _ in RULES} - {rule}] if steps == 3 else []
+    others += [by_the_rule(*net_of, rule_saber_that_keeps, 3, b)[0]] if sampler is s.saber else []
     draws(blocks(model, process, b, N, sampler, prompt=(1,), steps=steps, **options), p, *others)
     assert exits == (sampler in (s.prophet, s.sched)), "early exits happen here, and only there"
 
@@ -638,7 +644,7 @@ def test_committing_samplers_follow_their_rule(sampler, options, rule, steps):
 @pytest.mark.parametrize("sampler, options, rule, steps", UNIFORM_RULES, ids=lambda v: getattr(v, "__name__", None))
 def test_on_uniform_noise_they_keep_flags_and_refill_with_fresh_noise(kind, seed, soft, sampler, options, rule, steps):
     model, process = setup(kind, seed, soft)
-    p, _ = by_the_rule(model, process, rule, steps, 3)
+    p, _ = by_the_rule(kind, seed, soft, rule, steps, 3)
     draws(blocks(model, process, 3, N, sampler, prompt=(1,), steps=steps, **options), p)
 
 
