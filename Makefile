@@ -17,9 +17,10 @@ demo: .venv/done
 	$(PY) eval.py --samples --ckpt out/sudoku --clues false
 	$(PY) sample.py --ckpt out/sudoku --animate --prompt_file data/sudoku/puzzles.txt --steps 8
 	@echo
-	@echo "What you saw: block size 1 (AR) takes 16 passes a grid. One parallel pass makes mistakes, more passes repair them."
+	@echo "What you saw: block size 1 (AR) takes 16 passes a grid. One parallel pass makes mistakes, more passes repair them,"
+	@echo "and ARPC repairs most: the AR mode of the same network marks the worst tokens."
 	@echo "Only 288 grids exist: this shows whether the tokens of a block fit each other, not generalisation."
-	@echo "Try next: $(PY) sample.py --ckpt out/sudoku --animate --prompt_file data/sudoku/puzzles.txt --steps 1"
+	@echo "Try next: $(PY) sample.py --ckpt out/sudoku --animate --prompt_file data/sudoku/puzzles.txt --sampler arpc --steps 8"
 
 test: .venv/done
 	$(PY) -m ruff check .
