@@ -1,4 +1,4 @@
-# make demo    environment, data, training, a table, animated samples: 5 to 6 minutes on 2 CPU cores, no GPU
+# make demo    environment, data, training, tables, animated samples: 6 minutes on 2 CPU cores, no GPU
 # make test    what CI runs, 5 minutes
 # make lint
 
