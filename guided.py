@@ -146,6 +146,12 @@ def agreement(block):
     yield from unmask(block, choose)
 
 
+def residual(p, q):
+    """What a rejected draw of q leaves of p, not normalised: max(p - q, 0), or p where rounding leaves nothing. (..., V)"""
+    rest = (p - q).clamp(min=0)
+    return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+
+
 def speculation(block, *, draft="merged", rule="coupled"):
     """
     Lossless self-speculation: the diffusion mode drafts the block in one pass, the AR mode checks all of it in one, and the longest
@@ -199,8 +205,7 @@ def speculation(block, *, draft="merged", rule="coupled"):
         else:
             p, q = (block.sharpen(z).double().softmax(-1) for z in (p, q))
             valid = noise.uniform(1)[..., 0] * pick(q, y) <= pick(p, y)
-            rest = (p - q).clamp(min=0)
-            own = block.draw(torch.where(rest.sum(-1, keepdim=True) > 0, rest, p).log(), noise)
+            own = block.draw(residual(p, q).log(), noise)
         prefix = (valid | known).int().cumprod(1).bool()
         first = here == prefix.sum(1, keepdim=True)  # the first that is not valid, if any, gets the AR mode's own token
         known = prefix | first
