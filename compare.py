@@ -192,14 +192,14 @@ def main():
         "max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature, "seed": cfg.seed,
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
-    todo = []
+    missing = []
     for name, options in LINES:
         if name in (chosen or SAMPLERS) and SAMPLERS[name] not in (MASKED_ONLY if process.mask_id is None else UNIFORM_ONLY):
             for steps in [None] if SAMPLERS[name] in OWN_PACE else STEPS:
                 row = {**what, "sampler": name, "options": options, "steps": steps}
                 if not any(all(line.get(k) == v for k, v in row.items()) for line in lines):
-                    todo.append(row)
-    bar = tqdm(todo, desc=run.dataset, disable=None)
+                    missing.append(row)
+    bar = tqdm(missing, desc=run.dataset, disable=None)
     for row in bar:
         how = {"block_size": 1 if row["sampler"] == "ar" else trained[-1], "steps": row["steps"], "temperature": cfg.temperature}
         how |= {"max_new_tokens": cfg.max_new_tokens or None, "schedule": SCHEDULES[run.schedule], "trained": trained, **row["options"]}

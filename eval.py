@@ -92,7 +92,7 @@ def accuracy(model, process, data, prompts, seed, batch_size=256, **how):
         accuracy   correct answers / answers asked, with its 95 % interval low..high over samples: a sample's answers stand and
                    fall together, so n is the number of samples that would have the spread we see
         distinct, expected   different correct answers, and how many there would be in as many uniform draws of possible ones
-        nfe        passes per batch; nfe_row the mean a row took part in; nfe_token that over the tokens of a row
+        nfe        passes per batch; nfe_row the mean a row needed; nfe_token that over the tokens of a row
         token_forwards  per token; tokens_per_s
     """
     module = prepare_module(data.folder)
