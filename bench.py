@@ -2,6 +2,7 @@
 How fast is it, and than what? Ours against the textbook form with the same weights, interleaved in one run.
 
     python bench.py --train --sample [--json FILE]
+    python bench.py --duo                             Duo's soft tokens at vocabularies of 128, 50,000 and 250,000
 
 The textbook form sends [x0 | xt] through every layer whole, with a dense boolean mask per layer and the head on all 2T
 tokens; its loss takes a log-softmax of everything (uniform: r and r_hat over the whole vocabulary); its sampler builds dense
@@ -9,6 +10,7 @@ float64 posteriors and a float64 Gumbel for every entry, and grows its cache by 
 """
 
 import json
+import multiprocessing
 import os
 import statistics
 import sys
@@ -19,16 +21,18 @@ import torch
 from tqdm import tqdm
 
 import diffusion as d
+import duo
 from generate import generate
 from model import ModelConfig, Transformer, attention_mask, modulate
 from settings import die, load_config
-from train import pick_device
+from train import peak_mb, pick_device
 
 
 @dataclass
 class BenchConfig:
     train: bool = False  # one optimizer step
     sample: bool = False  # one batch of text
+    duo: bool = False  # from clean ids to the vectors of noisy tokens: hard, soft by k Gaussians, soft by V of them
     json: str = ""  # also write the table here
     repeats: int = 7  # medians over so many, ours and theirs in turn
     n_layers: int = 4
@@ -102,7 +106,7 @@ def textbook_generate(model, process, B, T, b, steps):
     return x
 
 
-# ----- the two jobs
+# ----- the jobs
 
 
 def medians(jobs, repeats, device):
@@ -157,9 +161,41 @@ def job_pair(cfg, process, device, what):
     return {"ours": ours, "textbook": textbook}
 
 
+def soft_tokens(cfg, V, k, threads):
+    """(milliseconds of each run, peak MB above what the process and the embeddings take) of one batch. k None: hard tokens."""
+    torch.set_num_threads(threads)
+    device = pick_device(cfg.device)[0]
+    process = d.Uniform(V)
+    embed = torch.randn(V, cfg.d_model, device=device)
+    x0, t = torch.randint(V, (cfg.batch_size, cfg.seq_len), device=device), torch.rand(cfg.batch_size, dtype=torch.float64)
+    relaxation = None if k is None else duo.Relaxation(process, 1e-3, k)
+
+    def job():
+        if k is None:
+            return embed[process.corrupt(x0, 1 - t)]
+        soft = relaxation.corrupt(x0, t)[0]
+        return soft @ embed if k == 0 else (soft[1][..., None, :] @ embed[soft[0]])[..., 0, :]
+
+    before = peak_mb(device)
+    return medians({"": job}, cfg.repeats, device)[""], peak_mb(device) - before
+
+
+def duo_table(cfg):
+    print(f"one batch of {cfg.batch_size} x {cfg.seq_len} tokens to vectors of {cfg.d_model}; median [min, max] ms, and peak memory")
+    rows = []
+    for V in (128, 50_000, 250_000):
+        for k in (None, 2, 4, 8, 0):
+            name = "hard" if k is None else f"{k} Gaussians a token" if k else f"{V} Gaussians a token"
+            with multiprocessing.get_context("spawn").Pool(1) as pool:  # a fresh process: peaks do not go down again
+                ms, mb = pool.apply(soft_tokens, (cfg, V, k, torch.get_num_threads()))
+            print(f"V {V:>7,}  {name:>24}  {statistics.median(ms):8.1f} [{min(ms):.1f}, {max(ms):.1f}] ms  {mb:8,.0f} MB")
+            rows.append({"job": "duo", "V": V, "k": k, "ms": statistics.median(ms), "peak_mb": mb})
+    return rows
+
+
 def main():
     cfg = load_config(BenchConfig, sys.argv[1:])
-    if not (cfg.train or cfg.sample):
+    if not (cfg.train or cfg.sample or cfg.duo):
         die("nothing to measure", "python bench.py --train --sample")
     if min(vars(cfg)[k] for k in ("repeats", "n_layers", "d_model", "vocab_size", "seq_len", "block_size", "batch_size")) < 1:
         die("every size must be at least 1", "python bench.py --train --block_size=16 --seq_len=128")
@@ -174,9 +210,10 @@ def main():
     a = torch.randn(2048, 2048, device=device)
     matmul = statistics.median(medians({"matmul": lambda: a @ a}, 5, device)["matmul"])
     print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32; 2048^3 matmul {matmul:.1f} ms")
-    print(f"{cfg.n_layers} layers, d {cfg.d_model}, V {cfg.vocab_size}, batch {cfg.batch_size} x {cfg.seq_len}, block {cfg.block_size}")
-    print(f"median [min, max] of {cfg.repeats}")
     table = []
+    if cfg.train or cfg.sample:
+        print(f"{cfg.n_layers} layers, d {cfg.d_model}, V {cfg.vocab_size}, batch {cfg.batch_size} x {cfg.seq_len}, block {cfg.block_size}")
+        print(f"median [min, max] of {cfg.repeats}")
     for what in [w for w in ("train", "sample") if getattr(cfg, w)]:
         for name, process in (
             ("masked", d.Masked(cfg.vocab_size + 1, cfg.vocab_size)),
@@ -189,6 +226,7 @@ def main():
             spread = "  ".join(f"{k} {statistics.median(v):7.1f} [{min(v):.1f}, {max(v):.1f}] ms" for k, v in times.items())
             print(f"{what:>6} {name:>8}  {spread}  textbook / ours {row['ratio']:.2f}  {row['tokens_per_s']:,.0f} tokens/s")
             table.append(row)
+    table += duo_table(cfg) if cfg.duo else []
     if cfg.json:
         with open(cfg.json, "w") as f:
             json.dump({"settings": vars(cfg), "torch": torch.__version__, "device": str(device), "rows": table}, f, indent=1)

@@ -345,7 +345,7 @@ def stratified_draw(block_sizes, n, seed, step):
     return sizes[which][order], t[order].clamp(1e-9, 1 - 1e-9)
 
 
-def token_loss(model, process, x0, block_size, t, objective, answer=None, schedule=loglinear, start=0, noise=None):
+def token_loss(model, process, x0, block_size, t, objective, answer=None, schedule=loglinear, start=0, noise=None, relaxation=None):
     """
     Loss of every noisy token in nats, (B, L - start), one forward.
     x0 (B, L) clean ids; block_size (B,) int64, or an int; t (B,) float64 in (0, 1).
@@ -357,17 +357,25 @@ def token_loss(model, process, x0, block_size, t, objective, answer=None, schedu
     answer (B, L) bool: tokens to predict; the others are prompts, never noised, and their loss is 0. None: all.
     start: the first position with a noisy copy, a multiple of every block size, no answer before it.
     noise: a Noise for (B, L - start).
+    relaxation: a duo.Relaxation, for soft noisy tokens and its own relation of alpha and t.
     """
     x = x0[:, start:]
     noise = noise or Noise.like(x)
     sizes = torch.full((x.size(0),), block_size) if isinstance(block_size, int) else block_size
     names = {s: objective if isinstance(objective, str) else objective[s] for s in set(sizes.tolist()) - {1}}
-    alpha, dalpha = schedule(t)
     ar = (sizes == 1)[:, None].to(x.device)
     open = torch.ones_like(x, dtype=torch.bool) if answer is None else answer[:, start:]
-    xt = torch.where(ar, process.prior(x.shape, noise, x.device), process.corrupt(x, alpha, noise))
+    pure = process.prior(x.shape, noise, x.device)
+    if relaxation is None:
+        alpha, dalpha = schedule(t)
+        xt = process.corrupt(x, alpha, noise)
+    else:
+        soft, xt, alpha, dalpha = relaxation.corrupt(x, t, noise)
+    xt = torch.where(ar, pure, xt)
     xt = torch.where(open, xt, x)  # what the loss calls noisy
     read = torch.where(ar & open, process.ar_input(x.shape, noise, x.device), xt)  # what the network is fed
+    if relaxation is not None:
+        read = relaxation.harden(soft, read, ar | ~open)
     level = sigma(torch.where(sizes == 1, 0.0, alpha))  # block size 1 is pure noise: alpha 0
     logits = model(x0, read, block_size, start, level)  # (B, L - start, V)
 

@@ -198,7 +198,8 @@ class Transformer(nn.Module):
     def forward(self, clean, noisy, block_size, start=0, sigma=None, cache=None):
         """
         clean (B, C) int64 ids, or None   real tokens at positions cache.length, cache.length + 1, ... (0, 1, ... without)
-        noisy (B, N) int64 ids, or None   at positions start, start + 1, ...
+        noisy (B, N) int64 ids, or None   at positions start, start + 1, ...; soft tokens too, mixtures of embeddings: weights
+                                          (B, N, V), or a pair of ids (B, N, k) and their weights (B, N, k)
         block_size  int, or (B,) int64: one a row
         start       0 in training, the length of the context when generating or verifying
         sigma (B,)  noise level -log(alpha_t); zeros if None; unused without time conditioning
@@ -210,25 +211,24 @@ class Transformer(nn.Module):
         n_past = cache.length if cache is not None else 0
         if not getattr(block_size, "ndim", 0):
             block_size = int(block_size)  # a 0-d array or tensor
-        N = 0 if noisy is None else noisy.size(1)
+        N = 0 if noisy is None else noisy[0].size(1) if isinstance(noisy, tuple) else noisy.size(1)
         one_start = not getattr(start, "ndim", 0)
         end = int(start) + N if one_start else int(start.max()) + 1
         if cache is None and isinstance(block_size, int) and N and end <= block_size:
             clean = None  # every noisy token is in the first block: no one would read the clean stream
-        tokens = torch.cat([s for s in (clean, noisy) if s is not None], dim=1)  # (B, S)
-        B, S = tokens.shape
+        x = torch.cat([self._read(s) for s in (clean, noisy) if s is not None], dim=1)  # (B, S, D)
+        B, S, _ = x.shape
         C = S - N
         if max(n_past + C, end) > self.cfg.seq_len:
             raise ValueError(f"positions up to {max(n_past + C, end)}, but the model has seq_len {self.cfg.seq_len}")
-        noisy_at = torch.arange(int(start), end, device=tokens.device) if one_start else start.to(tokens.device)  # (N,)
-        rope = self._rope(torch.cat((torch.arange(n_past, n_past + C, device=tokens.device), noisy_at)))
+        noisy_at = torch.arange(int(start), end, device=x.device) if one_start else start.to(x.device)  # (N,)
+        rope = self._rope(torch.cat((torch.arange(n_past, n_past + C, device=x.device), noisy_at)))
         cond = self._condition(sigma, B, C, N) if self.time is not None else None
-        x = self.embed(tokens)  # (B, S, D)
 
         one_block = isinstance(block_size, int) and C == 0 and one_start and (end - 1) // block_size == int(start) // block_size
         mask = None
         if not (one_block and n_past <= (end - 1) // block_size * block_size):  # else: one block, and all it reads lies before it
-            mask = attention_mask(block_size, n_past, C, N, noisy_at, self.cfg.clean_causal, tokens.device)[:, None]
+            mask = attention_mask(block_size, n_past, C, N, noisy_at, self.cfg.clean_causal, x.device)[:, None]
             # added to the scores: SDPA would otherwise convert the booleans again in every layer
             mask = torch.zeros(mask.shape, device=mask.device, dtype=self._dtype(x)).masked_fill_(~mask, -math.inf)
 
@@ -242,6 +242,16 @@ class Transformer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # a bfloat16 logit keeps 3 digits: the uniform bound needs 7
             x = F.layer_norm(precise(x), x.shape[-1:], precise(self.norm.weight))
             return F.linear(modulate(x, shift, scale), precise(self.head.weight), precise(self.head.bias))
+
+    def _read(self, tokens):
+        """The vectors of ids (B, N), or of soft tokens: weights @ embeddings, in full precision."""
+        with torch.autocast(self.embed.weight.device.type, enabled=False):
+            if isinstance(tokens, tuple):
+                ids, weights = tokens
+                return (weights[..., None, :] @ self.embed(ids))[..., 0, :]
+            if tokens.is_floating_point():
+                return tokens @ self.embed.weight[: tokens.size(-1)]
+            return self.embed(tokens)
 
     def _rope(self, positions):
         """cos and sin of position * base^(-2i/d), (S, D/2H) each, in float32 or better."""

@@ -9,9 +9,11 @@ diffusion, 1:0.25,16:0.75 is a mixture that does all of it. Every row of a batch
 """
 
 import copy
+import functools
 import json
 import math
 import os
+import resource
 import sys
 import time
 from contextlib import nullcontext
@@ -24,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import duo
 from dataset import Dataset
 from diffusion import SCHEDULES, Noise, stratified_draw, token_loss
 from eval import bounds, show_bounds
@@ -37,13 +40,17 @@ class TrainConfig:
     out_dir: str = "out/run"  # ckpt.pt and log.jsonl go here; an earlier run there is renamed, not lost
     resume: bool = False  # go on from out_dir/ckpt.pt
     # what is learned
-    process: str = "masked"  # masked or uniform noise
+    process: str = "masked"  # masked or uniform noise; duo: uniform with a Gaussian curriculum, see duo.py
     block_sizes: dict = field(default_factory=lambda: {1: 0.25, 16: 0.75})  # size:weight,...: the share of rows trained with each
     objective: str = "ce"  # ce, elbo or ce_noisy; or by block size, 4:elbo,16:ce. Size 1 is exact whatever this says
     schedule: str = "loglinear"  # of the noise: loglinear or cosine
-    time_conditioning: str = "auto"  # the noisy stream sees the noise level: true, false, auto (uniform: true)
-    predicts: str = "auto"  # uniform: denoiser (what ce teaches) or loo (elbo; ce_noisy is used so too); auto: by objective
+    time_conditioning: str = "auto"  # the noisy stream sees the noise level: true, false, auto (uniform, duo: true)
+    predicts: str = "auto"  # uniform: denoiser (what ce teaches; elbo can) or loo (elbo; ce_noisy is used so too); auto: by objective
     random_ar: bool = False  # uniform: block size 1 reads random tokens, as published, not one constant id
+    curriculum: float = 0.5  # duo: the share of max_steps that reads soft tokens; uniform noise afterwards
+    tau: float = 1e-3  # duo: temperature of the soft tokens at the first step, ...
+    tau_end: float = 1e-3  # ... and at the end of the curriculum, evenly in its logarithm
+    soft_k: int = 4  # duo: Gaussians simulated for a token, at least 2; 0: all, one for each id
     # the network
     seq_len: int = 0  # T, the context; 0: the dataset's row length
     n_layers: int = 4
@@ -75,7 +82,7 @@ class TrainConfig:
     def __post_init__(self):
         """Settle what settings imply for each other, before anything is downloaded or allocated."""
         for name, allowed in (
-            ("process", ("masked", "uniform")),
+            ("process", ("masked", "uniform", "duo")),
             ("schedule", tuple(SCHEDULES)),
             ("time_conditioning", ("auto", "true", "false")),
             ("lr_schedule", ("constant", "cosine", "wsd")),
@@ -94,6 +101,7 @@ class TrainConfig:
             ("beta1", 0, 1),
             ("beta2", 0, 1),
             ("ema", 0, 1),
+            ("soft_k", 0, math.inf),
             ("n_samples", 0, math.inf),
             ("seed", 0, 2**62),
         ):
@@ -102,6 +110,14 @@ class TrainConfig:
                     f"{name} is {getattr(self, name)}, it must be in [{low}, {high})",
                     f"--{name}={type(self).__dataclass_fields__[name].default}",
                 )
+        if not 0 <= self.curriculum <= 1 or self.tau <= 0 or self.tau_end <= 0 or self.soft_k == 1:
+            die(
+                "curriculum is a share of the run, tau and tau_end are above 0, soft_k is 0 or at least 2",
+                "--curriculum=0.5 --tau=1e-3 --soft_k=4",
+            )
+        for name in ("curriculum", "tau", "tau_end", "soft_k"):
+            if self.process != "duo" and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                die(f"{name} is about Duo's curriculum, and this is {self.process} noise", "--process=duo")
         if self.d_model % (2 * self.n_heads):
             die(f"d_model {self.d_model} does not give each of {self.n_heads} heads an even width", f"--d_model={2 * self.n_heads * 16}")
         weights = list(self.block_sizes.values())
@@ -113,16 +129,18 @@ class TrainConfig:
         asked = set(names.values()) if ":" in self.objective else {self.objective}
         if not asked <= {"ce", "elbo", "ce_noisy"} or set(names) != set(self.block_sizes) - {1}:
             die(f"objective {self.objective!r}: ce, elbo or ce_noisy, for all or for each of {sorted(self.block_sizes)}", "--objective=ce")
-        if self.process == "uniform" and "ce" in names.values() and len(set(names.values())) > 1:
+        if self.process != "masked" and "ce" in names.values() and len(set(names.values())) > 1:
             die("uniform noise: ce teaches p(x0 | x_t), elbo the leave-one-out posterior; a network predicts one", "--objective=ce")
         if self.random_ar and self.process == "masked":
             die("random_ar is for uniform noise: a masked model reads the mask", "--random_ar=false")
         taught = "denoiser" if self.process == "masked" or set(names.values()) <= {"ce"} else "loo"  # masked: they are one
+        if set(names.values()) == {"elbo"} and self.predicts == "denoiser":  # the bound converts, so either can be its output
+            taught = "denoiser"
         if self.predicts not in ("auto", taught):
             die(f"predicts {self.predicts!r}: a network trained with {self.objective} predicts {taught}", f"--predicts={taught}")
         self.predicts = taught
         if self.time_conditioning == "auto":
-            self.time_conditioning = "true" if self.process == "uniform" else "false"
+            self.time_conditioning = "false" if self.process == "masked" else "true"
 
     def objectives(self):
         """{block size: objective} for the sizes above 1."""
@@ -136,6 +154,8 @@ class TrainConfig:
     def fit(self, data):
         """Settle the context length with the dataset's."""
         self.seq_len = data.seq_len
+        if self.process == "duo" and self.soft_k > data.meta["vocab_size"]:
+            die(f"soft_k {self.soft_k} of a vocabulary of {data.meta['vocab_size']}", "--soft_k=0, for all of it")
         for b in self.block_sizes:
             if self.seq_len % b:
                 near = max(k for k in range(1, b) if self.seq_len % k == 0)
@@ -189,6 +209,13 @@ def pick_dtype(name, device, n_params):
     return torch.float32, "small model or no fast bfloat16"
 
 
+def peak_mb(device):
+    """The most memory so far, in 2^20 bytes: of tensors on a CUDA device, of the whole process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def learning_rate(cfg, step):
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
@@ -213,7 +240,16 @@ def step_batches(cfg, data, step, rank, world):
     return [(*data.windows("train", window[s]), sizes[s], t[s], s) for s in slots]
 
 
-def train(cfg):
+def curriculum(cfg, step, model, process):
+    """The loss of one optimizer step: token_loss, on soft tokens in the first part of a Duo run."""
+    if cfg.process != "duo" or step >= cfg.curriculum * cfg.max_steps:
+        return token_loss
+    tau = duo.tau_at(step, cfg.curriculum * cfg.max_steps, cfg.tau, cfg.tau_end)
+    return functools.partial(token_loss, relaxation=duo.Relaxation(process, tau, cfg.soft_k))
+
+
+def train(cfg, loss_at=curriculum, weights=None):
+    """loss_at(cfg, step, model, process) -> what is called as token_loss is; weights to begin with: distill.py has its own."""
     # ----- the machine
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device, why_device = pick_device(cfg.device)
@@ -228,6 +264,8 @@ def train(cfg):
     # ----- model, EMA, optimizer
     torch.manual_seed(cfg.seed)
     model, process = checkpoint.build(cfg, data.meta["vocab_size"])
+    if weights is not None:
+        model.load_state_dict(weights)
     model.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     n_params = sum(p.numel() for p in model.parameters())
@@ -265,7 +303,7 @@ def train(cfg):
     clock, since = time.time(), 0  # for the time a step took, over the steps since the last look
     bar = tqdm(range(first, cfg.max_steps), initial=first, total=cfg.max_steps, disable=rank > 0, mininterval=0.5)
     for step in bar:
-        batches = step_batches(cfg, data, step, rank, world)
+        batches, loss_of = step_batches(cfg, data, step, rank, world), loss_at(cfg, step, model, process)
         n_answers = torch.tensor(sum(int(answer.sum()) for _, answer, *_ in batches), device=device)
         if world > 1:
             dist.all_reduce(n_answers)
@@ -278,7 +316,7 @@ def train(cfg):
             noise = Noise(cfg.seed, slots, torch.arange(prompt, cfg.seq_len, device=device), step)
             with forward.no_sync() if world > 1 and k + 1 < len(batches) else nullcontext():
                 with amp:
-                    each = token_loss(
+                    each = loss_of(
                         forward, process, x0, block_size or sizes, t, cfg.objectives(), answer, SCHEDULES[cfg.schedule], prompt, noise
                     )
                 part = each.sum() / n_answers
@@ -296,7 +334,14 @@ def train(cfg):
                 dist.all_reduce(loss)
             value = loss.item()  # waits for the device: only then look at the clock
             ms, since, clock = 1000 * (time.time() - clock) / since, 0, time.time()
-            record = {"step": done, "loss": value, "lr": learning_rate(cfg, step), "norm": norm.item(), "ms": ms}
+            record = {
+                "step": done,
+                "loss": value,
+                "lr": learning_rate(cfg, step),
+                "norm": norm.item(),
+                "ms": ms,
+                "peak_mb": peak_mb(device),
+            }
             rate = f"{ms:.0f} ms {1000 * tokens_per_step / ms:,.0f} tok/s"
             bar.set_postfix_str(f"loss {record['loss']:.3f} norm {record['norm']:.2f} {rate}")
             if rank == 0:

@@ -1,0 +1,444 @@
+"""
+Why believe duo.py and distill.py? A closed form at V = 2, another quadrature, brute-force Gaussians on small vocabularies, and
+networks whose answers are known.
+"""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from exact import P_VALUE, V3, chi_squared, net
+
+import checkpoint
+import diffusion as d
+import distill
+import duo
+from settings import load_config
+from train import TrainConfig, curriculum, train
+
+
+def noise(rows, L=1, seed=0, device="cpu"):
+    return d.Noise(seed, torch.arange(rows), torch.arange(L))
+
+
+# ----- the transformation operator
+
+
+@pytest.mark.parametrize(
+    "V, gamma, alpha",
+    [(50257, -3.55, 0.946), (50257, -3.0, 0.596), (50257, -2.5, 0.238), (50257, -1.85, 0.049), (30522, -3.5, 0.942), (30522, -1.75, 0.049)],
+)
+def test_published_values(V, gamma, alpha):
+    assert abs(duo.transform(torch.tensor(gamma), V)[0] - alpha) < 6e-4
+
+
+def test_two_tokens_have_a_closed_form():
+    """V = 2: x_0 wins if a difference of two normal numbers falls below mu, so P = Phi(mu / sqrt 2) and T = erf(mu / 2)."""
+    gamma = torch.linspace(-6, 12, 50, dtype=torch.float64)
+    mu = (-gamma / 2).exp()
+    alpha, slope = duo.transform(gamma, 2)
+    assert (alpha - torch.erf(mu / 2)).abs().max() < 1e-13
+    assert (slope - (-mu / 2) * (-mu * mu / 4).exp() / math.sqrt(math.pi)).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("V", [3, 65, 50257, 250_000])
+def test_the_quadrature_has_converged(V):
+    """Against a fine step on another interval, and the slope against differences."""
+    gamma = torch.linspace(-6, 4, 21, dtype=torch.float64)
+    mu = (-gamma / 2).exp()[:, None]
+    z = torch.linspace(-12, 32, 20001, dtype=torch.float64)
+    P = torch.trapezoid((-((z - mu) ** 2) / 2 + (V - 1) * torch.special.log_ndtr(z)).exp(), z) / math.sqrt(2 * math.pi)
+    alpha, slope = duo.transform(gamma, V)
+    assert (alpha - (V * P - 1) / (V - 1)).abs().max() < 1e-11
+    h = 1e-4
+    differences = (duo.transform(gamma + h, V)[0] - duo.transform(gamma - h, V)[0]) / (2 * h)
+    assert (slope - differences).abs().max() < 1e-7
+    assert (slope < 1e-14).all() and 0 <= alpha[-1] < alpha[0] <= 1
+    for a in (0.05, 0.95):
+        assert abs(duo.transform(torch.tensor(duo.gamma_of(a, V)), V)[0] - a) < 1e-6
+
+
+# ----- soft tokens
+
+
+def brute(x0, gamma, V, seed):
+    """w_t (n, V) by torch's own normal numbers."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(len(x0), V, generator=g, dtype=torch.float64) * math.sqrt(1 / (1 + math.exp(-gamma)))
+    w[torch.arange(len(x0)), x0] += math.sqrt(1 / (1 + math.exp(gamma)))
+    return w
+
+
+def uniform_diffusion(V, gamma, x0):
+    alpha = duo.transform(torch.tensor(gamma), V)[0].item()
+    p = torch.full((V,), (1 - alpha) / V, dtype=torch.float64)
+    p[x0] += alpha
+    return p
+
+
+@pytest.mark.parametrize("V, gamma", [(4, -1.0), (4, 1.5), (40, -2.0), (40, -3.5)])
+def test_argmax_is_uniform_diffusion(V, gamma):
+    n = 40_000
+    x0 = torch.full((n, 1), 2)
+    p = uniform_diffusion(V, gamma, 2)
+    assert chi_squared(brute(x0[:, 0], gamma, V, 0).argmax(-1).bincount(minlength=V), p) > P_VALUE
+    for k in (0, 2, 3):
+        if k:
+            ids, weights, xt = duo.soften_top(x0, torch.full((n,), gamma), V, 1e-3, k, noise(n))
+            assert (ids.gather(-1, weights.argmax(-1, keepdim=True))[..., 0] == xt).all()
+        else:
+            weights, xt = duo.soften(x0, torch.full((n,), gamma), V, 1e-3, noise(n))
+            assert (weights.argmax(-1) == xt).all() and (weights.sum(-1) - 1).abs().max() < 1e-6
+        assert chi_squared(xt[:, 0].bincount(minlength=V), p) > P_VALUE
+
+
+def test_the_published_choice_of_xt_is_not_the_argmax():
+    """It takes x_0 as soon as it is larger than the last of the k kept: right for k = 1, far off for k = 3."""
+    V, gamma, n = 12, 0.0, 40_000
+    w = brute(torch.zeros(n, dtype=torch.long), gamma, V, 1)
+    others = w[:, 1:].sort(-1, descending=True)
+    p = uniform_diffusion(V, gamma, 0)
+    for k, agrees in ((1, True), (3, False)):
+        published = torch.where(w[:, 0] > others.values[:, k - 1], 0, others.indices[:, 0] + 1)
+        assert (chi_squared(published.bincount(minlength=V), p) > P_VALUE) == agrees
+        if not agrees:
+            assert (published == 0).double().mean() > p[0] + 0.1
+
+
+def two_samples(a, b, n_bins=12):
+    """Chi-squared of two samples of a number: b's counts in the bins that hold equal shares of a, as if those were exact."""
+    edges = a.quantile(torch.linspace(0, 1, n_bins + 1, dtype=a.dtype)[1:-1])
+    return chi_squared(
+        torch.bucketize(b.contiguous(), edges).bincount(minlength=n_bins), torch.full((n_bins,), 1 / n_bins, dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize("V, k, gamma", [(6, 6, 0.0), (6, 3, 0.5), (40, 4, -2.0), (2, 2, 0.0)])
+def test_the_largest_of_many_are_the_largest_of_many(V, k, gamma):
+    """Kept entries against brute force: order and identity of the ids, gaps between the entries, the value of x_0's against them."""
+    n, tau, m = 10_000, 0.3, 150_000
+    x0 = torch.full((n, 1), 1)
+    ids, weights, _ = (y[:, 0] for y in duo.soften_top(x0, torch.full((n,), gamma), V, tau, k, noise(n)))
+    assert (ids[:, 0] == 1).all() and (ids.sort(-1).values.diff() > 0).all() and ids.max() < V
+    pairs = chi_squared((ids[:, 1] * V + ids[:, -1]).bincount(minlength=V * V), ordered_pairs(V, k)) if k > 2 else 1.0
+    assert pairs > P_VALUE
+    w = brute(torch.ones(m, dtype=torch.long), gamma, V, 2)
+    top = torch.cat((w[:, :1], w[:, 2:]), 1).sort(-1, descending=True).values[:, : k - 1]
+    kept = torch.cat((w[:, 1:2], top), 1) / tau
+    gaps, exact = (weights / weights[:, 1:2]).log(), kept - kept[:, 1:2]
+    for j in [0] + list(range(2, k)):
+        assert two_samples(exact[:, j], gaps[:, j]) > P_VALUE, f"entry {j} against the largest of the others"
+    if k == V:  # nothing left out: the weights themselves
+        assert (weights.sum(-1) - 1).abs().max() < 1e-12
+        for j in range(k):
+            assert two_samples(kept.softmax(-1)[:, j], weights[:, j]) > P_VALUE
+
+
+def ordered_pairs(V, k):
+    """p(second id, last id) for k - 1 different ones, neither of them 1, in random order."""
+    p = torch.ones(V, V, dtype=torch.float64)
+    p[1], p[:, 1] = 0, 0
+    return ((1 - torch.eye(V)) * p if k > 2 else p * torch.eye(V)).flatten() / ((V - 1) * (V - 2))
+
+
+@pytest.mark.parametrize("tau", [1e-3, 0.03, 1.0])
+def test_the_weight_left_out_has_the_right_mean(tau):
+    """1 / (sum of the kept weights) - 1 is the rest in units of the kept: its mean given c, by quadrature over what lies below c."""
+    V, k, gamma = 12, 3, 0.3
+    s = math.sqrt(1 / (1 + math.exp(-gamma)))
+    n = 50
+    x0, nz = torch.zeros(n, 1, dtype=torch.long), noise(n)
+    # the same random numbers, read the same way
+    u = copy.copy(nz).uniform(2 * k - 1)
+    g = torch.special.ndtri((u[..., 1:k].log() / (V - 1 - torch.arange(k - 1))).cumsum(-1).exp())
+    _, weights, _ = duo.soften_top(x0, torch.full((n,), gamma), V, tau, k, nz)
+    for row in range(n):
+        c = g[row, 0, -1]
+        x = torch.linspace(c - 12, c, 200_001, dtype=torch.float64)
+        f = (s * (x - c) / tau - x * x / 2).exp()
+        mean = torch.trapezoid(f, x) / math.sqrt(2 * math.pi) / (0.5 * torch.erfc(-c / math.sqrt(2)))  # in units of exp(s c / tau)
+        rest = (1 / weights[row].sum() - 1) * weights[row].sum() / weights[row, 0, -1]
+        # 1 - sum, not a small difference of large weights, where the rest is large enough to be told from rounding
+        if 1 - weights[row].sum() > 1e-9:
+            assert abs(rest / ((V - k) * mean) - 1) < 1e-5, (row, tau)
+
+
+def test_the_cost_does_not_depend_on_the_vocabulary():
+    """A million million tokens, and nothing overflows or takes their room."""
+    V, x0 = 10**12, torch.arange(64)[:, None] * 10**10
+    ids, weights, xt = duo.soften_top(x0, torch.full((64,), -3.9), V, 1e-3, 8, noise(64))
+    assert ids.min() >= 0 and ids.max() < V and weights.isfinite().all() and ((xt == x0) | (xt == ids[..., 1])).all()
+
+
+@pytest.mark.parametrize("gamma", [-12.0, 12.0])
+@pytest.mark.parametrize("tau", [1e-9, 1e-3, 10.0])
+def test_extremes_are_finite(gamma, tau):
+    for V in (2, 65, 250_000):
+        for k in {2, min(V, 8)}:
+            _, weights, _ = duo.soften_top(torch.zeros(50, 4, dtype=torch.long), torch.full((50,), gamma), V, tau, k, noise(50, 4))
+            assert weights.isfinite().all() and (weights >= 0).all() and weights.sum(-1).max() < 1 + 1e-9
+
+
+# ----- the network's input
+
+
+def test_soft_tokens_are_mixtures_of_embeddings_and_gradients_flow():
+    process = d.Uniform(V3, ar_token=V3)
+    model = net(process, time_conditioning=True).double()
+    x0, level = torch.randint(V3, (3, 8)), torch.rand(3)
+    hard = model(x0, x0.flip(1), 4, sigma=level)
+    dense = torch.nn.functional.one_hot(x0.flip(1), V3).double()
+    pair = (x0.flip(1)[..., None], torch.ones(3, 8, 1, dtype=torch.float64))
+    for soft in (dense, pair):
+        assert torch.allclose(model(x0, soft, 4, sigma=level), hard)
+    weights = torch.rand(3, 8, V3).double().softmax(-1)
+    all_ids = torch.arange(V3).expand(3, 8, V3)
+    grads = []
+    for soft in (weights, (all_ids, weights)):
+        logits = model(x0[:, :0], soft, 8, sigma=level)
+        grads.append((logits.detach(), torch.autograd.grad(logits.square().sum(), model.embed.weight)[0]))
+    (za, ga), (zb, gb) = grads
+    assert torch.allclose(za, zb) and torch.allclose(ga, gb)
+    assert ga[:V3].abs().min() > 0 and not torch.allclose(za, hard)
+    model, weights = model.float(), weights.float()
+    with torch.autocast("cpu", torch.bfloat16):  # embeddings are not rounded on the way in, soft or hard
+        assert model._read((all_ids, weights)).dtype == model._read(weights).dtype == torch.float32
+
+
+@pytest.mark.parametrize("k", [0, 2, 3])
+@pytest.mark.parametrize("ar_token", [None, V3])
+def test_the_loss_reads_soft_tokens_and_is_taken_at_the_hard_ones(k, ar_token):
+    """Rows of block size 1 and prompts are as without a curriculum; the rest is process.nll at T(gamma), times d gamma / dt."""
+    process = d.Uniform(V3, ar_token=ar_token)
+    model = net(process, time_conditioning=True)
+    relaxation = duo.Relaxation(process, tau=0.2, k=k)
+    torch.manual_seed(0)
+    x0, answer = torch.randint(V3, (4, 8)), torch.ones(4, 8, dtype=torch.bool)
+    answer[2, :3] = False
+    sizes, t = torch.tensor([1, 4, 8, 1]), torch.tensor([0.3, 0.1, 0.6, 0.9], dtype=torch.float64)
+    seen = {}
+
+    def spy(clean, noisy, block_size, start, sigma):
+        seen.update(noisy=noisy, sigma=sigma, logits=model(clean, noisy, block_size, start, sigma))
+        return seen["logits"]
+
+    loss = d.token_loss(spy, process, x0, sizes, t, "elbo", answer, noise=noise(4, 8), relaxation=relaxation)
+    assert torch.allclose(loss[[0, 3]], process.ce(seen["logits"], x0, x0)[[0, 3]])
+    if ar_token is not None:  # one constant id, and no random numbers
+        plain = d.token_loss(model, process, x0, sizes, t, "elbo", answer, noise=noise(4, 8))
+        assert torch.allclose(loss[[0, 3]], plain[[0, 3]], atol=1e-5) and not torch.allclose(loss[1], plain[1])
+    nz = noise(4, 8)
+    process.prior(x0.shape, nz)
+    soft, xt, alpha, dalpha = relaxation.corrupt(x0, t, nz)
+    gamma = lambda t: relaxation.gamma_0 + (relaxation.gamma_1 - relaxation.gamma_0) * t
+    slope = (duo.transform(gamma(t + 1e-5), V3)[0] - duo.transform(gamma(t - 1e-5), V3)[0]) / 2e-5
+    assert torch.allclose(dalpha, slope, atol=1e-8) and torch.allclose(alpha, duo.transform(gamma(t), V3)[0])
+    xt = torch.where(answer, xt, x0)
+    expected = torch.where(answer, process.nll(seen["logits"], x0, xt, alpha, dalpha), 0.0)
+    assert torch.allclose(loss[1:3], expected[1:3]) and (loss[2, :3] == 0).all()
+    assert torch.allclose(seen["sigma"][1:3].double(), -alpha[1:3].log()) and seen["sigma"][0] == d.sigma(torch.zeros(()).double())
+    ids, weights = seen["noisy"] if k else (torch.arange(seen["noisy"].size(-1)).expand(4, 8, -1), seen["noisy"])
+    read = lambda row, i: ids[row, i][weights[row, i] == 1].tolist()
+    assert all(read(2, i) == [x0[2, i].item()] for i in range(3))
+    if ar_token is not None:
+        assert all(read(0, i) == [V3] for i in range(8))
+    assert ((weights[1] > 0) & (weights[1] < 1)).any()
+
+
+def test_a_small_temperature_gives_hard_tokens():
+    process = d.Uniform(V3)
+    for k in (0, 3):
+        soft, xt, *_ = duo.Relaxation(process, 1e-9, k).corrupt(torch.randint(V3, (50, 8)), torch.rand(50).double(), noise(50, 8))
+        ids, weights = soft if k else (torch.arange(V3), soft)
+        assert ((weights * ids).sum(-1) == xt).all()
+
+
+# ----- training
+
+
+def test_the_temperature_moves_evenly_in_its_logarithm():
+    assert [round(duo.tau_at(i, 4, 1e-1, 1e-3), 9) for i in (0, 2, 4)] == [0.1, 0.01, 0.001]
+    cfg = TrainConfig(process="duo", max_steps=10, curriculum=0.4, tau=1e-1, tau_end=1e-3, soft_k=2)
+    loss = [curriculum(cfg, step, None, d.Uniform(V3)) for step in range(10)]
+    assert [f is d.token_loss for f in loss] == [False] * 4 + [True] * 6
+    assert [f.keywords["relaxation"].tau for f in loss[:4]] == [duo.tau_at(i, 4, 1e-1, 1e-3) for i in range(4)]
+    assert curriculum(TrainConfig(process="uniform"), 0, None, d.Uniform(V3)) is d.token_loss
+
+
+def run(*flags):
+    base = [*TINY, "--seq_len=8", "--dataset=toy", "--block_sizes=1:0.25,4:0.75", "--max_steps=6", "--warmup=2", "--ema=0.5"]
+    train(load_config(TrainConfig, [*base, *flags]))
+
+
+def weights(out_dir, part="model"):
+    return checkpoint.load(out_dir)[part]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+
+
+def test_duo_trains_resumes_and_is_uniform_without_its_curriculum(project):
+    run("--process=uniform", "--objective=elbo", "--out_dir=uniform")
+    run("--process=duo", "--objective=elbo", "--out_dir=none", "--curriculum=0", "--soft_k=0")
+    assert same(weights("uniform"), weights("none"))
+    for k in (0, 2):
+        run("--process=duo", "--out_dir=whole", f"--soft_k={k}", "--lr_schedule=constant", "--tau=0.1")
+        run("--process=duo", "--out_dir=parts", f"--soft_k={k}", "--lr_schedule=constant", "--tau=0.1", "--eval_every=2", "--n_samples=0")
+        state = checkpoint.load("parts")
+        assert same(state["model"], weights("whole")) and not same(state["model"], weights("uniform"))
+
+
+def test_slips(project, slip):
+    for flag in ("--soft_k=1", "--soft_k=9", "--tau=0", "--tau_end=-1", "--curriculum=1.5", "--process=gauss"):
+        slip(run, "--process=duo", flag)
+    slip(run, "--process=uniform", "--tau=0.1")
+    run("--out_dir=ar", "--block_sizes=1:1")
+    run("--out_dir=untimed", "--process=uniform", "--time_conditioning=false")
+    run("--out_dir=masked")
+    for flags in (
+        ["--ckpt=ar"],
+        ["--ckpt=untimed"],
+        ["--ckpt=none"],
+        ["--ckpt=masked", "--rounds=7"],
+        ["--ckpt=masked", "--round_steps=0"],
+    ):
+        slip(distill.main, argv=flags)
+
+
+# ----- distillation
+
+
+def test_the_trajectory_of_dcd_is_corrupt_with_the_same_random_numbers():
+    """(x_t, x_s) of one Gaussian at two times, against `corrupt` at two alphas from the same noise: the whole joint law."""
+    V, n, gammas = 4, 60_000, (0.5, -1.0)
+    g = torch.Generator().manual_seed(0)
+    normal = torch.randn(n, V, generator=g, dtype=torch.float64)
+    pairs, alphas = [], []
+    for gamma in gammas:
+        w = normal / math.sqrt(1 + math.exp(-gamma))
+        w[:, 1] += 1 / math.sqrt(1 + math.exp(gamma))
+        pairs.append(w.argmax(-1))
+        alphas.append(duo.transform(torch.tensor(gamma), V)[0].item())
+    x0, nz = torch.ones(10 * n, 1, dtype=torch.long), noise(10 * n)
+    ours = [d.Uniform(V).corrupt(x0, alpha, copy.copy(nz))[:, 0] for alpha in alphas]
+    count = lambda pair: (pair[0] * V + pair[1]).bincount(minlength=V * V)
+    a_t, a_s = alphas
+    p = torch.zeros(V, V, dtype=torch.float64)  # x_0 until the threshold, then one other token for ever
+    p[1, 1], others = a_t + (1 - a_t) / V, [0, 2, 3]
+    p[others, 1], p[others, others] = (a_s - a_t) / V, (1 - a_s) / V
+    assert chi_squared(count(pairs), p.flatten()) > P_VALUE and chi_squared(count(ours), p.flatten()) > P_VALUE
+    independent = [d.Uniform(V).corrupt(x0, alpha, noise(10 * n, seed=i))[:, 0] for i, alpha in enumerate(alphas)]
+    assert chi_squared(count(independent), p.flatten()) < P_VALUE
+
+
+class Table:
+    """A network that looks up its logits by the token it reads and the noise level, and remembers what it was asked."""
+
+    def __init__(self, V, seed):
+        self.table = torch.randn(2, V, V, generator=torch.Generator().manual_seed(seed))
+        self.asked = []
+
+    def __call__(self, clean, noisy, block_size, start, sigma):
+        self.asked.append((noisy, sigma))
+        return self.table[0][noisy] + sigma[:, None, None] * self.table[1][noisy]
+
+
+KINDS = {"masked": d.Masked(V3 + 1, V3), "uniform": d.Uniform(V3, "denoiser", V3), "loo": d.Uniform(V3, "loo", V3)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_distillation_loss_is_the_reverse_kl_to_the_earlier_prediction(kind):
+    """Recomputed token by token, in float64, from what the teacher and the student were asked."""
+    process, B, L, dt = KINDS[kind], 64, 8, 0.25
+    student, teacher = Table(V3 + 1, 0), Table(V3 + 1, 1)
+    cut = lambda f: lambda *a: f(*a)[..., : process.vocab_size]
+    torch.manual_seed(0)
+    x0, answer = torch.randint(V3, (B, L)), torch.rand(B, L) < 0.8
+    sizes = torch.tensor([1, 4]).repeat(B // 2)
+    t = torch.rand(B).double()
+    nz = noise(B, L)
+    loss = distill.distill_loss(cut(student), process, x0, sizes, t, None, answer, d.loglinear, 0, nz, teacher=cut(teacher), dt=dt)
+    if kind != "masked":
+        t = (t + dt).clamp(max=1)
+    alpha_t, alpha_s = 1 - t, 1 - (t - dt).clamp(min=1e-5)
+    (read, level), (first, first_level), *more = student.asked + teacher.asked
+    second, second_level = more[0] if more else (first, first_level)
+    ar = sizes == 1
+    assert (read[ar][answer[ar]] == V3).all() and (read[~answer] == x0[~answer]).all()
+    assert torch.allclose(level[~ar], d.sigma(alpha_t)[~ar]) and torch.allclose(level[ar], d.sigma(torch.zeros(1)).double())
+    assert torch.allclose(second_level, d.sigma(alpha_s))
+    expected = torch.zeros(B, L, dtype=torch.float64)
+    for b in range(B):
+        for i in range(L):
+            z = cut(student)(None, read[b : b + 1], None, 0, level[b : b + 1])[0, i].double()
+            if not answer[b, i]:
+                continue
+            if ar[b]:
+                expected[b, i] = -z[:V3].log_softmax(-1)[x0[b, i]]
+                continue
+            if kind == "masked":
+                if read[b, i] != V3:
+                    continue
+                assert first[b, i] == V3 and torch.allclose(first_level, d.sigma(alpha_t))
+                source, at = (second, second_level) if second[b, i] == V3 else (first, first_level)
+            else:
+                source, at = second, second_level
+                assert source[b, i] == read[b, i] or source[b, i] == x0[b, i]
+            y = cut(teacher)(None, source[b : b + 1], None, 0, at[b : b + 1])[0, i].double()
+            if kind == "loo":
+                z[read[b, i]] += torch.log1p(V3 * alpha_t[b] / (1 - alpha_t[b]))
+                y[source[b, i]] += torch.log1p(V3 * alpha_s[b] / (1 - alpha_s[b]))
+            q, p = z[:V3].softmax(-1), y[:V3].softmax(-1)
+            expected[b, i] = (q * (q / p).log()).sum()
+    assert torch.allclose(loss.double(), expected, atol=1e-5)
+    if kind == "masked":  # all three cases came up
+        masks = answer & ~ar[:, None] & (read == V3)
+        assert (masks & (second == V3)).any() and (masks & (second != V3)).any() and (~masks & answer & ~ar[:, None]).any()
+    else:
+        assert (second != read)[~ar].any() and (second != x0)[~ar].any()
+
+
+@pytest.mark.parametrize("process", ["masked", "uniform"])
+def test_rounds_take_the_student_for_the_teacher_and_resume(project, monkeypatch, process):
+    run("--out_dir=t", f"--process={process}")
+    teachers, original = [], distill.distill_loss
+
+    def spy(*args, teacher, dt, **kw):
+        if not teachers or teachers[-1][1] != dt:
+            teachers.append(({k: v.clone() for k, v in teacher.state_dict().items()}, dt))
+        return original(*args, teacher=teacher, dt=dt, **kw)
+
+    monkeypatch.setattr(distill, "distill_loss", spy)
+    flags = ["--ckpt=t", "--round_steps=3", "--teacher_steps=4", "--n_eval=8", "--device=cpu", "--lr=0.01", "--warmup=1"]
+    go = lambda *more: (monkeypatch.setattr(sys, "argv", ["distill.py", *flags, *more]), distill.main())
+    go("--rounds=1", "--out_dir=parts")
+    one = weights("parts")
+    teachers.clear()
+    go("--rounds=3", "--out_dir=whole")
+    assert [dt for _, dt in teachers] == [0.25, 0.5, 1.0]
+    assert same(teachers[0][0], weights("t", "ema")) and same(teachers[1][0], one)
+    go("--rounds=3", "--out_dir=parts", "--resume")
+    assert same(weights("parts"), weights("whole")) and not same(weights("whole"), weights("t"))
+    go("--rounds=1", "--round_steps=2")
+    assert Path("t_sdtt/ckpt.pt" if process == "masked" else "t_dcd/ckpt.pt").exists()
+
+
+def test_two_processes_distill(project):
+    run("--out_dir=t")
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    script = str(Path(__file__).parents[1] / "distill.py")
+    common = [script, "--ckpt=t", "--rounds=2", "--round_steps=2", "--teacher_steps=4", "--n_eval=8", "--device=cpu"]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *common, "--batch_size=2", "--out_dir=two"],
+        env=env, check=True, capture_output=True,
+    )  # fmt: skip
+    subprocess.run([sys.executable, *common, "--batch_size=4", "--out_dir=one"], env=env, check=True, capture_output=True)
+    a, b = weights("one"), weights("two")
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a) and not same(a, weights("t"))
