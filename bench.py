@@ -15,6 +15,8 @@ import os
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import torch
@@ -186,8 +188,12 @@ def duo_table(cfg):
     for V in (128, 50_000, 250_000):
         for k in (None, 2, 4, 8, 0):
             name = "hard" if k is None else f"{k} Gaussians a token" if k else f"{V} Gaussians a token"
-            with multiprocessing.get_context("spawn").Pool(1) as pool:  # a fresh process: peaks do not go down again
-                ms, mb = pool.apply(soft_tokens, (cfg, V, k, torch.get_num_threads()))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fresh process: peaks do not go down again
+                try:
+                    ms, mb = pool.submit(soft_tokens, cfg, V, k, torch.get_num_threads()).result()
+                except (BrokenProcessPool, RuntimeError) as e:  # killed, or told that there is no more
+                    print(f"V {V:>7,}  {name:>24}  out of memory ({type(e).__name__})")
+                    continue
             print(f"V {V:>7,}  {name:>24}  {statistics.median(ms):8.1f} [{min(ms):.1f}, {max(ms):.1f}] ms  {mb:8,.0f} MB")
             rows.append({"job": "duo", "V": V, "k": k, "ms": statistics.median(ms), "peak_mb": mb})
     return rows

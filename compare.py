@@ -4,6 +4,7 @@ Which sampler? All of them on one checkpoint: accuracy against passes, tokens pe
     python compare.py --ckpt out/sudoku                       every sampler at 1, 2, 4, 8, 16 steps; one JSON line each in --out
     python compare.py --ckpt out/sudoku --clues false         the same without prompts
     python compare.py --report docs/samplers_tables           tables and a plot of everything in --out (needs matplotlib)
+    python compare.py --report docs/distill_tables --panels samplers       the same, checkpoints side by side
 
 Lines that are there already are not made again, so a run that was stopped goes on.
 """
@@ -61,7 +62,7 @@ LINES = [  # a sampler and the options that differ from its defaults
     ("speculation", {"draft": "random"}),
 ]
 STEPS = (1, 2, 4, 8, 16)
-HEAD = """# The samplers in numbers
+HEAD = """# In numbers
 
 Made by `python compare.py --report`. A cell is **percent correct** (95 % interval) · passes a token of a row · tokens a second; the columns
 are steps a block. *distinct / expected*: different correct answers in the right-most cell, and how many as many uniform draws of possible
@@ -80,6 +81,7 @@ class CompareConfig:
     temperature: float = 1.0
     seed: int = 1
     report: str = ""  # this path with .md and .png, from the lines in --out; nothing is sampled
+    panels: str = "checkpoints"  # of the report: a table for each checkpoint with its samplers, or (samplers) the other way round
     device: str = "auto"
 
 
@@ -88,12 +90,14 @@ def label(row):
     return " ".join([row["sampler"], *(f"{k}={v}" for k, v in row["options"].items())])
 
 
-def setting(row):
+def setting(row, with_ckpt=True):
     """out/sudoku: sudoku, masked, with clues"""
     clues = {True: ", with clues", False: ", without clues"}.get(row["clues"], "")
     heat = f", temperature {row['temperature']:g}" if row["temperature"] != 1 else ""
-    return f"{row['ckpt']}: {row['dataset']}, {row['process']}{clues}{heat}" + (
-        f", batches of {row['batch_size']}" if row["batch_size"] != 256 else ""
+    return (
+        (f"{row['ckpt']}: " if with_ckpt else "")
+        + f"{row['dataset']}, {row['process']}{clues}{heat}"
+        + (f", batches of {row['batch_size']}" if row["batch_size"] != 256 else "")
     )
 
 
@@ -103,8 +107,8 @@ def cell(r):
     return f"**{100 * r['accuracy']:.0f}** ({low:.0f}-{high:.0f}) · {r['nfe_token']:.2f} · {r['tokens_per_s']:,.0f}"
 
 
-def report(rows, path):
-    """path.md: a table a setting, a line a sampler, see `cell`; path.png: accuracy against passes per token."""
+def report(rows, path, setting, label):
+    """path.md: a table a setting, a line a label, see `cell`; path.png: accuracy against passes per token."""
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -120,7 +124,7 @@ def report(rows, path):
     for axis, name in zip(axes.flat, settings, strict=False):
         mine = [r for r in rows if setting(r) == name]
         heads = ["1 step", *(f"{n} steps" for n in STEPS[1:]), "own pace"]
-        out += [f"\n### {name}\n", f"| sampler | {' | '.join(heads)} | distinct / expected |", "| --- " * (len(heads) + 2) + "|"]
+        out += [f"\n### {name}\n", f"| | {' | '.join(heads)} | distinct / expected |", "| --- " * (len(heads) + 2) + "|"]
         for i, sampler in enumerate(names):
             line = {}
             for r in (r for r in mine if label(r) == sampler):
@@ -167,11 +171,15 @@ def read(path):
 def main():
     cfg = load_config(CompareConfig, sys.argv[1:])
     lines = read(cfg.out)
+    if cfg.panels not in ("checkpoints", "samplers"):
+        die(f"panels {cfg.panels!r}: checkpoints or samplers", "--panels samplers")
     if cfg.report:
         if not lines:
             die(f"{cfg.out} holds no lines yet", "python compare.py --ckpt out/sudoku")
         Path(cfg.report).parent.mkdir(parents=True, exist_ok=True)
-        return report(lines, cfg.report)
+        if cfg.panels == "samplers":
+            return report(lines, cfg.report, lambda r: f"{label(r)}: {setting(r, with_ckpt=False)}", lambda r: r["ckpt"])
+        return report(lines, cfg.report, setting, label)
     chosen = [name for name in cfg.samplers.split(",") if name]
     if unknown := sorted(set(chosen) - set(SAMPLERS)):
         die(f"no sampler named {unknown[0]!r}", f"--samplers {','.join(SAMPLERS)}")

@@ -1,6 +1,6 @@
 """
-How does it get by with fewer passes? A student learns to do in one step what its teacher does in two, takes the teacher's place,
-and the step doubles.
+How does it get by with fewer passes? A student learns in one pass what its teacher knows after a step more, takes the teacher's
+place, and the step doubles.
 
     python distill.py --ckpt out/sudoku --out_dir out/sudoku_sdtt              masked noise: SDTT (arXiv 2410.21035)
     python distill.py --ckpt out/sudoku_uniform --out_dir out/sudoku_dcd       uniform noise or duo: DCD (arXiv 2506.10892)
@@ -28,8 +28,8 @@ class DistillConfig:
     ckpt: str = "out/sudoku"  # the teacher, a training run's out_dir
     out_dir: str = ""  # the student; empty: the teacher's with _sdtt or _dcd
     resume: bool = False  # go on from out_dir/ckpt.pt, written after each round
-    teacher_steps: int = 32  # of the first round, a block: it teaches steps of dt = 1 / teacher_steps
-    rounds: int = 5  # dt doubles in each
+    teacher_steps: int = 32  # a block, in the first round: the teacher is dt = 1 / teacher_steps ahead of the student
+    rounds: int = 5  # dt doubles in each; at most up to 1/2
     round_steps: int = 200  # optimizer steps of a round
     batch_size: int = 0  # rows of one forward of one process; 0: as the teacher was trained
     accumulation: int = 1
@@ -71,6 +71,7 @@ def dcd(teacher, process, x0, xt, alpha_t, alpha_s, noise):
     trajectory is argmax(a_t onehot(x_0) + s_t n) with one Gaussian n for all t. Seen through the argmax, a token is x_0 until
     a_t / s_t falls below (largest other entry of n) - (x_0's own), and from then on the other token, a uniformly drawn one.
     So it is `corrupt` with the same random numbers at both times, and needs no Gaussian (tests/test_duo.py compares the two).
+    The published steps are even in gamma in [-4, -1], these in the t of the noise schedule, as the sampler's are.
     """
     xs = process.corrupt(x0, alpha_s, noise)
     return log_p(process, teacher(xs, alpha_s), xs, alpha_s)
@@ -80,7 +81,7 @@ def distill_loss(forward, process, x0, block_size, t, objective, answer, schedul
     """
     Takes the place of token_loss, arguments there: KL(student || teacher), the reverse KL, which prefers one way of completing
     the text to the average of all. (B, L - start) nats. Block size 1 goes on with cross-entropy.
-    teacher: a Transformer. dt: the step it teaches.
+    teacher: a Transformer. dt: how far ahead of the student it is; the SDTT student learns 2 dt in one step.
     """
     x = x0[:, start:]
     ar = (torch.as_tensor(block_size, device=x.device) == 1).view(-1, 1)
@@ -95,13 +96,12 @@ def distill_loss(forward, process, x0, block_size, t, objective, answer, schedul
             return teacher(x0, torch.where(open, xt, x), block_size, start, sigma(alpha))
 
     target = (dcd if process.mask_id is None else sdtt)(ask, process, x, xt, alpha_t, alpha_s, noise if process.mask_id is None else here)
-    pure = process.prior(x.shape, here)
     read = torch.where(ar & open, process.ar_input(x.shape, here, x.device), xt)
     logits = forward(x0, read, block_size, start, sigma(torch.where(ar[:, 0].cpu(), 0.0, alpha_t)))
     log_q = log_p(process, logits, xt, alpha_t)
     kl = (log_q.exp() * (log_q - target)).sum(-1)
     noisy = open if process.mask_id is None else open & (xt == process.mask_id)
-    return torch.where(ar & open, process.ce(logits, x, pure), torch.where(noisy & ~ar, kl, 0.0))
+    return torch.where(ar & open, process.ce(logits, x, read), torch.where(noisy & ~ar, kl, 0.0))
 
 
 # ----- rounds
@@ -112,17 +112,26 @@ def main():
     for name in ("teacher_steps", "rounds", "round_steps"):
         if getattr(cfg, name) < 1:
             die(f"{name} is {getattr(cfg, name)}, it must be at least 1", f"--{name}={getattr(DistillConfig, name)}")
-    if 2 ** (cfg.rounds - 1) > cfg.teacher_steps:
-        die(f"{cfg.rounds} rounds from 1/{cfg.teacher_steps} end beyond one step", f"--rounds={cfg.teacher_steps.bit_length()}")
+    if 2**cfg.rounds > cfg.teacher_steps:  # dt = 1: an SDTT teacher would teach itself, and DCD's would be shown x_0
+        die(
+            f"{cfg.rounds} rounds from dt = 1/{cfg.teacher_steps} end beyond dt = 1/2",
+            f"--rounds={cfg.rounds} --teacher_steps={2**cfg.rounds}",
+        )
     state = checkpoint.load(cfg.ckpt)
     run = trained_with(state)
     if not any(b > 1 for b in run.block_sizes):
         die(f"{cfg.ckpt} was trained on block size 1 alone: there are no steps to save", "train with --block_sizes=1:0.25,16:0.75")
     if run.process != "masked" and run.time_conditioning != "true":
         die(f"{cfg.ckpt} does not see the noise level, and DCD compares two", "train with --time_conditioning=true")
+    out_dir = cfg.out_dir or cfg.ckpt.rstrip("/") + ("_sdtt" if run.process == "masked" else "_dcd")
+    facts = {name: getattr(cfg, name) for name in ("ckpt", "teacher_steps", "round_steps")}
+    if cfg.resume:
+        for name, value in checkpoint.load(out_dir).get("distilled", {}).items():
+            if value != facts[name]:
+                die(f"{out_dir} was distilled with {name} {value}, not {facts[name]}", f"--{name}={value}, or another --out_dir")
     student = replace(
         run,
-        out_dir=cfg.out_dir or cfg.ckpt.rstrip("/") + ("_sdtt" if run.process == "masked" else "_dcd"),
+        out_dir=out_dir,
         max_steps=cfg.rounds * cfg.round_steps,
         batch_size=cfg.batch_size or run.batch_size,
         lr_schedule="constant",
@@ -135,11 +144,10 @@ def main():
         nonlocal teacher
         if step % cfg.round_steps == 0:
             teacher = copy.deepcopy(model).eval().requires_grad_(False)
-        elif teacher is None:
-            die(f"the checkpoint is of step {step}, and rounds end every {cfg.round_steps}", "--round_steps as before")
+        assert teacher is not None, f"step {step} is not the first of a round"
         return functools.partial(distill_loss, teacher=teacher, dt=2 ** (step // cfg.round_steps) / cfg.teacher_steps)
 
-    train(student, loss_at, state["ema"])
+    train(student, loss_at, state["ema"], {"distilled": facts})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ What is Duo? Uniform noise is the argmax of a Gaussian, and early in training a 
     argmax w_t  is distributed as q(x_t | x_0) of uniform noise with alpha_t = T(gamma_t)
 
 The curriculum feeds the network soft tokens softmax(w_t / tau), mixtures of embeddings that still carry some of x_0, and takes
-the uniform loss at the hard x_t = argmax w_t. Afterwards, and in every evaluation and sample, it is ordinary uniform noise.
+the uniform loss at the hard x_t = argmax w_t: the bound, with --objective elbo, as published; with ce, which needs no x_t, the
+network learns p(x_0 | soft tokens). Afterwards, and in every evaluation and sample, it is ordinary uniform noise.
 
 The Diffusion Duality, arXiv 2506.10892; its efficient form from Chapter II, arXiv 2602.21185. Letters as in diffusion.py.
 """
@@ -16,7 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from diffusion import Noise, _float
+from diffusion import Noise
 
 # ----- from Gaussian noise to uniform noise
 
@@ -26,7 +27,7 @@ def transform(gamma, vocab_size):
     alpha = T(gamma), and dT / dgamma, float64 of gamma's shape:
         P = Prob[argmax w = x_0] = ∫ phi(z - mu) Phi(z)^(V - 1) dz,   mu = a / s = exp(-gamma / 2),   T = (V P - 1) / (V - 1)
     phi and Phi are the normal density and distribution; z is the value of x_0's own entry in units of s. The trapezoid rule
-    converges geometrically on such integrands: 321 points give 1e-12 for any V, in a millisecond, so no table is kept.
+    converges geometrically on such integrands: 321 points give 1e-13 up to V = 1e9, in a millisecond, so no table is kept.
     """
     mu = (-gamma.double() / 2).exp()[..., None]
     x = torch.arange(-160, 161, dtype=torch.float64, device=gamma.device) / 16  # z - mu in [-10, 10]
@@ -42,13 +43,13 @@ def gamma_of(alpha, vocab_size):
     low, high = -20.0, 20.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if transform(torch.tensor(middle), vocab_size)[0] > alpha else (low, middle)
+        low, high = (middle, high) if transform(torch.tensor(middle, dtype=torch.float64), vocab_size)[0] > alpha else (low, middle)
     return low
 
 
 def _normal(u):
-    """Standard normal numbers from uniform ones in (0, 1]; 1 itself, which rounding can give, would be infinite."""
-    return torch.special.ndtri(u.clamp(max=1 - torch.finfo(u.dtype).eps / 2))
+    """Standard normal numbers from uniform ones. 0 and 1, which rounding can give, would be infinite."""
+    return torch.special.ndtri(u.clamp(torch.finfo(u.dtype).tiny, 1 - torch.finfo(u.dtype).eps / 2))
 
 
 # ----- soft tokens
@@ -59,7 +60,7 @@ def soften(x0, gamma, vocab_size, tau, noise):
     Soft tokens in full: softmax(w_t / tau) (B, L, V) and argmax w_t (B, L). x0 (B, L), gamma (B,), noise: a Noise for (B, L).
     V random numbers a token: the definition, for reading, for tests and for small vocabularies.
     """
-    gamma = gamma[:, None, None].to(x0.device, _float(x0.device))
+    gamma = gamma[:, None, None].double().to(x0.device)
     w = gamma.sigmoid().sqrt() * _normal(noise.uniform(vocab_size))
     w.scatter_add_(-1, x0[..., None], (-gamma).sigmoid().sqrt().expand(*x0.shape, 1))
     return (w / tau).softmax(-1), w.argmax(-1)
@@ -73,17 +74,18 @@ def soften_top(x0, gamma, vocab_size, tau, k, noise):
     Largest of m = V - 1 uniform numbers: u_1 = U^(1/m), the next u_2 = u_1 U^(1/(m - 1)), and so on; Phi^-1 makes them normal.
     The rest is V - k normal numbers below the last, c: only their share of the normaliser is needed, and taken at its mean,
         log E[exp(s g / tau) | g < c] = s c / tau - c^2 / 2 + log(erfcx((s / tau - c) / sqrt 2) / 2) - log Phi(c)
-    Their embeddings are left out; at tau = 1e-3 the weight lost so is small (docs/duo.md). Both x_t and the kept entries are
-    exact: x_0 is always among them, so the argmax of V entries is the argmax of k. (The published code puts x_0 in the place
-    of the last kept entry when larger than that, and takes it for the argmax then, which it need not be if k > 1.)
+    Their embeddings are left out: the weights then sum to less than 1. At tau = 1e-3 and k = 4 by less than 1e-5 on average; k = 2
+    blurs the weights (the mean of the rest is owed to rare large ones), and a large tau leaves most out (docs/duo.md).
+    Both x_t and the kept entries are exact: x_0 is always among them, so the argmax of V entries is the argmax of k. (The
+    published code puts x_0 in the place of the last kept entry when larger than that, and takes it for the argmax then, which it
+    need not be if k > 1.)
     """
-    V, gamma = vocab_size, gamma[:, None].to(x0.device, _float(x0.device))
+    V, gamma = vocab_size, gamma[:, None].double().to(x0.device)
     a, s = (-gamma).sigmoid().sqrt(), gamma.sigmoid().sqrt()  # (B, 1)
     u, pick = noise.uniform(2 * k - 1).split((k, k - 1), dim=-1)
     left = V - 1 - torch.arange(k - 1, device=u.device)  # of how many numbers each is the largest
     log_u = (u[..., 1:].log() / left).cumsum(-1)
-    # the same number from below and from above, each where it keeps its digits
-    g = torch.where(log_u < -0.7, _normal(log_u.exp()), -torch.special.ndtri(-log_u.clamp(max=-1e-30).expm1()))
+    g = -_normal(-log_u.expm1())  # by way of 1 - u: near 1, where the largest of many are, u has no digits left
     value = torch.cat((a[..., None] + s[..., None] * _normal(u[..., :1]), s[..., None] * g), dim=-1)  # (B, L, k)
 
     ids = [x0]
@@ -114,34 +116,39 @@ def tau_at(step, steps, tau, tau_end):
 class Relaxation:
     """
     What token_loss takes in place of a schedule and process.corrupt during the curriculum: soft noisy tokens.
-    process: the Uniform that goes on afterwards. tau: temperature; k: entries of w_t that are simulated, 0 for all V.
+    process: the Uniform that goes on afterwards. tau: temperature; k: entries of w_t that are simulated, 0 for all V (as is k > V).
     alpha runs over (alpha_1, alpha_0) as gamma runs evenly: the published ranges of gamma, [-3.55, -1.85] for V = 50257 and
     [-3.5, -1.75] for V = 30522, are those where alpha goes from 0.95 to 0.05, which says it for every V.
     """
 
-    def __init__(self, process, tau=1e-3, k=2, alpha_0=0.95, alpha_1=0.05):
-        assert k == 0 or 2 <= k <= process.vocab_size, f"{k} of {process.vocab_size} entries"
-        self.process, self.tau, self.k = process, tau, k
+    def __init__(self, process, tau=1e-3, k=4, alpha_0=0.95, alpha_1=0.05):
+        assert k == 0 or k >= 2, f"k = {k}: x_0's entry and the largest other make 2"
+        self.process, self.tau, self.k = process, tau, k if k < process.vocab_size else 0
         self.gamma_0, self.gamma_1 = (gamma_of(alpha, process.vocab_size) for alpha in (alpha_0, alpha_1))
 
     def corrupt(self, x0, t, noise=None):
         """(soft tokens as model.forward takes them, x_t (B, L), alpha (B,), dalpha / dt (B,)) for x0 (B, L) and times t (B,)."""
-        noise, V = noise or Noise.like(x0), self.process.vocab_size
+        noise, V, device = noise or Noise.like(x0), self.process.vocab_size, x0.device
+        if device.type == "mps":  # Apple's GPUs have neither float64 nor Phi^-1: drawn on the CPU
+            x0, noise.key = x0.cpu(), noise.key.cpu()
         gamma = self.gamma_0 + (self.gamma_1 - self.gamma_0) * t
         alpha, slope = transform(gamma, V)
         if self.k:
             ids, weights, xt = soften_top(x0, gamma, V, self.tau, self.k, noise)
-            soft = (ids, weights.float())
+            soft = (ids.to(device), weights.float().to(device))
         else:
             weights, xt = soften(x0, gamma, V, self.tau, noise)
-            soft = weights.float()
-        return soft, xt, alpha, slope * (self.gamma_1 - self.gamma_0)
+            soft = weights.float().to(device)
+        noise.key = noise.key.to(device)
+        return soft, xt.to(device), alpha, slope * (self.gamma_1 - self.gamma_0)
 
     def harden(self, soft, ids, where):
-        """Soft tokens with plain ids (B, L) at `where` (B, L) bool: prompts, and what block size 1 reads."""
+        """Soft tokens, but plain ids (B, L) at `where` (B, L) bool: prompts, and what block size 1 reads."""
         where = where[..., None]
         if self.k:
             other, weights = soft
-            return torch.where(where, ids[..., None], other), torch.where(where, F.pad(weights[..., :1] * 0 + 1, (0, self.k - 1)), weights)
-        n_ids = self.process.vocab_size + (self.process.ar_token is not None)
-        return torch.where(where, F.one_hot(ids, n_ids).to(soft), F.pad(soft, (0, n_ids - soft.size(-1))))
+            one = torch.zeros_like(weights).index_fill(-1, torch.tensor(0, device=ids.device), 1.0)
+            return torch.where(where, ids[..., None], other), torch.where(where, one, weights)
+        n_ids = self.process.vocab_size + (self.process.ar_token is not None)  # block size 1 may read an id of its own
+        soft = F.pad(soft.masked_fill(where, 0.0), (0, n_ids - soft.size(-1)))
+        return soft.scatter_add(-1, ids[..., None], where.to(soft))

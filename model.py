@@ -198,8 +198,8 @@ class Transformer(nn.Module):
     def forward(self, clean, noisy, block_size, start=0, sigma=None, cache=None):
         """
         clean (B, C) int64 ids, or None   real tokens at positions cache.length, cache.length + 1, ... (0, 1, ... without)
-        noisy (B, N) int64 ids, or None   at positions start, start + 1, ...; soft tokens too, mixtures of embeddings: weights
-                                          (B, N, V), or a pair of ids (B, N, k) and their weights (B, N, k)
+        noisy (B, N) int64 ids, or None   at positions start, start + 1, ...; or soft tokens, mixtures of embeddings: weights
+                                          (B, N, V) of the first V ids, or a pair of ids (B, N, k) and their weights (B, N, k)
         block_size  int, or (B,) int64: one a row
         start       0 in training, the length of the context when generating or verifying
         sigma (B,)  noise level -log(alpha_t); zeros if None; unused without time conditioning

@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import os
-import resource
 import sys
 import time
 from contextlib import nullcontext
@@ -47,10 +46,10 @@ class TrainConfig:
     time_conditioning: str = "auto"  # the noisy stream sees the noise level: true, false, auto (uniform, duo: true)
     predicts: str = "auto"  # uniform: denoiser (what ce teaches; elbo can) or loo (elbo; ce_noisy is used so too); auto: by objective
     random_ar: bool = False  # uniform: block size 1 reads random tokens, as published, not one constant id
-    curriculum: float = 0.5  # duo: the share of max_steps that reads soft tokens; uniform noise afterwards
-    tau: float = 1e-3  # duo: temperature of the soft tokens at the first step, ...
+    curriculum: int = -1  # duo: steps on soft tokens, uniform noise afterwards; -1: half of max_steps
+    tau: float = 1e-3  # duo: temperature of the soft tokens at the first step (a small vocabulary wants more, see docs/duo.md), ...
     tau_end: float = 1e-3  # ... and at the end of the curriculum, evenly in its logarithm
-    soft_k: int = 4  # duo: Gaussians simulated for a token, at least 2; 0: all, one for each id
+    soft_k: int = 4  # duo: Gaussians simulated for a token, at least 2; 0, or more than there are ids: one for each id
     # the network
     seq_len: int = 0  # T, the context; 0: the dataset's row length
     n_layers: int = 4
@@ -110,14 +109,13 @@ class TrainConfig:
                     f"{name} is {getattr(self, name)}, it must be in [{low}, {high})",
                     f"--{name}={type(self).__dataclass_fields__[name].default}",
                 )
-        if not 0 <= self.curriculum <= 1 or self.tau <= 0 or self.tau_end <= 0 or self.soft_k == 1:
-            die(
-                "curriculum is a share of the run, tau and tau_end are above 0, soft_k is 0 or at least 2",
-                "--curriculum=0.5 --tau=1e-3 --soft_k=4",
-            )
         for name in ("curriculum", "tau", "tau_end", "soft_k"):
             if self.process != "duo" and getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 die(f"{name} is about Duo's curriculum, and this is {self.process} noise", "--process=duo")
+        if not 0 < self.tau < math.inf or not 0 < self.tau_end < math.inf or self.soft_k == 1 or self.curriculum < -1:
+            die("tau and tau_end must be above 0, soft_k 0 or at least 2, curriculum a number of steps", "--tau=1e-3 --soft_k=4")
+        if self.process == "duo" and self.curriculum == -1:
+            self.curriculum = self.max_steps // 2
         if self.d_model % (2 * self.n_heads):
             die(f"d_model {self.d_model} does not give each of {self.n_heads} heads an even width", f"--d_model={2 * self.n_heads * 16}")
         weights = list(self.block_sizes.values())
@@ -131,6 +129,8 @@ class TrainConfig:
             die(f"objective {self.objective!r}: ce, elbo or ce_noisy, for all or for each of {sorted(self.block_sizes)}", "--objective=ce")
         if self.process != "masked" and "ce" in names.values() and len(set(names.values())) > 1:
             die("uniform noise: ce teaches p(x0 | x_t), elbo the leave-one-out posterior; a network predicts one", "--objective=ce")
+        if self.process == "duo" and not names:
+            die("block size 1 reads pure noise: Duo has nothing to soften", "--block_sizes=1:0.25,16:0.75")
         if self.random_ar and self.process == "masked":
             die("random_ar is for uniform noise: a masked model reads the mask", "--random_ar=false")
         taught = "denoiser" if self.process == "masked" or set(names.values()) <= {"ce"} else "loo"  # masked: they are one
@@ -154,8 +154,6 @@ class TrainConfig:
     def fit(self, data):
         """Settle the context length with the dataset's."""
         self.seq_len = data.seq_len
-        if self.process == "duo" and self.soft_k > data.meta["vocab_size"]:
-            die(f"soft_k {self.soft_k} of a vocabulary of {data.meta['vocab_size']}", "--soft_k=0, for all of it")
         for b in self.block_sizes:
             if self.seq_len % b:
                 near = max(k for k in range(1, b) if self.seq_len % k == 0)
@@ -213,7 +211,11 @@ def peak_mb(device):
     """The most memory so far, in 2^20 bytes: of tensors on a CUDA device, of the whole process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    if sys.platform == "linux":  # not getrusage, which begins with what the parent process once held
+        return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) / 2**10
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
 
 
 def learning_rate(cfg, step):
@@ -242,14 +244,17 @@ def step_batches(cfg, data, step, rank, world):
 
 def curriculum(cfg, step, model, process):
     """The loss of one optimizer step: token_loss, on soft tokens in the first part of a Duo run."""
-    if cfg.process != "duo" or step >= cfg.curriculum * cfg.max_steps:
+    if cfg.process != "duo" or step >= cfg.curriculum:
         return token_loss
-    tau = duo.tau_at(step, cfg.curriculum * cfg.max_steps, cfg.tau, cfg.tau_end)
+    tau = duo.tau_at(step, cfg.curriculum, cfg.tau, cfg.tau_end)
     return functools.partial(token_loss, relaxation=duo.Relaxation(process, tau, cfg.soft_k))
 
 
-def train(cfg, loss_at=curriculum, weights=None):
-    """loss_at(cfg, step, model, process) -> what is called as token_loss is; weights to begin with: distill.py has its own."""
+def train(cfg, loss_at=curriculum, weights=None, facts=None):
+    """
+    For distill.py, which has its own: loss_at(cfg, step, model, process) -> what is called as token_loss is, for a step; weights
+    to begin with; facts to keep in the checkpoint.
+    """
     # ----- the machine
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device, why_device = pick_device(cfg.device)
@@ -290,6 +295,8 @@ def train(cfg, loss_at=curriculum, weights=None):
     tokens_per_step = cfg.batch_size * cfg.accumulation * world * cfg.seq_len
     say(f"{device} ({why_device}), {world} process(es), {str(dtype)[6:]} ({why_dtype}), attention: SDPA with a dense mask")
     say(f"{n_params:,} parameters, {tokens_per_step:,} tokens a step, {cfg.process}, block sizes {cfg.block_sizes}")
+    if cfg.process == "duo" and loss_at is curriculum:
+        say(f"soft tokens for {cfg.curriculum} of {cfg.max_steps} steps: the loss printed then is not a bound")
     say(json.dumps(asdict(cfg)))
     forward = torch.compile(model) if cfg.compile else model
     forward = DistributedDataParallel(forward) if world > 1 else forward
@@ -349,7 +356,7 @@ def train(cfg, loss_at=curriculum, weights=None):
         if rank == 0 and (done % cfg.eval_every == 0 or done == cfg.max_steps):
             checkpoint.save(cfg.out_dir, {
                 "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                "config": asdict(cfg), "meta": data.meta, "step": done,
+                "config": asdict(cfg), "meta": data.meta, "step": done, **(facts or {}),
             })  # fmt: skip
             result = bounds(ema, process, data, cfg.block_sizes, cfg.n_eval, cfg.schedule)
             log(

@@ -47,3 +47,10 @@ def test_the_growing_cache_is_a_cache(kind):
             b = bench.textbook_forward(model, clean, block, 4, i, level, textbook)
             assert torch.allclose(a, b, atol=1e-5) and ours.length == textbook.length == i
     assert (bench.textbook_generate(model, process, 2, 16, 4, 4) < 11).all()
+
+
+@pytest.mark.parametrize("k", [None, 0, 2])
+def test_soft_tokens_are_timed(k):
+    cfg = bench.BenchConfig(repeats=2, d_model=8, seq_len=8, batch_size=2, device="cpu")
+    ms, mb = bench.soft_tokens(cfg, 50, k, 1)
+    assert len(ms) == 2 and min(ms) > 0 and mb >= 0

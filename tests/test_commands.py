@@ -126,6 +126,9 @@ def test_comparing_samplers(home):
     assert "11 lines" in out and (home / "out/table.png").stat().st_size > 10_000
     table = (home / "out/table.md").read_text()
     assert "### out/sudoku: sudoku, masked, with clues, batches of 2" in table and table.count("| speculation") == 5
+    call(home, "compare.py", "--report=out/side", "--out=out/c.jsonl", "--panels=samplers")
+    side = (home / "out/side.md").read_text()
+    assert "### confidence: sudoku, masked, with clues" in side and side.count("| out/sudoku") == 7
     assert "this needs 1 and another" in call(home, "compare.py", "--ckpt=out/half", code=2)
 
 
