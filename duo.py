@@ -1,5 +1,5 @@
 """
-What is Duo? Uniform noise is the argmax of a Gaussian, and early in training a network learns more from the Gaussian.
+What is Duo? Uniform noise is the argmax of a Gaussian, so training may begin on the Gaussian, which tells more.
 
     w_t = a_t onehot(x_0) + s_t n      n ~ N(0, I_V),  a_t^2 = sigmoid(-gamma_t),  s_t^2 = sigmoid(gamma_t)
     argmax w_t  is distributed as q(x_t | x_0) of uniform noise with alpha_t = T(gamma_t)
@@ -97,11 +97,9 @@ def soften_top(x0, gamma, vocab_size, tau, k, noise):
     ids = torch.stack(ids, dim=-1)
 
     log_weight, c = value / tau, g[..., -1]
-    if V > k:
-        tail = s * c / tau - c * c / 2 + (torch.special.erfcx((s / tau - c) / math.sqrt(2)) / 2).log() - torch.special.log_ndtr(c)
-        log_total = torch.cat((log_weight, (math.log(V - k) + tail)[..., None]), dim=-1).logsumexp(-1, keepdim=True)
-    else:
-        log_total = log_weight.logsumexp(-1, keepdim=True)
+    tail = s * c / tau - c * c / 2 + (torch.special.erfcx((s / tau - c) / math.sqrt(2)) / 2).log() - torch.special.log_ndtr(c)
+    tail = tail + (math.log(V - k) if V > k else -math.inf)
+    log_total = torch.cat((log_weight, tail[..., None]), dim=-1).logsumexp(-1, keepdim=True)
     return ids, (log_weight - log_total).exp(), ids.gather(-1, value.argmax(-1, keepdim=True))[..., 0]
 
 
