@@ -47,7 +47,7 @@ class TrainConfig:
     predicts: str = "auto"  # uniform: denoiser (what ce teaches; elbo can) or loo (elbo; ce_noisy is used so too); auto: by objective
     random_ar: bool = False  # uniform: block size 1 reads random tokens, as published, not one constant id
     curriculum: int = -1  # duo: steps on soft tokens, uniform noise afterwards; -1: half of max_steps
-    tau: float = 1e-3  # duo: temperature of the soft tokens at the first step (a small vocabulary wants more, see docs/duo.md), ...
+    tau: float = 1e-3  # duo: temperature of the soft tokens at the first step (1e-3 is published; what it does: docs/duo.md), ...
     tau_end: float = 1e-3  # ... and at the end of the curriculum, evenly in its logarithm
     soft_k: int = 4  # duo: Gaussians simulated for a token, at least 2; 0, or more than there are ids: one for each id
     # the network
