@@ -176,7 +176,10 @@ def main():
     if cfg.report:
         if not lines:
             die(f"{cfg.out} holds no lines yet", "python compare.py --ckpt out/sudoku")
-        Path(cfg.report).parent.mkdir(parents=True, exist_ok=True)
+        page = Path(f"{cfg.report}.md")
+        if page.exists() and not page.read_text().startswith(HEAD.splitlines()[0]):
+            die(f"{page} is not a report of ours, and would be written over", f"--report {cfg.report}_tables")
+        page.parent.mkdir(parents=True, exist_ok=True)
         if cfg.panels == "samplers":
             return report(lines, cfg.report, lambda r: f"{label(r)}: {setting(r, with_ckpt=False)}", lambda r: r["ckpt"])
         return report(lines, cfg.report, setting, label)

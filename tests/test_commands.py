@@ -135,6 +135,8 @@ def test_comparing_samplers(home):
     assert "### out/sudoku: sudoku, masked, with clues, batches of 2" in table and table.count("| speculation") == 5
     call(home, "compare.py", "--report=out/side", "--out=out/c.jsonl", "--panels=samplers")
     side = (home / "out/side.md").read_text()
+    (home / "out/page.md").write_text("# Written by hand\n")
+    assert "--report out/page_tables" in call(home, "compare.py", "--report=out/page", "--out=out/c.jsonl", code=2)
     assert "### confidence: sudoku, masked, with clues" in side and side.count("| out/sudoku") == 7
     assert "this needs 1 and another" in call(home, "compare.py", "--ckpt=out/half", code=2)
 
