@@ -70,7 +70,7 @@ def dcd(teacher, process, x0, xt, alpha_t, alpha_s, noise):
     Discrete consistency distillation, uniform noise: what the teacher says at an earlier point of the same trajectory. Duo's
     trajectory is argmax(a_t onehot(x_0) + s_t n) with one Gaussian n for all t. Seen through the argmax, a token is x_0 until
     a_t / s_t falls below (largest other entry of n) - (x_0's own), and from then on the other token, a uniformly drawn one.
-    So it is `corrupt` with the same random numbers at both times, and needs no Gaussian (tests/test_duo.py compares the two).
+    So it is `corrupt` with the same random numbers at both times, and needs no Gaussian (tests/test_distill.py compares the two).
     The published steps are even in gamma in [-4, -1], these in the t of the noise schedule, as the sampler's are.
     """
     xs = process.corrupt(x0, alpha_s, noise)

@@ -35,6 +35,10 @@ def states(V, L):
     return torch.tensor(list(itertools.product(range(V), repeat=L)))
 
 
+def noise(rows, L=1, seed=0):
+    return d.Noise(seed, torch.arange(rows), torch.arange(L))
+
+
 def net(process, seed=0, **kw):
     """A small Transformer with random weights and peaked outputs."""
     torch.manual_seed(seed)

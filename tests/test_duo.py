@@ -1,31 +1,20 @@
 """
-Why believe duo.py and distill.py? A closed form at V = 2, another quadrature, brute-force Gaussians on small vocabularies, and
-networks whose answers are known.
+Why believe duo.py? A closed form at V = 2, another quadrature, and brute-force Gaussians on small vocabularies.
 """
 
 import copy
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY
-from exact import P_VALUE, V3, chi_squared, net
+from exact import P_VALUE, V3, chi_squared, net, noise
 
 import checkpoint
 import diffusion as d
-import distill
 import duo
 from settings import load_config
 from train import TrainConfig, curriculum, train
-
-
-def noise(rows, L=1, seed=0, device="cpu"):
-    return d.Noise(seed, torch.arange(rows), torch.arange(L))
-
 
 # ----- the transformation operator
 
@@ -299,196 +288,3 @@ def test_duo_trains_resumes_and_is_uniform_without_its_curriculum(project):
         run(f"--out_dir=parts{k}", *flags, "--max_steps=2")
         run(f"--out_dir=parts{k}", *flags, "--resume")
         assert same(weights(f"parts{k}"), weights("whole")) and not same(weights("whole"), weights("uniform"))
-
-
-def test_slips(project, slip):
-    run("--out_dir=ar", "--block_sizes=1:1")
-    run("--out_dir=untimed", "--process=uniform", "--time_conditioning=false")
-    run("--out_dir=masked")
-    for flags in (
-        ["--ckpt=ar"],
-        ["--ckpt=untimed"],
-        ["--ckpt=none"],
-        ["--ckpt=masked", "--rounds=6"],
-        ["--ckpt=masked", "--round_steps=0"],
-    ):
-        slip(distill.main, argv=flags)
-
-
-# ----- distillation
-
-
-def test_the_trajectory_of_dcd_is_corrupt_with_the_same_random_numbers():
-    """(x_t, x_s) of one Gaussian at two times, against `corrupt` at two alphas from the same noise: the whole joint law."""
-    V, n, gammas = 4, 60_000, (0.5, -1.0)
-    g = torch.Generator().manual_seed(0)
-    normal = torch.randn(n, V, generator=g, dtype=torch.float64)
-    pairs, alphas = [], []
-    for gamma in gammas:
-        w = normal / math.sqrt(1 + math.exp(-gamma))
-        w[:, 1] += 1 / math.sqrt(1 + math.exp(gamma))
-        pairs.append(w.argmax(-1))
-        alphas.append(duo.transform(torch.tensor(gamma), V)[0].item())
-    x0, nz = torch.ones(10 * n, 1, dtype=torch.long), noise(10 * n)
-    ours = [d.Uniform(V).corrupt(x0, alpha, copy.copy(nz))[:, 0] for alpha in alphas]
-    count = lambda pair: (pair[0] * V + pair[1]).bincount(minlength=V * V)
-    a_t, a_s = alphas
-    p = torch.zeros(V, V, dtype=torch.float64)  # x_0 until the threshold, then one other token for ever
-    p[1, 1], others = a_t + (1 - a_t) / V, [0, 2, 3]
-    p[others, 1], p[others, others] = (a_s - a_t) / V, (1 - a_s) / V
-    assert chi_squared(count(pairs), p.flatten()) > P_VALUE and chi_squared(count(ours), p.flatten()) > P_VALUE
-    independent = [d.Uniform(V).corrupt(x0, alpha, noise(10 * n, seed=i))[:, 0] for i, alpha in enumerate(alphas)]
-    assert chi_squared(count(independent), p.flatten()) < P_VALUE
-
-
-class Table:
-    """A network that looks up its logits by the token it reads and the noise level, and remembers what it was asked."""
-
-    def __init__(self, V, seed):
-        self.table = torch.randn(2, V, V, generator=torch.Generator().manual_seed(seed))
-        self.asked = []
-
-    def __call__(self, clean, noisy, block_size, start, sigma):
-        self.asked.append((noisy, sigma))
-        return self.table[0][noisy] + sigma[:, None, None] * self.table[1][noisy]
-
-
-KINDS = {"masked": d.Masked(V3 + 1, V3), "uniform": d.Uniform(V3, "denoiser", V3), "loo": d.Uniform(V3, "loo", V3)}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_distillation_loss_is_the_reverse_kl_to_the_earlier_prediction(kind):
-    """Recomputed token by token, in float64, from what the teacher and the student were asked."""
-    process, B, L, dt = KINDS[kind], 64, 8, 0.25
-    student, teacher = Table(V3 + 1, 0), Table(V3 + 1, 1)
-    cut = lambda f: lambda *a: f(*a)[..., : process.vocab_size]
-    torch.manual_seed(0)
-    x0, answer = torch.randint(V3, (B, L)), torch.rand(B, L) < 0.8
-    sizes = torch.tensor([1, 4]).repeat(B // 2)
-    t = torch.rand(B).double()
-    nz = noise(B, L)
-    loss = distill.distill_loss(cut(student), process, x0, sizes, t, None, answer, d.loglinear, 0, nz, teacher=cut(teacher), dt=dt)
-    if kind != "masked":
-        t = (t + dt).clamp(max=1)
-    alpha_t, alpha_s = 1 - t, 1 - (t - dt).clamp(min=1e-5)
-    (read, level), (first, first_level), *more = student.asked + teacher.asked
-    second, second_level = more[0] if more else (first, first_level)
-    ar = sizes == 1
-    assert (read[ar][answer[ar]] == V3).all() and (read[~answer] == x0[~answer]).all()
-    assert torch.allclose(level[~ar], d.sigma(alpha_t)[~ar]) and torch.allclose(level[ar], d.sigma(torch.zeros(1)).double())
-    assert torch.allclose(second_level, d.sigma(alpha_s))
-    assert all((asked[~answer] == x0[~answer]).all() for asked in (first, second))
-    expected = torch.zeros(B, L, dtype=torch.float64)
-    for b in range(B):
-        for i in range(L):
-            z = cut(student)(None, read[b : b + 1], None, 0, level[b : b + 1])[0, i].double()
-            if not answer[b, i]:
-                continue
-            if ar[b]:
-                expected[b, i] = -z[:V3].log_softmax(-1)[x0[b, i]]
-                continue
-            if kind == "masked":
-                if read[b, i] != V3:
-                    continue
-                assert first[b, i] == V3 and torch.allclose(first_level, d.sigma(alpha_t))
-                source, at = (second, second_level) if second[b, i] == V3 else (first, first_level)
-            else:
-                source, at = second, second_level
-                assert source[b, i] == read[b, i] or source[b, i] == x0[b, i]
-            y = cut(teacher)(None, source[b : b + 1], None, 0, at[b : b + 1])[0, i].double()
-            if kind == "loo":
-                z[read[b, i]] += torch.log1p(V3 * alpha_t[b] / (1 - alpha_t[b]))
-                y[source[b, i]] += torch.log1p(V3 * alpha_s[b] / (1 - alpha_s[b]))
-            q, p = z[:V3].softmax(-1), y[:V3].softmax(-1)
-            expected[b, i] = (q * (q / p).log()).sum()
-    assert torch.allclose(loss.double(), expected, atol=1e-5)
-    if kind == "masked":  # all three cases came up
-        masks = answer & ~ar[:, None] & (read == V3)
-        assert (masks & (second == V3)).any() and (masks & (second != V3)).any() and (~masks & answer & ~ar[:, None]).any()
-    else:
-        assert (second != read)[~ar].any() and (second != x0)[~ar].any()
-
-
-def test_the_teachers_step_lifts_as_many_masks_as_it_should():
-    """(alpha_s - alpha_t) / (1 - alpha_t) of them: the random numbers that made the masks must not choose again."""
-    process, B, dt, asked = KINDS["masked"], 2000, 0.3, []
-
-    def teacher(clean, noisy, *_):
-        asked.append(noisy)
-        return torch.zeros(*noisy.shape, V3 + 1)
-
-    x0, t = torch.zeros(B, 4, dtype=torch.long), torch.full((B,), 0.7).double()
-    everything = torch.ones(B, 4, dtype=torch.bool)
-    distill.distill_loss(teacher, process, x0, 4, t, None, everything, d.loglinear, 0, noise(B, 4), teacher=teacher, dt=dt)
-    xt, xs, _ = asked
-    n, lifted = (xt == V3).sum(), ((xt == V3) & (xs != V3)).sum()
-    assert chi_squared(torch.tensor([lifted, n - lifted]), torch.tensor([3 / 7, 4 / 7]).double()) > P_VALUE
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_prompt_blocks_need_no_noisy_copy(kind):
-    """start skips them: equal losses behind it, with distillation, and with soft tokens."""
-    process = KINDS[kind]
-    student, teacher = (net(process, seed, time_conditioning=kind != "masked").double() for seed in (0, 1))
-    x0, answer = torch.randint(V3, (6, 8)), torch.ones(6, 8, dtype=torch.bool)
-    answer[:, :5] = False
-    sizes, t = torch.tensor([1, 2, 4] * 2), torch.rand(6).double()
-    behind = lambda start: d.Noise(0, torch.arange(6), torch.arange(start, 8))
-    loss = [
-        distill.distill_loss(student, process, x0, sizes, t, None, answer, d.loglinear, start, behind(start), teacher=teacher, dt=0.2)[
-            :, 4 - start :
-        ]
-        for start in (0, 4)
-    ]
-    assert torch.allclose(*loss, atol=1e-8) and (loss[0] != 0).any() and (loss[0][:, 0] == 0).all()
-    if kind != "masked":
-        for k in (0, 2):
-            soft = duo.Relaxation(process, 0.2, k)
-            model = copy.deepcopy(student).float()
-            loss = [
-                d.token_loss(model, process, x0, sizes, t, "elbo", answer, start=start, noise=behind(start), relaxation=soft)[
-                    :, 4 - start :
-                ]
-                for start in (0, 4)
-            ]
-            assert torch.allclose(*loss, rtol=1e-3, atol=1e-3) and (loss[0][:, 0] == 0).all()
-
-
-@pytest.mark.parametrize("process", ["masked", "uniform"])
-def test_rounds_take_the_student_for_the_teacher_and_resume(project, monkeypatch, slip, process):
-    run("--out_dir=t", f"--process={process}")
-    teachers, original = [], distill.distill_loss
-
-    def spy(*args, teacher, dt, **kw):
-        if not teachers or teachers[-1][1] != dt:
-            teachers.append(({k: v.clone() for k, v in teacher.state_dict().items()}, dt))
-        return original(*args, teacher=teacher, dt=dt, **kw)
-
-    monkeypatch.setattr(distill, "distill_loss", spy)
-    flags = ["--ckpt=t", "--round_steps=3", "--teacher_steps=8", "--n_eval=8", "--device=cpu", "--lr=0.01", "--warmup=1"]
-    go = lambda *more: (monkeypatch.setattr(sys, "argv", ["distill.py", *flags, *more]), distill.main())
-    go("--rounds=1", "--out_dir=parts")
-    one = weights("parts")
-    teachers.clear()
-    go("--rounds=3", "--out_dir=whole")
-    assert [dt for _, dt in teachers] == [0.125, 0.25, 0.5]
-    assert same(teachers[0][0], weights("t", "ema")) and same(teachers[1][0], one)
-    go("--rounds=3", "--out_dir=parts", "--resume")
-    assert same(weights("parts"), weights("whole")) and not same(weights("whole"), weights("t"))
-    assert "--round_steps=3" in slip(go, "--rounds=3", "--out_dir=parts", "--resume", "--round_steps=2")
-    go("--rounds=1", "--round_steps=2")
-    assert Path("t_sdtt/ckpt.pt" if process == "masked" else "t_dcd/ckpt.pt").exists()
-
-
-def test_two_processes_distill(project):
-    run("--out_dir=t")
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    script = str(Path(__file__).parents[1] / "distill.py")
-    common = [script, "--ckpt=t", "--rounds=2", "--round_steps=2", "--teacher_steps=4", "--n_eval=8", "--device=cpu"]
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *common, "--batch_size=2", "--out_dir=two"],
-        env=env, check=True, capture_output=True,
-    )  # fmt: skip
-    subprocess.run([sys.executable, *common, "--batch_size=4", "--out_dir=one"], env=env, check=True, capture_output=True)
-    a, b = weights("one"), weights("two")
-    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a) and not same(a, weights("t"))

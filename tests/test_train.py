@@ -17,7 +17,7 @@ import eval as evaluation
 from dataset import Dataset
 from diffusion import Masked, Uniform, loglinear
 from settings import load_config
-from train import TrainConfig, learning_rate, step_batches, train
+from train import TrainConfig, learning_rate, peak_mb, step_batches, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -263,3 +263,9 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint(project, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save("a", {})
     assert Path("a/ckpt.pt").read_bytes() == before and checkpoint.load("a")["step"] == 1
+
+
+def test_peak_memory_counts_what_is_held_now():
+    before = peak_mb(torch.device("cpu"))
+    held = torch.ones(int(before * 2**18))  # as many MB as the process ever took, besides what it takes now
+    assert before + 50 < peak_mb(torch.device("cpu")) < 3 * before and held.numel()
