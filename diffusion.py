@@ -1,5 +1,5 @@
 """
-What is the maths? Noise schedules, random numbers, the two noise processes and their losses. (samplers.py goes the way back.)
+What is the maths? Noise schedules, the two noise processes and their losses. (samplers.py goes the way back.)
 
 Conventions: t = 0 is clean and t = 1 is noise, so alpha(0) = 1 and alpha(1) = 0. Both processes corrupt every token alone:
 
@@ -14,6 +14,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from draws import Noise, float64, sample, sharpen
+from kernels import cross_entropy, through_head, uniform_nll
 from model import precise
 
 # ----- schedules
@@ -41,105 +43,30 @@ def sigma(alpha):
     return -alpha.clamp(min=1e-3).log()
 
 
-# ----- random numbers
-
-GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, bits like random: the increment of splitmix64, as a signed int
-
-
-def _mix(z):
-    """
-    The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit ints under which counters look random.
-    z: an int64 tensor (its products wrap, its shifts keep the sign, which is cut off) or a Python int, for the same result.
-    """
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64))):
-        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
-        z = (z + (1 << 63)) % (1 << 64) - (1 << 63) if isinstance(z, int) else z
-    return z ^ ((z >> 31) & ((1 << 33) - 1))
-
-
-def _float(device):
-    """float64, which Apple's GPUs lack."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-class Noise:
-    """
-    Uniform numbers in (0, 1] with 63 random bits that depend on (seed, row, position, step, how many were taken before) and on
-    nothing else: not on the batch mates, the number of processes, the device or any global state.
-    rows (B,), positions (L,): integer tensors. noise.uniform(n) is (B, L, n) float64 (float32 on MPS); with `where` (B, L) bool,
-    (M, n). Rows and steps -1 and -2 exist too: streams for what belongs to no row, or comes before the first step.
-    """
-
-    def __init__(self, seed, rows, positions, step=0):
-        key = seed
-        for part in (step, rows[:, None], positions[None]):
-            key = _mix(key + (part + 1) * GOLDEN)
-        self.key, self.taken = key, 0  # (B, L)
-
-    @classmethod
-    def like(cls, x):
-        """Noise for x (B, L), seeded from torch's global generator: what the methods below use when given none."""
-        seed = torch.randint(1 << 62, ()).item()
-        return cls(seed, torch.arange(x.size(0), device=x.device), torch.arange(x.size(1), device=x.device))
-
-    def uniform(self, n, where=None):
-        key = self.key if where is None else self.key[where]
-        count = torch.arange(self.taken + 1, self.taken + 1 + n, device=key.device)
-        self.taken += n  # the same for everyone, whoever takes part
-        bits = _mix(key[..., None] + count * GOLDEN) & (1 << 63) - 1
-        return (bits.to(_float(bits.device)) + 0.5) * 2.0**-63
-
-
-def _race(weight, u):
-    """The first of exponential clocks with rates `weight` to ring, argmin E / weight: index i with probability weight_i / sum."""
-    return (weight.to(u) / -torch.log1p(-u)).argmax(-1)  # log1p: small E decide the tail, and are exact
-
-
-def draw(logits, uniform):
-    """
-    One exact draw a row from softmax(logits), logits (M, V) -> (M,) int64. The vocabulary is cut into about sqrt(V) groups; a
-    group wins by its mass, then a member of it: 2 sqrt(V) random numbers of 63 bits instead of V. With 32-bit numbers the
-    tail would starve, which is a lower temperature in disguise. uniform(n) returns (M, n) numbers in (0, 1].
-    """
-    M, V = logits.shape
-    size = math.isqrt(V - 1) + 1
-    weight = (logits - logits.amax(-1, keepdim=True)).exp()
-    groups = F.pad(weight, (0, -V % size)).view(M, -(-V // size), size)
-    u, v = uniform(groups.size(1) + size).split((groups.size(1), size), dim=-1)
-    g = _race(groups.sum(-1), u)
-    return g * size + _race(groups[torch.arange(M, device=logits.device), g], v)
-
-
-def sharpen(logits, temperature=1.0, top_p=1.0):
-    """
-    Temperature, then nucleus (arXiv 1904.09751): the fewest most likely tokens whose probability reaches top_p.
-    Temperature 0 is greedy: all mass on the argmax. logits (..., V) -> (..., V). Raises ValueError out of range.
-    """
-    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature} must be finite and >= 0, top_p {top_p} in (0, 1]")
-    if temperature == 0:
-        return torch.full_like(logits, -math.inf).scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
-    if temperature != 1:
-        logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest at 0: a tiny temperature overflows nothing
-    if top_p < 1:
-        value, index = logits.sort(-1, descending=True)
-        p = value.softmax(-1)
-        outside = p.cumsum(-1) - p >= top_p  # what stands before it is enough already
-        logits = logits.masked_fill(outside.scatter(-1, index, outside), -math.inf)
-    return logits
-
-
 # ----- noise processes
 
 
 def _column(alpha, like):
     """An alpha as float64 that broadcasts against (B, L); small numbers like 1 - alpha must not be rounded first."""
-    alpha = torch.as_tensor(alpha, dtype=_float(like.device), device=like.device)  # a Python float as it is, not by way of float32
+    alpha = torch.as_tensor(alpha, dtype=float64(like.device), device=like.device)  # a Python float as it is, not by way of float32
     return alpha[:, None] if alpha.dim() == 1 else alpha
 
 
-def _cross_entropy(logits, x0):
-    return F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view_as(x0)  # (B, L)
+def _flat(logits, *others):
+    """Rows of logits (B, L, V) -> (B L, V), and what broadcasts to (B, L) -> (B L,)."""
+    return logits.flatten(0, 1), *(x.expand(logits.shape[:2]).flatten() for x in others)
+
+
+def _reverse_step(process, logits, xt, alpha_t, alpha_s, temperature, top_p, noise):
+    """posterior_sample of both processes: draws.sample does it, whatever the noise."""
+    a_t, a_s = _column(alpha_t, logits), _column(alpha_s, logits)
+    mixture = torch.stack([x.expand(xt.shape) for x in process.mixture(xt, a_t, a_s)], -1).flatten(0, 1)
+    rows, ids = _flat(logits, xt)
+    if 0 < temperature < math.inf and top_p == 1:
+        how = {"temperature": temperature, **process.edit(xt, a_t)}
+    else:
+        rows, how = _flat(process.loo_logits(logits, xt, a_t))[0], {"transform": lambda z: sharpen(z, temperature, top_p)}
+    return sample(rows, (noise or Noise.like(xt)).keys().flatten(), xt=ids, mixture=mixture, **how).token.view_as(xt)
 
 
 class Masked:
@@ -172,18 +99,19 @@ class Masked:
         carried = torch.full_like(logits, -math.inf).scatter(-1, xt[..., None], 0.0)
         return torch.where((xt == self.mask_id)[..., None], logits, carried)
 
-    def ce(self, logits, x0, xt):
-        """-log p(x_0 | x_t) (B, L): cross-entropy at masks, 0 where the token is visible."""
-        return torch.where(xt == self.mask_id, _cross_entropy(self.loo_logits(logits), x0), 0.0)
+    def ce(self, logits, x0, xt, overwrite=False):
+        """-log p(x_0 | x_t) (B, L): cross-entropy at masks, 0 where the token is visible. overwrite: logits may be, see cross_entropy."""
+        rows, x0_, masked = _flat(logits, x0, xt == self.mask_id)
+        return cross_entropy(rows, x0_, masked, self.mask_id, overwrite)[0].view_as(x0)
 
-    def nll(self, logits, x0, xt, alpha, dalpha):
+    def nll(self, logits, x0, xt, alpha, dalpha, overwrite=False):
         """
         Integrand of the bound E_t[...] >= -log p(x_0), one t a row, (B, L) nats (MDLM, arXiv 2406.07524):
             -alpha'_t / (1 - alpha_t) * 1[x_t = mask] * -log p(x_0 | x_t)
         """
-        alpha, dalpha = _column(alpha, logits), _column(dalpha, logits)
-        ce = self.ce(logits, x0, xt)
-        return torch.where(ce == 0, 0.0, (-dalpha / (1 - alpha)).to(ce.dtype) * ce)  # alpha = 1 masks nothing
+        a, da = _column(alpha, logits), _column(dalpha, logits)
+        rows, x0_, weight = _flat(logits, x0, torch.where(xt == self.mask_id, -da / (1 - a), 0.0))  # alpha = 1 masks nothing
+        return cross_entropy(rows, x0_, weight, self.mask_id, overwrite)[0].view_as(x0)
 
     def posterior_probs(self, logits, xt, alpha_t, alpha_s, temperature=1.0, top_p=1.0):
         """
@@ -199,12 +127,16 @@ class Masked:
 
     def posterior_sample(self, logits, xt, alpha_t, alpha_s, temperature=1.0, top_p=1.0, noise=None):
         """One draw of the above, (B, L) int64. Logits are read only at the masks that lift in this step."""
-        noise = noise or Noise.like(xt)
-        a_t, a_s = _column(alpha_t, logits), _column(alpha_s, logits)
-        lift = (xt == self.mask_id) & (noise.uniform(1)[..., 0] <= (a_s - a_t) / (1 - a_t))
-        xs = xt.clone()
-        xs[lift] = draw(sharpen(self.loo_logits(logits[lift]), temperature, top_p), lambda n: noise.uniform(n, lift))
-        return xs
+        return _reverse_step(self, logits, xt, alpha_t, alpha_s, temperature, top_p, noise)
+
+    def mixture(self, xt, a_t, a_s):
+        """The above as numbers for draws.sample: stay a mask with probability (1 - alpha_s) / (1 - alpha_t), never leave a token."""
+        masked = xt == self.mask_id
+        return torch.zeros_like(a_t), torch.where(masked, 1 - a_t, 1.0), torch.zeros_like(a_t), torch.where(masked, 1 - a_s, 1.0)
+
+    def edit(self, xt, a_t):
+        """loo_logits for draws.sample."""
+        return {"forbidden": self.mask_id}
 
 
 class Uniform:
@@ -249,46 +181,34 @@ class Uniform:
 
     def loo_logits(self, logits, xt, alpha):
         """The network's output as leave-one-out logits: D -> l subtracts log(1 + V alpha / (1 - alpha)) at x_t. (..., V)"""
-        return precise(logits) if self.predicts == "loo" else self._own_evidence(logits, xt, alpha, -1)
+        return precise(logits) if self.predicts == "loo" else self._add_evidence(logits, xt, -self.evidence(_column(alpha, logits)))
 
     def denoiser_logits(self, logits, xt, alpha):
         """The network's output as denoiser logits: l -> D adds what the above subtracts. (..., V)"""
-        return precise(logits) if self.predicts == "denoiser" else self._own_evidence(logits, xt, alpha, 1)
+        return precise(logits) if self.predicts == "denoiser" else self._add_evidence(logits, xt, self.evidence(_column(alpha, logits)))
 
-    def _own_evidence(self, logits, xt, alpha, sign):
-        logits, alpha = precise(logits), _column(alpha, logits)
-        bonus = torch.log1p(self.vocab_size * alpha / (1 - alpha)).to(logits.dtype).expand(xt.shape)
-        return logits.scatter(-1, xt[..., None], logits.gather(-1, xt[..., None]) + sign * bonus[..., None])
+    def evidence(self, alpha):
+        """What seeing x_t itself says for it: log(1 + V alpha / (1 - alpha))."""
+        return torch.log1p(self.vocab_size * alpha / (1 - alpha))
 
-    def ce(self, logits, x0, xt):
-        """-log D(x_0) (B, L): plain cross-entropy at every position, noisy or not."""
-        return _cross_entropy(precise(logits), x0)
+    def _add_evidence(self, logits, xt, bonus):
+        return precise(logits).scatter_add(-1, xt[..., None], bonus.to(precise(logits)).expand(xt.shape)[..., None])
 
-    def nll(self, logits, x0, xt, alpha, dalpha):
+    def ce(self, logits, x0, xt, overwrite=False):
+        """-log D(x_0) (B, L): plain cross-entropy at every position, noisy or not. overwrite: logits may be, see cross_entropy."""
+        rows, x0_ = _flat(logits, x0)
+        return cross_entropy(rows, x0_, overwrite=overwrite)[0].view_as(x0)
+
+    def nll(self, logits, x0, xt, alpha, dalpha, overwrite=False):
         """
         Integrand of the bound E_t[...] >= -log p(x_0), one t a row, (B, L) nats (Duo, arXiv 2506.10892, as a Bregman form), z = x_t:
             -alpha'_t / (V alpha_t) * sum_v [ r_v log(r_v / rh_v) - r_v + rh_v ] >= 0
             r_v = xb_v(onehot(x_0)) / xb_z(onehot(x_0)),   rh_v = xb_v(l) / xb_z(l),   xb_v(p) = V alpha_t p_v + 1 - alpha_t
-        With b = 1 - alpha and c = b / (V alpha + b), r takes two values:
-            z  = x_0:  r_z = 1,       r_v = c elsewhere
-            z != x_0:  r_x0 = 1 / c,  r_v = 1 elsewhere        (1 / c - 1 = V alpha / b)
-        so the sum over v needs only S = sum_v log xb_v, its entries at z and x_0, and l_z. Written with xb = b (1 + q),
-        q = V alpha l / b, every b cancels before it is rounded; the linear terms are subtracted by hand for the same reason.
-        alpha in [0, 1): at alpha = 0 the integrand is 0.
+        kernels.uniform_nll takes the sum apart. alpha in [0, 1): at alpha = 0 the integrand is 0.
         """
-        V, a, da = self.vocab_size, _column(alpha, logits), _column(dalpha, logits)
-        b = 1 - a
-        logp = self.loo_logits(logits, xt, a).log_softmax(-1)  # (B, L, V)
-        cast = lambda x: x.to(logp.dtype)  # numbers a row: formed in float64, used in the logits' precision
-        log1q = F.softplus(logp + cast((V * a / b).log())[..., None])  # log(1 + q_v)
-        at = lambda x, ids: x.gather(-1, ids[..., None])[..., 0]
-        S, S_z, S_0, p_z = log1q.sum(-1), at(log1q, xt), at(log1q, x0), at(logp, xt).exp()
-        same, log_c = x0 == xt, -torch.log1p(V * a / b)
-        c = log_c.exp()
-        r_log_r = torch.where(same, cast((V - 1) * c * log_c), cast(-log_c / c))
-        r_log_rh = torch.where(same, cast(c) * (S - V * S_z), S - V * S_z + cast(V * a / b) * (S_0 - S_z))
-        linear = (same.to(p_z) - p_z) * V / (cast(V * a * same + b) * (cast(b) + cast(V * a) * p_z))  # (sum rh - r) / (V alpha)
-        return torch.where(a == 0, 0.0, cast(-da / (V * a)) * (r_log_r - r_log_rh) + cast(-da) * linear)
+        a, da = _column(alpha, logits), _column(dalpha, logits)
+        shift = self.evidence(a) if self.predicts == "denoiser" else torch.zeros_like(a)
+        return uniform_nll(*_flat(logits, x0, xt, a, da), shift=_flat(logits, shift)[1], overwrite=overwrite).view_as(x0)
 
     def posterior_probs(self, logits, xt, alpha_t, alpha_s, temperature=1.0, top_p=1.0):
         """
@@ -308,18 +228,15 @@ class Uniform:
         One draw of the above, (B, L) int64, as the three-way choice it is: a fresh uniform token, x_t again, or a token from l.
         Of the vocabulary it needs the normaliser and l_z, and a draw where the third case came up.
         """
-        noise = noise or Noise.like(xt)
-        V, a_t, a_s = self.vocab_size, _column(alpha_t, logits), _column(alpha_s, logits)
-        logp = sharpen(self.loo_logits(logits, xt, a_t), temperature, top_p).log_softmax(-1)
-        p_z = logp.gather(-1, xt[..., None])[..., 0].to(a_t).exp()
-        seen = V * a_t * p_z
-        u, fresh = noise.uniform(2).unbind(-1)
-        c1 = (1 - a_t / a_s) * (1 - a_s) / (seen + 1 - a_t)
-        c2 = (seen + a_t * (1 / a_s - 1)) / (seen + 1 - a_t)
-        xs = torch.where(u <= c1, self._ids(fresh), xt)
-        move = u > c1 + c2
-        xs[move] = draw(logp[move], lambda n: noise.uniform(n, move))
-        return xs
+        return _reverse_step(self, logits, xt, alpha_t, alpha_s, temperature, top_p, noise)
+
+    def mixture(self, xt, a_t, a_s):
+        """The above as numbers for draws.sample. With a_ts = alpha_t / alpha_s, a_ts - alpha_t = alpha_t (1 / alpha_s - 1)."""
+        return self.vocab_size * a_t, 1 - a_t, (1 - a_t / a_s) * (1 - a_s), a_t * (1 / a_s - 1)
+
+    def edit(self, xt, a_t):
+        """loo_logits for draws.sample."""
+        return {"shift": self.evidence(a_t).expand(xt.shape).flatten()} if self.predicts == "denoiser" else {}
 
 
 # ----- training
@@ -347,7 +264,8 @@ def stratified_draw(block_sizes, n, seed, step):
 
 def token_loss(model, process, x0, block_size, t, objective, answer=None, schedule=loglinear, start=0, noise=None, relaxation=None):
     """
-    Loss of every noisy token in nats, (B, L - start), one forward.
+    The loss in nats, one forward: (total, each), the sum over tokens with its gradients and, without, its terms (B, L - start). Logits
+    are made for tokens that cost something, some at a time (kernels.through_head).
     x0 (B, L) clean ids; block_size (B,) int64, or an int; t (B,) float64 in (0, 1).
     objective: a name for all block sizes, or {size: name}; block size 1 is pure noise with cross-entropy whatever it says,
     which is the exact autoregressive NLL. The names, with D or l the network's output:
@@ -377,12 +295,28 @@ def token_loss(model, process, x0, block_size, t, objective, answer=None, schedu
     if relaxation is not None:
         read = relaxation.harden(soft, read, ar | ~open)
     level = sigma(torch.where(sizes == 1, 0.0, alpha))  # block size 1 is pure noise: alpha 0
-    logits = model(x0, read, block_size, start, level)  # (B, L - start, V)
 
-    ce = loss = process.ce(logits, x, xt)
-    for name in set(names.values()) - {"ce"}:
-        assert name in ("elbo", "ce_noisy"), f"objective {name!r}: elbo, ce or ce_noisy"
-        other = process.nll(logits, x, xt, alpha, dalpha) if name == "elbo" else torch.where(xt == x, 0.0, ce)
-        rows = torch.isin(sizes, torch.tensor([s for s in names if names[s] == name])).to(x.device)
-        loss = torch.where(rows[:, None], other, loss)
-    return torch.where(open, loss, 0.0)
+    # which token costs what
+    taught = lambda name: torch.isin(sizes, torch.tensor([s for s in names if names[s] == name])).to(x.device)[:, None]  # (B, 1)
+    assert set(names.values()) <= {"elbo", "ce", "ce_noisy"}, f"objective {objective!r}: elbo, ce or ce_noisy"
+    pays = open & ~(taught("ce_noisy") & (xt == x))
+    if process.mask_id is not None:
+        pays = pays & (xt == process.mask_id)  # a visible token is known
+    flat = [y.expand_as(x).flatten() for y in (x, xt, _column(alpha, x), _column(dalpha, x))]
+
+    def part(price, tokens):
+        """Some of the tokens, and their losses as through_head wants them."""
+        index = tokens.flatten().nonzero()[:, 0]
+        return index, lambda logits, rows: price(logits[None], *(y[index[rows]][None] for y in flat), overwrite=True)[0]
+
+    ce = lambda logits, x0, xt, *_, overwrite: process.ce(logits, x0, xt, overwrite)
+    parts = [part(ce, pays & ~taught("elbo"))] + ([part(process.nll, pays & taught("elbo"))] if "elbo" in names.values() else [])
+
+    def readout(hidden, weight, bias):
+        total, each = 0.0, hidden.new_zeros(x.numel())
+        for index, loss in parts:
+            more, each[index] = through_head(hidden.flatten(0, 1)[index], weight, bias, loss)
+            total = total + more
+        return total, each.view_as(x)
+
+    return model(x0, read, block_size, start, level, readout=readout)

@@ -80,7 +80,7 @@ def dcd(teacher, process, x0, xt, alpha_t, alpha_s, noise):
 def distill_loss(forward, process, x0, block_size, t, objective, answer, schedule, start, noise, *, teacher, dt):
     """
     Takes the place of token_loss, arguments there: KL(student || teacher), the reverse KL, which prefers one way of completing
-    the text to the average of all. (B, L - start) nats. Block size 1 goes on with cross-entropy.
+    the text to the average of all; in nats. Block size 1 goes on with cross-entropy.
     teacher: a Transformer. dt: how far ahead of the student it is; the SDTT student learns 2 dt in one step.
     """
     x = x0[:, start:]
@@ -101,7 +101,8 @@ def distill_loss(forward, process, x0, block_size, t, objective, answer, schedul
     log_q = log_p(process, logits, xt, alpha_t)
     kl = (log_q.exp() * (log_q - target)).sum(-1)
     noisy = open if process.mask_id is None else open & (xt == process.mask_id)
-    return torch.where(ar & open, process.ce(logits, x, read), torch.where(noisy & ~ar, kl, 0.0))
+    each = torch.where(ar & open, process.ce(logits, x, read), torch.where(noisy & ~ar, kl, 0.0))
+    return each.sum(), each.detach()
 
 
 # ----- rounds

@@ -17,7 +17,8 @@ import torch
 from tqdm import tqdm
 
 from dataset import Dataset
-from diffusion import SCHEDULES, Noise, stratified_draw, token_loss
+from diffusion import SCHEDULES, stratified_draw, token_loss
+from draws import Noise
 from generate import NOTHING, OWN_PACE, SAMPLERS, generate
 from settings import die
 
@@ -50,7 +51,7 @@ def bounds(model, process, data, block_sizes, n_eval, schedule, seed=0):
         for rows in torch.arange(len(index)).split(batch_size):
             x0, answer = (x.to(device) for x in data.windows("val", index[rows]))
             noise = Noise(seed, rows.to(device), torch.arange(x0.size(1), device=device))
-            loss = token_loss(model, process, x0, b, t[rows], "elbo", answer, SCHEDULES[schedule], noise=noise)
+            _, loss = token_loss(model, process, x0, b, t[rows], "elbo", answer, SCHEDULES[schedule], noise=noise)
             total.append(loss.cpu().double().sum(1)), count.append(answer.sum(1).cpu())
         total, count = torch.cat(total), torch.cat(count)
         mean = (total.sum() / count.sum()).item()

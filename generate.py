@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from diffusion import Noise, draw, loglinear, sharpen, sigma
+from diffusion import loglinear, sigma
+from draws import Noise, sample, sharpen
 from guided import agreement, arpc, edlm, speculation
 from model import KVCache
 from samplers import ancestral, ar, first_hitting, gibbs, max_coupling, psi, remdm_cap, remdm_conf, remdm_loop, remdm_rescale
@@ -125,7 +126,7 @@ class Block:
     def draw(self, logits, noise):
         """A token from softmax(logits), (R, b); x where nothing is open."""
         y = self.x.clone()
-        y[self.open] = draw(logits[self.open], lambda n: noise.uniform(n, self.open))
+        y[self.open] = sample(logits[self.open], noise.keys(self.open)).token
         return y
 
     def ar_input(self):

@@ -195,7 +195,7 @@ class Transformer(nn.Module):
             if zero is not None:  # uniform logits at step 0, and every gate shut: the layers start as the identity
                 nn.init.zeros_(zero.weight), nn.init.zeros_(zero.bias)
 
-    def forward(self, clean, noisy, block_size, start=0, sigma=None, cache=None):
+    def forward(self, clean, noisy, block_size, start=0, sigma=None, cache=None, readout=None):
         """
         clean (B, C) int64 ids, or None   real tokens at positions cache.length, cache.length + 1, ... (0, 1, ... without)
         noisy (B, N) int64 ids, or None   at positions start, start + 1, ...; or soft tokens, mixtures of embeddings: weights
@@ -206,7 +206,8 @@ class Transformer(nn.Module):
         Several readings of one block in one pass: block_size (1 or B, N), start (N,) the positions and sigma (B, N), one a noisy
         token; tokens with another block size do not see each other.
         cache       a KVCache: adds the clean tokens before, and commits `clean` to it
-        Returns logits (B, N, V) float32 for the noisy positions, nothing forbidden, not normalised.
+        Returns logits (B, N, V) float32 for the noisy positions, nothing forbidden, not normalised. Or, so that no one has to hold all
+        logits, readout(hidden (B, N, D) float32, weight (V, D), bias (V,)): logits are hidden @ weight.T + bias.
         """
         n_past = cache.length if cache is not None else 0
         if not getattr(block_size, "ndim", 0):
@@ -241,7 +242,7 @@ class Transformer(nn.Module):
         shift, scale = self.modulation(cond[:, -N if per_token else -1 :]).chunk(2, dim=-1) if cond is not None else (None, None)
         with torch.autocast(x.device.type, enabled=False):  # a bfloat16 logit keeps 3 digits: the uniform bound needs 7
             x = F.layer_norm(precise(x), x.shape[-1:], precise(self.norm.weight))
-            return F.linear(modulate(x, shift, scale), precise(self.head.weight), precise(self.head.bias))
+            return (readout or F.linear)(modulate(x, shift, scale), precise(self.head.weight), precise(self.head.bias))
 
     def _read(self, tokens):
         """The vectors of ids (B, N), or of soft tokens: weights @ embeddings, in full precision."""

@@ -26,8 +26,10 @@ from tqdm import tqdm
 
 import checkpoint
 import duo
+import kernels
 from dataset import Dataset
-from diffusion import SCHEDULES, Noise, stratified_draw, token_loss
+from diffusion import SCHEDULES, stratified_draw, token_loss
+from draws import Noise
 from eval import bounds, show_bounds
 from generate import NOTHING, generate
 from settings import die, load_config, parse_dict
@@ -172,9 +174,11 @@ def restore(ckpt, device):
     """(settings, dataset facts, step, model with EMA weights on the device, process) of a run's out_dir, ready to sample."""
     state = checkpoint.load(ckpt)
     run = trained_with(state)
+    device, why = pick_device(device)
+    print(f"{device} ({why}), {runs_on(device)}")
     model, process = checkpoint.build(run, state["meta"]["vocab_size"])
     model.load_state_dict(state["ema"])
-    return run, state["meta"], state["step"], model.to(pick_device(device)[0]).eval(), process
+    return run, state["meta"], state["step"], model.to(device).eval(), process
 
 
 def pick_device(name):
@@ -190,6 +194,11 @@ def pick_device(name):
     if name != "auto":
         return torch.device(name), "as asked"
     return (torch.device("mps"), "found one") if torch.backends.mps.is_available() else (torch.device("cpu"), "no GPU found")
+
+
+def runs_on(device):
+    """What the losses and draws of kernels.py and draws.py run on, and why, for the first line of a run."""
+    return "losses and draws: {} ({})".format(*kernels.path(device))
 
 
 def pick_dtype(name, device, n_params):
@@ -293,7 +302,7 @@ def train(cfg, loss_at=curriculum, weights=None, facts=None):
     elif rank == 0:
         keep_earlier_run(Path(cfg.out_dir))
     tokens_per_step = cfg.batch_size * cfg.accumulation * world * cfg.seq_len
-    say(f"{device} ({why_device}), {world} process(es), {str(dtype)[6:]} ({why_dtype}), attention: SDPA with a dense mask")
+    say(f"{device} ({why_device}), {world} process(es), {str(dtype)[6:]} ({why_dtype}), attention: dense SDPA, {runs_on(device)}")
     say(f"{n_params:,} parameters, {tokens_per_step:,} tokens a step, {cfg.process}, block sizes {cfg.block_sizes}")
     if cfg.process == "duo" and loss_at is curriculum:
         say(f"soft tokens for {cfg.curriculum} of {cfg.max_steps} steps: the loss printed then is not a bound")
@@ -323,10 +332,10 @@ def train(cfg, loss_at=curriculum, weights=None, facts=None):
             noise = Noise(cfg.seed, slots, torch.arange(prompt, cfg.seq_len, device=device), step)
             with forward.no_sync() if world > 1 and k + 1 < len(batches) else nullcontext():
                 with amp:
-                    each = loss_of(
+                    total, _ = loss_of(
                         forward, process, x0, block_size or sizes, t, cfg.objectives(), answer, SCHEDULES[cfg.schedule], prompt, noise
                     )
-                part = each.sum() / n_answers
+                part = total / n_answers
                 (part * world).backward()  # DDP averages over processes; we want their sum
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)

@@ -1,13 +1,15 @@
 import os
 import sys
 
+os.environ["OMP_NUM_THREADS"] = "1"  # for subprocesses: tiny tensors lose time to a second thread
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels then run in Python, on CPU tensors
+
 import numpy as np
 import pytest
 import torch
 
 from dataset import write_dataset
 
-os.environ["OMP_NUM_THREADS"] = "1"  # for subprocesses: tiny tensors lose time to a second thread
 torch.set_num_threads(1)
 
 TINY = [

@@ -99,7 +99,7 @@ def test_the_distillation_loss_is_the_reverse_kl_to_the_earlier_prediction(kind)
     sizes = torch.tensor([1, 4]).repeat(B // 2)
     t = torch.rand(B).double()
     nz = noise(B, L)
-    loss = distill.distill_loss(cut(student), process, x0, sizes, t, None, answer, d.loglinear, 0, nz, teacher=cut(teacher), dt=dt)
+    _, loss = distill.distill_loss(cut(student), process, x0, sizes, t, None, answer, d.loglinear, 0, nz, teacher=cut(teacher), dt=dt)
     if kind != "masked":
         t = (t + dt).clamp(max=1)
     alpha_t, alpha_s = 1 - t, 1 - (t - dt).clamp(min=1e-5)
@@ -167,7 +167,7 @@ def test_prompt_blocks_need_no_noisy_copy(kind):
     sizes, t = torch.tensor([1, 2, 4] * 2), torch.rand(6).double()
     behind = lambda start: d.Noise(0, torch.arange(6), torch.arange(start, 8))
     loss = [
-        distill.distill_loss(student, process, x0, sizes, t, None, answer, d.loglinear, start, behind(start), teacher=teacher, dt=0.2)[
+        distill.distill_loss(student, process, x0, sizes, t, None, answer, d.loglinear, start, behind(start), teacher=teacher, dt=0.2)[1][
             :, 4 - start :
         ]
         for start in (0, 4)
@@ -178,7 +178,7 @@ def test_prompt_blocks_need_no_noisy_copy(kind):
             soft = duo.Relaxation(process, 0.2, k)
             model = copy.deepcopy(student).float()
             loss = [
-                d.token_loss(model, process, x0, sizes, t, "elbo", answer, start=start, noise=behind(start), relaxation=soft)[
+                d.token_loss(model, process, x0, sizes, t, "elbo", answer, start=start, noise=behind(start), relaxation=soft)[1][
                     :, 4 - start :
                 ]
                 for start in (0, 4)

@@ -1,0 +1,293 @@
+"""
+How is a token drawn? Exactly, tail included, from logits alone, and by random numbers that belong to its row and to nothing else.
+
+    Noise      uniform numbers that depend on (seed, step, row, position)
+    sample     a draw from softmax(z / T), or from q(x_s | x_t, softmax(z / T)), and what samplers want to know of it
+    sharpen    temperature and nucleus
+
+Letters as in kernels.py, which says when Triton runs: N rows, V vocabulary, z logits, p = softmax(z / T).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from kernels import CHUNK, blocks, full, fused, jit, launch, log1p, tile, tl, wide
+
+# ----- random numbers
+
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, bits like random: the increment of splitmix64, as a signed int
+
+
+def mix(z):
+    """
+    The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit ints under which counters look random.
+    z: an int64 tensor (its products wrap, its shifts keep the sign, which is cut off) or a Python int, for the same result.
+    """
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64))):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
+        z = (z + (1 << 63)) % (1 << 64) - (1 << 63) if isinstance(z, int) else z
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+def uniforms(key, count):
+    """Numbers in (0, 1] with 63 random bits from int64 keys and counts, which broadcast; float64, float32 on MPS."""
+    return ((mix(key + count * GOLDEN) & (1 << 63) - 1).to(float64(key.device)) + 0.5) * 2.0**-63
+
+
+def float64(device):
+    """float64, which Apple's GPUs lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class Noise:
+    """
+    Uniform numbers in (0, 1] with 63 random bits that depend on (seed, row, position, step, how many were taken before) and on
+    nothing else: not on the batch mates, the number of processes, the device or any global state.
+    rows (B,), positions (L,): integer tensors. noise.uniform(n) is (B, L, n) float64 (float32 on MPS); with `where` (B, L) bool,
+    (M, n). Rows and steps -1 and -2 exist too: streams for what belongs to no row, or comes before the first step.
+    """
+
+    def __init__(self, seed, rows, positions, step=0):
+        key = seed
+        for part in (step, rows[:, None], positions[None]):
+            key = mix(key + (part + 1) * GOLDEN)
+        self.key, self.taken = key, 0  # (B, L)
+
+    @classmethod
+    def like(cls, x):
+        """Noise for x (B, L), seeded from torch's global generator: what the methods below use when given none."""
+        seed = torch.randint(1 << 62, ()).item()
+        return cls(seed, torch.arange(x.size(0), device=x.device), torch.arange(x.size(1), device=x.device))
+
+    def uniform(self, n, where=None):
+        key = self.key if where is None else self.key[where]
+        count = torch.arange(self.taken + 1, self.taken + 1 + n, device=key.device)
+        self.taken += n  # the same for everyone, whoever takes part
+        return uniforms(key[..., None], count)
+
+    def keys(self, where=None):
+        """For draws.sample: (B, L) int64, with `where` (M,)."""
+        self.taken += 1
+        key = mix(self.key + mix(self.taken))
+        return key if where is None else key[where]
+
+
+# ----- draws
+
+LANES = 256  # lane l of a row holds the ids with v // 8 % LANES == l. Another number gives other draws, as good
+
+
+def sharpen(logits, temperature=1.0, top_p=1.0):
+    """
+    Temperature, then nucleus (arXiv 1904.09751): the fewest most likely tokens whose probability reaches top_p.
+    Temperature 0 is greedy: all mass on the argmax. logits (..., V) -> (..., V). Raises ValueError out of range.
+    """
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature} must be finite and >= 0, top_p {top_p} in (0, 1]")
+    if temperature == 0:
+        return torch.full_like(logits, -math.inf).scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
+    if temperature != 1:
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest at 0: a tiny temperature overflows nothing
+    if top_p < 1:
+        value, index = logits.sort(-1, descending=True)
+        p = value.softmax(-1)
+        outside = p.cumsum(-1) - p >= top_p  # what stands before it is enough already
+        logits = logits.masked_fill(outside.scatter(-1, index, outside), -math.inf)
+    return logits
+
+
+@dataclass
+class Draw:
+    """What `sample` returns of N rows; p = softmax(z / T). Only `token` without stats."""
+
+    token: torch.Tensor  # (N,) int64
+    logp: torch.Tensor | None  # (N,) float32: log p of the token
+    top: torch.Tensor | None  # the largest p
+    entropy: torch.Tensor | None  # of p, in nats
+    p_xt: torch.Tensor | None  # p at x_t
+
+
+def sample(logits, key, temperature=1.0, xt=None, mixture=None, shift=None, forbidden=None, stats=False, transform=None):
+    """
+    An exact draw a row, without (N, V) probabilities: from p = softmax(z / T), or, with x_t and a mixture (seen, rest, fresh, stay),
+
+        fresh / D    a uniform id               D = seen p(x_t) + rest
+        (seen p(x_t) + stay) / D    x_t
+        the rest     a draw of p
+
+    which is what q(x_s | x_t, p) is for both kinds of noise (`mixture` in diffusion.py). Returns a Draw.
+
+    logits (N, V) any float dtype. key (N,) int64: a row's draw depends on its key and logits, not on its batch mates or on how it is
+    run: Noise.keys. mixture (N, 4) float64. temperature > 0; shift, forbidden: as in uniform_nll, cross_entropy.
+    transform   a function of logits (n, V) that takes the temperature's place, greedy or nucleus; always in PyTorch
+
+    Of a row one reading keeps, for each of 256 lanes, its mass. Exponential clocks with these masses as rates choose a lane, clocks
+    with the weights inside choose its member: 256 + V / 256 random numbers of 63 bits instead of V. With 32-bit numbers the tail
+    would starve, which is a lower temperature in disguise.
+
+    Bytes a row: V e (1 + 1 / 256); nothing where the mixture falls on x_t whatever p is, and stats are not wanted.
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0 and finite, not {temperature}")
+    N, device = len(logits), logits.device
+    xt = torch.zeros_like(key) if xt is None else xt
+    key = key.contiguous()
+    mixture = torch.tensor([0.0, 1, 0, 0], device=device, dtype=torch.float64).expand(N, 4) if mixture is None else mixture
+    edit = xt if forbidden is None else torch.full_like(xt, forbidden)
+    add = -full(shift, N, device, torch.float32, 0.0) if forbidden is None else torch.full((N,), -math.inf, device=device)
+    assert shift is None or forbidden is None, "masked noise has a forbidden id, uniform noise a shift"
+    args = logits, key, xt, mixture.contiguous(), edit, add, temperature, stats
+    return Draw(*(sample_triton(*args) if fused(logits) and transform is None else sample_pytorch(*args, transform)))
+
+
+def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, transform=None):
+    """In PyTorch: only rows whose token, or stats, need it are read."""
+    (N, V), device = logits.shape, logits.device
+    seen, rest, fresh, stay = mixture.unbind(-1)
+    u = uniforms(key[:, None], torch.arange(1, 3, device=device))  # (N, 2)
+    token, logp, top, entropy, p_xt = xt.clone(), *(torch.zeros(4, N, device=device) if stats else [None] * 4)
+    uniform = u[:, 0] * rest <= fresh  # whatever p is, where seen is 0
+    token = torch.where(uniform, (u[:, 1] * V).long().clamp(max=V - 1), token)
+    index = torch.arange(N, device=device) if stats else ((seen > 0) | (u[:, 0] * rest > fresh + stay)).nonzero()[:, 0]
+    for part in index.split(max(1, CHUNK // V)):
+        z = logits[part].to(wide(logits))  # an indexed tensor is a copy
+        z.scatter_add_(1, edit[part, None], add[part, None].to(z))
+        z = z if transform is None else transform(z)
+        z.sub_(z.amax(-1, keepdim=True))
+        z = z if temperature == 1 else z.div_(temperature)
+        w = z.exp() if stats else z.exp_()  # (n, V)
+        total = w.sum(-1, keepdim=True)
+        p_z = (w.gather(1, xt[part, None]) / total)[:, 0]
+        D = seen[part] * p_z + rest[part]
+        at = u[part, 0] * D
+        token[part] = torch.where(at <= fresh[part], (u[part, 1] * V).long().clamp(max=V - 1), xt[part])
+        go = (at > fresh[part] + seen[part] * p_z + stay[part]).nonzero()[:, 0]
+        token[part[go]] = _race(w if len(go) == len(part) else w[go], key[part[go]])
+        if stats:
+            p_xt[part], top[part] = p_z, 1 / total[:, 0]
+            logp[part] = (z.gather(1, token[part, None]) - total.log())[:, 0]
+            entropy[part] = total.log()[:, 0] - torch.where(w > 0, w * z, 0.0).sum(-1) / total[:, 0]
+    return token, logp, top, entropy, p_xt
+
+
+def _race(weight, key):
+    """The id with probability weight / sum, (n,), by lanes. weight (n, V)."""
+    n, V = weight.shape
+    tiles, tail = V // (8 * LANES), V % (8 * LANES)
+    mass = weight.new_zeros(n, LANES if tiles else -(-tail // 8))
+    if tiles:
+        mass += weight[:, : V - tail].view(n, tiles, 8 * LANES).sum(1).view(n, LANES, 8).sum(-1)
+    last = F.pad(weight[:, V - tail :], (0, -tail % 8)).view(n, -(-tail // 8), 8)
+    mass[:, : last.size(1)] += last.sum(-1)
+    here = torch.arange(mass.size(1), device=key.device)
+    lane = (mass.double() / -torch.log1p(-uniforms(key[:, None], 3 + here))).argmax(-1)  # log1p: small clocks decide the tail
+    member = torch.arange(8 * -(-V // (8 * LANES)), device=key.device)
+    ids = member // 8 * (8 * LANES) + member % 8 + 8 * lane[:, None]  # (n, members)
+    inside = torch.where(ids < V, weight.gather(1, ids.clamp(max=V - 1)), 0.0)
+    clocks = -torch.log1p(-uniforms(key[:, None], 3 + LANES + member))
+    return ids.gather(1, (inside.double() / clocks).argmax(-1, keepdim=True))[:, 0]
+
+
+def sample_triton(logits, key, xt, mixture, edit, add, temperature, stats):
+    N, V = logits.shape
+    token, out = torch.empty_like(xt), torch.empty(4, N, device=logits.device)
+    assert logits.stride(1) == 1, "a row of logits lies in one piece"
+    launch(_sample_kernel, N, logits, logits, key, xt, mixture, edit, add, token, *out, logits.stride(0), V, min(1 / temperature, 1e30),
+            STATS=stats, TILES=1 << (-(-V // (8 * LANES)) - 1).bit_length(), **blocks(V, 8 * LANES))  # fmt: skip
+    return token, *(out if stats else [None] * 4)
+
+
+@jit
+def _sample_kernel(
+    logits,
+    key,
+    xt,
+    mixture,
+    edit,
+    add,
+    token,
+    logp,
+    top,
+    entropy,
+    p_xt,
+    stride,
+    V,
+    by,
+    STATS: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64)
+    row, k, x, e, plus = logits + i * stride, tl.load(key + i), tl.load(xt + i), tl.load(edit + i), tl.load(add + i)
+    seen, rest, fresh = tl.load(mixture + 4 * i), tl.load(mixture + 4 * i + 1), tl.load(mixture + 4 * i + 2)
+    stay, u = tl.load(mixture + 4 * i + 3), _uniform(k, 1).to(tl.float64)
+    drawn = tl.minimum((_uniform(k, 2).to(tl.float64) * V).to(tl.int64), V - 1)
+    y = tl.where(u * rest <= fresh, drawn, x)
+    if STATS or seen > 0 or u * rest > fresh + stay:
+        # one reading: every lane's maximum m, s = sum exp(z - m) and h = sum exp(z - m) (z - m)
+        m = tl.full([BLOCK // 8], -float("inf"), tl.float32)
+        s = tl.zeros([BLOCK // 8], tl.float32)
+        h = tl.zeros([BLOCK // 8], tl.float32)
+        main = V // BLOCK * BLOCK
+        for start in range(0, main, BLOCK):
+            v, z = tile(row, start, V, e, plus, BLOCK, False)
+            m, s, h = _online_entropy(z, m, s, h, by, STATS)
+        if main < V:
+            v, z = tile(row, main, V, e, plus, BLOCK, True)
+            m, s, h = _online_entropy(z, m, s, h, by, STATS)
+        best = tl.max(m, 0)
+        gap = tl.where(m == -float("inf"), -float("inf"), (m - best) * by)
+        mass = s * tl.exp(gap)
+        total = tl.sum(mass, 0)
+        z_x = tl.load(row + x).to(tl.float32) + tl.where(x == e, plus, 0.0)
+        p = (tl.exp((z_x - best) * by) / total).to(tl.float64)
+        at = u * (seen * p + rest)
+        y = tl.where(at <= fresh, drawn, x)
+        if at > fresh + seen * p + stay:
+            lanes = tl.arange(0, BLOCK // 8)
+            lane = tl.argmin(_clock(k, 3 + lanes) / mass, 0)
+            far = tl.sum(tl.where(lanes == lane, m, 0.0), 0)  # weights relative to the lane's own maximum
+            member = tl.arange(0, 8 * TILES)
+            v = member // 8 * BLOCK + member % 8 + 8 * lane
+            z = tl.load(row + v, mask=v < V, other=-float("inf")).to(tl.float32)
+            z = tl.where(v == e, z + plus, z)
+            first = tl.argmin(_clock(k, 3 + 256 + member) / tl.exp((z - far) * by), 0)
+            y = tl.sum(tl.where(member == first, v, 0), 0).to(tl.int64)
+        if STATS:
+            z_y = tl.load(row + y).to(tl.float32) + tl.where(y == e, plus, 0.0)
+            tl.store(logp + i, (z_y - best) * by - tl.log(total))
+            tl.store(top + i, 1 / total)
+            tl.store(p_xt + i, p.to(tl.float32))
+            tl.store(entropy + i, tl.log(total) - tl.sum(tl.where(mass > 0, (h + gap * s) * tl.exp(gap), 0.0), 0) / total)
+    tl.store(token + i, y)
+
+
+@jit
+def _online_entropy(z, m, s, h, by, STATS: tl.constexpr):
+    """_online of z / T, by = 1 / T, with h = sum exp(d) d, d = (z - m) / T, where it is wanted."""
+    new = tl.maximum(m, tl.max(z, 1))
+    safe = tl.where(new == -float("inf"), 0.0, new)
+    d, fall = (z - safe[:, None]) * by, (m - safe) * by
+    e, shrink = tl.exp(d), tl.exp(fall)
+    if STATS:
+        h = tl.where(s > 0, shrink * (h + tl.where(shrink > 0, fall, 0.0) * s), 0.0) + tl.sum(tl.where(e > 0, e * d, 0.0), 1)
+    return new, s * shrink + tl.sum(e, 1), h
+
+
+@jit
+def _uniform(key, count):
+    """uniforms, in float32: the small ones keep all their bits."""
+    z = key.to(tl.uint64) + (key * 0 + count).to(tl.uint64) * 0x9E3779B97F4A7C15  # GOLDEN; count may be a bare int
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z = z ^ (z >> 31)
+    return ((z & 0x7FFFFFFFFFFFFFFF).to(tl.float32) + 0.5) * 1.0842021724855044e-19  # 2^-63
+
+
+@jit
+def _clock(key, count):
+    """The time at which an exponential clock of rate 1 rings: -log(1 - u)."""
+    return -log1p(-_uniform(key, count))
