@@ -3,6 +3,7 @@ How fast is it, and than what? Ours against the textbook form with the same weig
 
     python bench.py --train --sample [--json FILE]
     python bench.py --duo                             Duo's soft tokens at vocabularies of 128, 50,000 and 250,000
+    python bench.py --kernels                         kernels.py and draws.py against eager PyTorch, torch.compile and Liger
 
 The textbook form sends [x0 | xt] through every layer whole, with a dense boolean mask per layer and the head on all 2T
 tokens; its loss takes a log-softmax of everything (uniform: r and r_hat over the whole vocabulary); its sampler builds dense
@@ -24,10 +25,12 @@ from tqdm import tqdm
 
 import diffusion as d
 import duo
+import kernels
+from draws import sample
 from generate import generate
 from model import ModelConfig, Transformer, attention_mask, modulate
 from settings import die, load_config
-from train import peak_mb, pick_device
+from train import peak_mb, pick_device, runs_on
 
 
 @dataclass
@@ -35,6 +38,8 @@ class BenchConfig:
     train: bool = False  # one optimizer step
     sample: bool = False  # one batch of text
     duo: bool = False  # from clean ids to the vectors of noisy tokens: hard, soft by k Gaussians, soft by V of them
+    kernels: bool = False  # losses and draws at GPT-2's vocabulary: time, bandwidth, memory
+    rows: int = 0  # of logits, for --kernels; 0: 32768 on a GPU, 256 on a CPU
     json: str = ""  # also write the table here
     repeats: int = 7  # medians over so many, ours and theirs in turn
     n_layers: int = 4
@@ -152,7 +157,7 @@ def job_pair(cfg, process, device, what):
         optimizer.zero_grad()
 
     def ours():
-        finish(d.token_loss(model, process, x0, b, t, "elbo").mean(), optimizers[0])
+        finish(d.token_loss(model, process, x0, b, t, "elbo")[0] / x0.numel(), optimizers[0])
 
     def textbook():
         alpha, dalpha = (y[:, None].to(device) for y in d.loglinear(t))
@@ -199,12 +204,120 @@ def duo_table(cfg):
     return rows
 
 
+# ----- kernels
+
+V_GPT2, D_GPT2 = 50_258, 768  # with a mask; the width of the published networks
+MOVED = {  # logits read and written, in multiples of N V; what their docstrings count
+    "cross_entropy": 3, "uniform_nll": 4, "linear cross_entropy": 6, "linear uniform_nll": 7, "sample": 1, "sample uniform q": 1,
+}  # fmt: skip
+RIVALS = ("eager", "torch.compile", "Liger")
+
+
+def kernel_job(what, who, N, V, C, dtype, device):
+    """A callable that runs one job once. Losses with their gradients; eager is the textbook form."""
+    torch.manual_seed(0)
+    x0, xt = torch.randint(V, (2, N), device=device)
+    w, a = torch.rand(N, device=device), 0.05 + 0.9 * torch.rand(N, device=device, dtype=torch.float64)
+    process, linear = d.Uniform(V), what.startswith("linear")
+    one = lambda x: x[None]
+    if linear:
+        inputs = [torch.randn(*shape, device=device).mul_(0.1).to(dtype).requires_grad_() for shape in ((N, C), (V, C), (V,))]
+    else:
+        inputs = [torch.randn(N, V, device=device).to(dtype).requires_grad_(not what.startswith("sample"))]
+    z = inputs[0]
+
+    def gumbel(p):
+        return (p.log() - torch.empty_like(p).exponential_().log()).argmax(-1)
+
+    ours = {
+        "cross_entropy": lambda z, rows: kernels.cross_entropy(z, x0[rows], w[rows], overwrite=True)[0],
+        "uniform_nll": lambda z, rows: kernels.uniform_nll(z, x0[rows], xt[rows], a[rows], -1.0, w[rows], overwrite=True),
+    }
+    eager = {
+        "cross_entropy": lambda z: w * torch.nn.functional.cross_entropy(z.float(), x0, reduction="none"),
+        "uniform_nll": lambda z: w * textbook_loss(process, *map(one, (z.float(), x0, xt, a)), -1.0)[0],
+        "sample": lambda z: gumbel(z.double().softmax(-1)),
+        "sample uniform q": lambda z: gumbel(process.posterior_probs(one(z), one(xt), one(a / 2), one(a))),
+    }
+    name = what.removeprefix("linear ")
+    if who == "ours" and what.startswith("sample"):
+        noise = d.Noise(0, torch.arange(1, device=device), torch.arange(N, device=device))
+        if what == "sample":
+            return lambda: sample(z, noise.keys()[0])
+        return lambda: process.posterior_sample(one(z), one(xt), one(a / 2), one(a), noise=noise)
+    if who == "ours":
+        everything = slice(0, N)
+        loss = lambda: kernels.through_head(*inputs, ours[name])[0] if linear else ours[name](z, everything).sum()
+    elif who == "Liger":
+        from liger_kernel.transformers import functional as liger  # pip install liger-kernel
+
+        loss = {
+            "cross_entropy": lambda: liger.liger_cross_entropy(z, x0, reduction="sum"),
+            "linear cross_entropy": lambda: liger.liger_fused_linear_cross_entropy(z, inputs[1], x0, inputs[2], reduction="sum"),
+        }[what]
+    else:
+        f = eager[name]
+        g = (lambda *x: f(torch.nn.functional.linear(*x)).sum()) if linear else (lambda z: f(z).sum() if z.requires_grad else f(z))
+        g = torch.compile(g) if who == "torch.compile" else g
+        if what.startswith("sample"):
+            return lambda: g(z)
+        loss = lambda: g(*inputs)
+
+    def job():
+        for x in inputs:
+            x.grad = None
+        loss().backward()
+
+    return job
+
+
+def kernel_time(cfg, what, who, N, dtype, threads):
+    """(milliseconds of each run, peak MB above the inputs)"""
+    torch.set_num_threads(threads)
+    device = pick_device(cfg.device)[0]
+    job = kernel_job(what, who, N, V_GPT2, D_GPT2, getattr(torch, dtype), device)
+    before = peak_mb(device)
+    return medians({"": job}, cfg.repeats, device)[""], peak_mb(device) - before
+
+
+def kernel_table(cfg, device):
+    N = cfg.rows or (32768 if device.type == "cuda" else 256)
+    x = torch.empty(1 << (28 if device.type == "cuda" else 25), device=device)
+    y = torch.empty_like(x)
+    copy = 2 * x.nbytes / statistics.median(medians({"": lambda: y.copy_(x)}, cfg.repeats, device)[""]) / 1e6
+    print(f"{N} x {V_GPT2} logits, hidden states of {D_GPT2}; {runs_on(device)}; a copy moves {copy:,.0f} GB/s")
+    rows = []
+    for dtype in ("float32", "bfloat16") if device.type == "cuda" else ("float32",):
+        for what, moved in MOVED.items():
+            moved = moved * N * V_GPT2 * (4 if dtype == "float32" or what.startswith("linear") else 2) / 1e9
+            for who in ("ours", *RIVALS):
+                if who == "Liger" and (device.type != "cuda" or not what.endswith("cross_entropy")):
+                    continue
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fresh process: peaks do not go down again
+                    try:
+                        ms, mb = pool.submit(kernel_time, cfg, what, who, N, dtype, torch.get_num_threads()).result()
+                    except Exception as e:  # no Liger, no compiler, no memory: the others still count
+                        print(f"{dtype} {what:>21} {who:>13}  {type(e).__name__}: {str(e).strip().splitlines()[:1]}")
+                        continue
+                t = statistics.median(ms)
+                speed = (
+                    f"{moved:6.2f} GB {1000 * moved / t:6,.0f} GB/s {100 * 1000 * moved / t / copy:3.0f} %" if who == "ours" else " " * 26
+                )
+                print(f"{dtype} {what:>21} {who:>13} {t:9.2f} [{min(ms):.2f}, {max(ms):.2f}] ms  {speed}  {mb:7,.0f} MB")
+                rows.append(
+                    {"job": what, "by": who, "dtype": dtype, "rows": N, "ms": t, "peak_mb": mb, "moved_gb": moved, "copy_gb_s": copy}
+                )
+    return rows
+
+
 def main():
     cfg = load_config(BenchConfig, sys.argv[1:])
-    if not (cfg.train or cfg.sample or cfg.duo):
+    if not (cfg.train or cfg.sample or cfg.duo or cfg.kernels):
         die("nothing to measure", "python bench.py --train --sample")
     if min(vars(cfg)[k] for k in ("repeats", "n_layers", "d_model", "vocab_size", "seq_len", "block_size", "batch_size")) < 1:
         die("every size must be at least 1", "python bench.py --train --block_size=16 --seq_len=128")
+    if cfg.rows < 0:
+        die(f"rows is {cfg.rows}", "python bench.py --kernels --rows=256")
     if cfg.seq_len % cfg.block_size or cfg.d_model % 8:
         die(
             f"block size {cfg.block_size} must divide seq_len {cfg.seq_len}, and 8 must divide d_model {cfg.d_model}",
@@ -233,6 +346,7 @@ def main():
             print(f"{what:>6} {name:>8}  {spread}  textbook / ours {row['ratio']:.2f}  {row['tokens_per_s']:,.0f} tokens/s")
             table.append(row)
     table += duo_table(cfg) if cfg.duo else []
+    table += kernel_table(cfg, device) if cfg.kernels else []
     if cfg.json:
         with open(cfg.json, "w") as f:
             json.dump({"settings": vars(cfg), "torch": torch.__version__, "device": str(device), "rows": table}, f, indent=1)
