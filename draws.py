@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kernels import CHUNK, blocks, full, fused, jit, launch, log1p, tile, tl, wide
+from kernels import CHUNK, as_rows, blocks, full, fused, jit, launch, log1p, tile, tl, wide
 
 # ----- random numbers
 
@@ -35,6 +35,15 @@ def mix(z):
 def uniforms(key, count):
     """Numbers in (0, 1] with 63 random bits from int64 keys and counts, which broadcast; float64, float32 on MPS."""
     return ((mix(key + count * GOLDEN) & (1 << 63) - 1).to(float64(key.device)) + 0.5) * 2.0**-63
+
+
+def clocks(key, count):
+    """
+    When exponential clocks of rate 1 ring, -log(1 - u). log1p: the small ones decide the tail, and are exact. None is infinite: it
+    would lose to what is next to impossible, where u rounds to 1.
+    """
+    u = uniforms(key, count)
+    return -torch.log1p(-u.clamp(max=1 - torch.finfo(u.dtype).eps / 2))
 
 
 def float64(device):
@@ -128,14 +137,15 @@ def sample(logits, key, temperature=1.0, xt=None, mixture=None, shift=None, forb
     with the weights inside choose its member: 256 + V / 256 random numbers of 63 bits instead of V. With 32-bit numbers the tail
     would starve, which is a lower temperature in disguise.
 
+    A row that is read and holds NaN gets token -1.
+
     Bytes a row: V e (1 + 1 / 256); nothing where the mixture falls on x_t whatever p is, and stats are not wanted.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be above 0 and finite, not {temperature}")
-    N, device = len(logits), logits.device
-    xt = torch.zeros_like(key) if xt is None else xt
-    key = key.contiguous()
-    mixture = torch.tensor([0.0, 1, 0, 0], device=device, dtype=torch.float64).expand(N, 4) if mixture is None else mixture
+    N, device, logits = len(logits), logits.device, as_rows(logits.detach())
+    xt, key, temperature = (torch.zeros_like(key) if xt is None else xt).contiguous(), key.contiguous(), max(temperature, 1e-30)
+    mixture = torch.tensor([0.0, 1, 0, 0], device=device, dtype=float64(device)).expand(N, 4) if mixture is None else mixture
     edit = xt if forbidden is None else torch.full_like(xt, forbidden)
     add = -full(shift, N, device, torch.float32, 0.0) if forbidden is None else torch.full((N,), -math.inf, device=device)
     assert shift is None or forbidden is None, "masked noise has a forbidden id, uniform noise a shift"
@@ -149,11 +159,13 @@ def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, tran
     seen, rest, fresh, stay = mixture.unbind(-1)
     u = uniforms(key[:, None], torch.arange(1, 3, device=device))  # (N, 2)
     token, logp, top, entropy, p_xt = xt.clone(), *(torch.zeros(4, N, device=device) if stats else [None] * 4)
-    uniform = u[:, 0] * rest <= fresh  # whatever p is, where seen is 0
+    uniform = u[:, 0] * rest < fresh  # whatever p is, where seen is 0
     token = torch.where(uniform, (u[:, 1] * V).long().clamp(max=V - 1), token)
     index = torch.arange(N, device=device) if stats else ((seen > 0) | (u[:, 0] * rest > fresh + stay)).nonzero()[:, 0]
-    for part in index.split(max(1, CHUNK // V)):
-        z = logits[part].to(wide(logits))  # an indexed tensor is a copy
+    n = max(1, CHUNK // V)
+    work = torch.empty(min(n, len(index)), V, dtype=logits.dtype, device=device)  # one for all: see kernels.pieces
+    for part in index.split(n):
+        z = torch.index_select(logits, 0, part, out=work[: len(part)]).to(wide(logits))
         z.scatter_add_(1, edit[part, None], add[part, None].to(z))
         z = z if transform is None else transform(z)
         z.sub_(z.amax(-1, keepdim=True))
@@ -163,12 +175,13 @@ def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, tran
         p_z = (w.gather(1, xt[part, None]) / total)[:, 0]
         D = seen[part] * p_z + rest[part]
         at = u[part, 0] * D
-        token[part] = torch.where(at <= fresh[part], (u[part, 1] * V).long().clamp(max=V - 1), xt[part])
+        token[part] = torch.where(at < fresh[part], (u[part, 1] * V).long().clamp(max=V - 1), xt[part])
         go = (at > fresh[part] + seen[part] * p_z + stay[part]).nonzero()[:, 0]
-        token[part[go]] = _race(w if len(go) == len(part) else w[go], key[part[go]])
+        token[part[go]] = _race(w.index_select(0, go), key[part[go]])
+        token[part] = torch.where(total[:, 0].isnan(), -1, token[part])
         if stats:
             p_xt[part], top[part] = p_z, 1 / total[:, 0]
-            logp[part] = (z.gather(1, token[part, None]) - total.log())[:, 0]
+            logp[part] = (z.gather(1, token[part, None].clamp(min=0)) - total.log())[:, 0]
             entropy[part] = total.log()[:, 0] - torch.where(w > 0, w * z, 0.0).sum(-1) / total[:, 0]
     return token, logp, top, entropy, p_xt
 
@@ -183,19 +196,17 @@ def _race(weight, key):
     last = F.pad(weight[:, V - tail :], (0, -tail % 8)).view(n, -(-tail // 8), 8)
     mass[:, : last.size(1)] += last.sum(-1)
     here = torch.arange(mass.size(1), device=key.device)
-    lane = (mass.double() / -torch.log1p(-uniforms(key[:, None], 3 + here))).argmax(-1)  # log1p: small clocks decide the tail
+    lane = (mass / clocks(key[:, None], 3 + here)).argmax(-1)
     member = torch.arange(8 * -(-V // (8 * LANES)), device=key.device)
     ids = member // 8 * (8 * LANES) + member % 8 + 8 * lane[:, None]  # (n, members)
     inside = torch.where(ids < V, weight.gather(1, ids.clamp(max=V - 1)), 0.0)
-    clocks = -torch.log1p(-uniforms(key[:, None], 3 + LANES + member))
-    return ids.gather(1, (inside.double() / clocks).argmax(-1, keepdim=True))[:, 0]
+    return ids.gather(1, (inside / clocks(key[:, None], 3 + LANES + member)).argmax(-1, keepdim=True))[:, 0]
 
 
 def sample_triton(logits, key, xt, mixture, edit, add, temperature, stats):
     N, V = logits.shape
     token, out = torch.empty_like(xt), torch.empty(4, N, device=logits.device)
-    assert logits.stride(1) == 1, "a row of logits lies in one piece"
-    launch(_sample_kernel, N, logits, logits, key, xt, mixture, edit, add, token, *out, logits.stride(0), V, min(1 / temperature, 1e30),
+    launch(_sample_kernel, N, logits, logits, key, xt, mixture, edit, add, token, *out, logits.stride(0), V, 1 / temperature,
             STATS=stats, TILES=1 << (-(-V // (8 * LANES)) - 1).bit_length(), **blocks(V, 8 * LANES))  # fmt: skip
     return token, *(out if stats else [None] * 4)
 
@@ -223,9 +234,9 @@ def _sample_kernel(
     i = tl.program_id(0).to(tl.int64)
     row, k, x, e, plus = logits + i * stride, tl.load(key + i), tl.load(xt + i), tl.load(edit + i), tl.load(add + i)
     seen, rest, fresh = tl.load(mixture + 4 * i), tl.load(mixture + 4 * i + 1), tl.load(mixture + 4 * i + 2)
-    stay, u = tl.load(mixture + 4 * i + 3), _uniform(k, 1).to(tl.float64)
-    drawn = tl.minimum((_uniform(k, 2).to(tl.float64) * V).to(tl.int64), V - 1)
-    y = tl.where(u * rest <= fresh, drawn, x)
+    stay, u = tl.load(mixture + 4 * i + 3), _uniform(k, 1, tl.float64)
+    drawn = tl.minimum((_uniform(k, 2, tl.float64) * V).to(tl.int64), V - 1)
+    y = tl.where(u * rest < fresh, drawn, x)
     if STATS or seen > 0 or u * rest > fresh + stay:
         # one reading: every lane's maximum m, s = sum exp(z - m) and h = sum exp(z - m) (z - m)
         m = tl.full([BLOCK // 8], -float("inf"), tl.float32)
@@ -245,7 +256,7 @@ def _sample_kernel(
         z_x = tl.load(row + x).to(tl.float32) + tl.where(x == e, plus, 0.0)
         p = (tl.exp((z_x - best) * by) / total).to(tl.float64)
         at = u * (seen * p + rest)
-        y = tl.where(at <= fresh, drawn, x)
+        y = tl.where(at < fresh, drawn, x)
         if at > fresh + seen * p + stay:
             lanes = tl.arange(0, BLOCK // 8)
             lane = tl.argmin(_clock(k, 3 + lanes) / mass, 0)
@@ -256,8 +267,9 @@ def _sample_kernel(
             z = tl.where(v == e, z + plus, z)
             first = tl.argmin(_clock(k, 3 + 256 + member) / tl.exp((z - far) * by), 0)
             y = tl.sum(tl.where(member == first, v, 0), 0).to(tl.int64)
+        y = tl.where(total == total, y, -1)
         if STATS:
-            z_y = tl.load(row + y).to(tl.float32) + tl.where(y == e, plus, 0.0)
+            z_y = tl.load(row + tl.maximum(y, 0)).to(tl.float32) + tl.where(y == e, plus, 0.0)
             tl.store(logp + i, (z_y - best) * by - tl.log(total))
             tl.store(top + i, 1 / total)
             tl.store(p_xt + i, p.to(tl.float32))
@@ -278,16 +290,16 @@ def _online_entropy(z, m, s, h, by, STATS: tl.constexpr):
 
 
 @jit
-def _uniform(key, count):
-    """uniforms, in float32: the small ones keep all their bits."""
+def _uniform(key, count, dtype: tl.constexpr):
+    """uniforms; the small ones keep all their bits in float32 too."""
     z = key.to(tl.uint64) + (key * 0 + count).to(tl.uint64) * 0x9E3779B97F4A7C15  # GOLDEN; count may be a bare int
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     z = z ^ (z >> 31)
-    return ((z & 0x7FFFFFFFFFFFFFFF).to(tl.float32) + 0.5) * 1.0842021724855044e-19  # 2^-63
+    return ((z & 0x7FFFFFFFFFFFFFFF).to(dtype) + 0.5) * 1.0842021724855044e-19  # 2^-63
 
 
 @jit
 def _clock(key, count):
-    """The time at which an exponential clock of rate 1 rings: -log(1 - u)."""
-    return -log1p(-_uniform(key, count))
+    """clocks"""
+    return -log1p(-tl.minimum(_uniform(key, count, tl.float32), 0.99999994))

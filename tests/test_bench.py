@@ -54,3 +54,14 @@ def test_soft_tokens_are_timed(k):
     cfg = bench.BenchConfig(repeats=2, d_model=8, seq_len=8, batch_size=2, device="cpu")
     ms, mb = bench.soft_tokens(cfg, 50, k, 1)
     assert len(ms) == 2 and min(ms) > 0 and mb >= 0
+
+
+@pytest.mark.parametrize("what", bench.MOVED)
+def test_the_kernels_do_what_their_rivals_do(what):
+    """Equal gradients; of the draws, equal shapes: how they are distributed is tests/test_kernels.py's business."""
+    ours, eager = (bench.kernel_job(what, who, 5, 50, 8, torch.float32, torch.device("cpu"))() for who in ("ours", "eager"))
+    if what.startswith("sample"):
+        assert (ours.token if what == "sample" else ours).numel() == eager.numel() == 5
+        return
+    for a, b in zip(ours, eager, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6) and a.abs().max() > 0

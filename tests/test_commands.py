@@ -37,6 +37,7 @@ def home(tmp_path_factory):
     call(home, "data/digits/prepare.py", "--n_train=500", "--n_val=50")
     for name, process in (("sudoku", "masked"), ("digits", "uniform")):
         out = call(home, "train.py", f"config/{name}.toml", "--out_dir", f"out/{name}", f"--process={process}", *SMALL)
+        assert "losses and draws: PyTorch (Triton is for CUDA)" in out.splitlines()[0], "the first line says what runs, and why"
         assert "parameters" in out and "val step 20 | block 1: " in out and "sample:" in out
     call(home, "train.py", "config/sudoku.toml", "--out_dir=out/half", "--block_sizes=16:1", *SMALL, "--max_steps=2")
     return home
@@ -78,6 +79,7 @@ def test_sample(home):
         "8",
     )
     out = call(home, *ask, "--n_samples", "4", "--temperature", "1.0", "--seed", "1")
+    assert "losses and draws: PyTorch (Triton is for CUDA)" in out.splitlines()[0]
     found = re.findall(r"--- sample \d\n(.*)\n", out)
     assert len(found) == 4 and all(re.fullmatch(r"\.\.3\.1\.........4\.[.1234]{16}", s) for s in found) and len(set(found)) > 1
     assert re.search(r"64 tokens, .* tokens/s, 8 NFE \(.*\), block size 16, seed 1", out)
