@@ -315,7 +315,7 @@ def token_loss(model, process, x0, block_size, t, objective, answer=None, schedu
     def readout(hidden, weight, bias):
         total, each = 0.0, hidden.new_zeros(x.numel())
         for index, loss in parts:
-            more, each[index] = through_head(hidden.flatten(0, 1)[index], weight, bias, loss)
+            more, each[index] = through_head(hidden.flatten(0, 1).index_select(0, index), weight, bias, loss)
             total = total + more
         return total, each.view_as(x)
 

@@ -78,10 +78,9 @@ class Noise:
         return uniforms(key[..., None], count)
 
     def keys(self, where=None):
-        """For draws.sample: (B, L) int64, with `where` (M,)."""
+        """For draws.sample: (B, L) int64, with `where` (M,). Their counts begin somewhere else than those of `uniform`, far away."""
         self.taken += 1
-        key = mix(self.key + mix(self.taken))
-        return key if where is None else key[where]
+        return (self.key if where is None else self.key[where]) + mix(self.taken)
 
 
 # ----- draws
@@ -157,50 +156,72 @@ def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, tran
     """In PyTorch: only rows whose token, or stats, need it are read."""
     (N, V), device = logits.shape, logits.device
     seen, rest, fresh, stay = mixture.unbind(-1)
-    u = uniforms(key[:, None], torch.arange(1, 3, device=device))  # (N, 2)
-    token, logp, top, entropy, p_xt = xt.clone(), *(torch.zeros(4, N, device=device) if stats else [None] * 4)
-    uniform = u[:, 0] * rest < fresh  # whatever p is, where seen is 0
-    token = torch.where(uniform, (u[:, 1] * V).long().clamp(max=V - 1), token)
-    index = torch.arange(N, device=device) if stats else ((seen > 0) | (u[:, 0] * rest > fresh + stay)).nonzero()[:, 0]
+    u, other = uniforms(key[:, None], torch.arange(1, 3, device=device)).unbind(-1)
+    drawn = (other * V).long().clamp(max=V - 1)
+    token = torch.where(u * rest < fresh, drawn, xt)  # whatever p is, where seen is 0
+    rows = torch.arange(N, device=device) if stats else ((seen > 0) | (u * rest > fresh + stay)).nonzero()[:, 0]
+    if len(rows) == 0:
+        return token, *(torch.empty(4, 0, device=device) if stats else [None] * 4)
+    if len(rows) < N:
+        u, drawn, key, xt, edit, add = (x[rows] for x in (u, drawn, key, xt, edit, add))
+        seen, rest, fresh, stay = mixture[rows].unbind(-1)
+    if transform is not None:  # a new (n, V) of logits, as they are drawn from
+        logits = transform(logits.index_select(0, rows).to(wide(logits)).scatter_add_(1, edit[:, None], add[:, None].to(wide(logits))))
+        add, temperature, source = torch.zeros_like(add), 1.0, torch.arange(len(rows), device=device)
+    else:
+        source = rows
+
+    # one reading: the maximum m, the mass of every lane relative to it, and sum w log w
     n = max(1, CHUNK // V)
-    work = torch.empty(min(n, len(index)), V, dtype=logits.dtype, device=device)  # one for all: see kernels.pieces
-    for part in index.split(n):
-        z = torch.index_select(logits, 0, part, out=work[: len(part)]).to(wide(logits))
+    work = torch.empty(1 + stats, min(n, len(rows)), V, dtype=logits.dtype, device=device)  # see kernels.pieces
+    m, mass, h = [], [], []
+    for part in torch.arange(len(rows), device=device).split(n):
+        z = torch.index_select(logits, 0, source[part], out=work[0, : len(part)]).to(wide(logits))
         z.scatter_add_(1, edit[part, None], add[part, None].to(z))
-        z = z if transform is None else transform(z)
-        z.sub_(z.amax(-1, keepdim=True))
+        m.append(z.amax(-1, keepdim=True))
+        z.sub_(m[-1])
         z = z if temperature == 1 else z.div_(temperature)
-        w = z.exp() if stats else z.exp_()  # (n, V)
-        total = w.sum(-1, keepdim=True)
-        p_z = (w.gather(1, xt[part, None]) / total)[:, 0]
-        D = seen[part] * p_z + rest[part]
-        at = u[part, 0] * D
-        token[part] = torch.where(at < fresh[part], (u[part, 1] * V).long().clamp(max=V - 1), xt[part])
-        go = (at > fresh[part] + seen[part] * p_z + stay[part]).nonzero()[:, 0]
-        token[part[go]] = _race(w.index_select(0, go), key[part[go]])
-        token[part] = torch.where(total[:, 0].isnan(), -1, token[part])
-        if stats:
-            p_xt[part], top[part] = p_z, 1 / total[:, 0]
-            logp[part] = (z.gather(1, token[part, None].clamp(min=0)) - total.log())[:, 0]
-            entropy[part] = total.log()[:, 0] - torch.where(w > 0, w * z, 0.0).sum(-1) / total[:, 0]
-    return token, logp, top, entropy, p_xt
+        w = torch.exp(z, out=work[1, : len(part)]) if stats and z.dtype == work.dtype else z.exp() if stats else z.exp_()
+        mass.append(_lanes(w))
+        h += [z.clamp_(min=-1e30).mul_(w).sum(-1)] if stats else []
+    m, mass = torch.cat(m), torch.cat(mass)
+    total = mass.sum(-1)
+
+    def z_at(index, ids):
+        """log p, but for log(total), of ids (len(index), k)"""
+        z = logits[source[index, None], ids].to(m) + torch.where(ids == edit[index, None], add[index, None], 0.0)
+        return (z - m[index]) / temperature
+
+    every = torch.arange(len(rows), device=device)
+    p_xt = z_at(every, xt[:, None]).exp()[:, 0] / total
+    at = u * (seen * p_xt + rest)
+    y = torch.where(at < fresh, drawn, xt)
+    go = (at > fresh + seen * p_xt + stay).nonzero()[:, 0]
+    L, tiles = mass.size(1), -(-V // (8 * LANES))
+    lane, member = torch.arange(L, device=device), torch.arange(min(8 * tiles, V), device=device)
+    time = clocks(key[go, None], torch.cat((3 + lane, 3 + LANES + member)))
+    lane = (mass[go] / time[:, :L]).argmax(-1, keepdim=True)
+    ids = member // 8 * (8 * LANES) + member % 8 + 8 * lane  # (n, 8 tiles)
+    weight = torch.where(ids < V, z_at(go, ids.clamp(max=V - 1)).exp(), 0.0)
+    y[go] = ids.gather(1, (weight / time[:, L:]).argmax(-1, keepdim=True))[:, 0]
+    y = torch.where(total.isnan(), -1, y)
+    token[rows] = y
+    if not stats:
+        return token, *[None] * 4
+    logp = z_at(every, y[:, None].clamp(min=0))[:, 0] - total.log()
+    return token, *(x.float() for x in (logp, 1 / total, total.log() - torch.cat(h) / total, p_xt))
 
 
-def _race(weight, key):
-    """The id with probability weight / sum, (n,), by lanes. weight (n, V)."""
-    n, V = weight.shape
-    tiles, tail = V // (8 * LANES), V % (8 * LANES)
-    mass = weight.new_zeros(n, LANES if tiles else -(-tail // 8))
-    if tiles:
-        mass += weight[:, : V - tail].view(n, tiles, 8 * LANES).sum(1).view(n, LANES, 8).sum(-1)
-    last = F.pad(weight[:, V - tail :], (0, -tail % 8)).view(n, -(-tail // 8), 8)
-    mass[:, : last.size(1)] += last.sum(-1)
-    here = torch.arange(mass.size(1), device=key.device)
-    lane = (mass / clocks(key[:, None], 3 + here)).argmax(-1)
-    member = torch.arange(8 * -(-V // (8 * LANES)), device=key.device)
-    ids = member // 8 * (8 * LANES) + member % 8 + 8 * lane[:, None]  # (n, members)
-    inside = torch.where(ids < V, weight.gather(1, ids.clamp(max=V - 1)), 0.0)
-    return ids.gather(1, (inside / clocks(key[:, None], 3 + LANES + member)).argmax(-1, keepdim=True))[:, 0]
+def _lanes(w):
+    """Sums (n, 256, or as many lanes as V fills) of weights w (n, V)."""
+    n, V = w.shape
+    main = V // (8 * LANES) * 8 * LANES
+    last = F.pad(w[:, main:], (0, (main - V) % 8)).view(n, -(-(V - main) // 8), 8).sum(-1)
+    if main == 0:
+        return last
+    mass = w[:, :main].view(n, -1, 8 * LANES).sum(1).view(n, LANES, 8).sum(-1)
+    mass[:, : last.size(1)] += last
+    return mass
 
 
 def sample_triton(logits, key, xt, mixture, edit, add, temperature, stats):
@@ -265,7 +286,7 @@ def _sample_kernel(
             v = member // 8 * BLOCK + member % 8 + 8 * lane
             z = tl.load(row + v, mask=v < V, other=-float("inf")).to(tl.float32)
             z = tl.where(v == e, z + plus, z)
-            first = tl.argmin(_clock(k, 3 + 256 + member) / tl.exp((z - far) * by), 0)
+            first = tl.argmin(_clock(k, 3 + 256 + member) / tl.exp((z - far) * by), 0)  # 256: LANES
             y = tl.sum(tl.where(member == first, v, 0), 0).to(tl.int64)
         y = tl.where(total == total, y, -1)
         if STATS:

@@ -534,6 +534,15 @@ def test_the_module_runs_without_triton(tmp_path):
     )
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_kernels_run_on_this_gpu():
+    """In a process of its own, where Triton compiles."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    code = "import torch, kernels; print(kernels.path(torch.device('cuda', 0)))"
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert out.startswith("('Triton'"), out
+
+
 @pytest.mark.skipif(not kernels.triton, reason="no Triton")
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_every_kernel_compiles_for_a_real_card(capability):
