@@ -199,11 +199,11 @@ def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, tran
     go = (at > fresh + seen * p_xt + stay).nonzero()[:, 0]
     L, tiles = mass.size(1), -(-V // (8 * LANES))
     lane, member = torch.arange(L, device=device), torch.arange(min(8 * tiles, V), device=device)
-    time = clocks(key[go, None], torch.cat((3 + lane, 3 + LANES + member)))
-    lane = (mass[go] / time[:, :L]).argmax(-1, keepdim=True)
+    key = key[go, None]
+    lane = (mass[go] / clocks(key, 3 + lane)).argmax(-1, keepdim=True) if L > 1 else torch.zeros_like(key)
     ids = member // 8 * (8 * LANES) + member % 8 + 8 * lane  # (n, 8 tiles)
     weight = torch.where(ids < V, z_at(go, ids.clamp(max=V - 1)).exp(), 0.0)
-    y[go] = ids.gather(1, (weight / time[:, L:]).argmax(-1, keepdim=True))[:, 0]
+    y[go] = ids.gather(1, (weight / clocks(key, 3 + LANES + member)).argmax(-1, keepdim=True))[:, 0]
     y = torch.where(total.isnan(), -1, y)
     token[rows] = y
     if not stats:

@@ -36,7 +36,7 @@ import samplers
 import unmasking
 from generate import MASKED_ONLY, NOTHING, OWN_PACE, SAMPLERS, UNIFORM_ONLY, generate
 
-N = 100_000  # draws
+N = 60_000  # draws
 s = SimpleNamespace(**SAMPLERS)
 GRID = {n: d.loglinear(torch.linspace(1, 0, n + 1, dtype=torch.float64))[0].tolist() for n in range(1, 9)}
 
