@@ -44,7 +44,7 @@ def bounds(model, process, data, block_sizes, n_eval, schedule, seed=0):
     """
     device, result = next(model.parameters()).device, {}
     index = data.spread("val", n_eval)
-    batch_size = max(1, min(64, (1 << 26) // (data.seq_len * process.vocab_size)))  # logits of at most 256 MB
+    batch_size = max(1, min(64, (1 << 26) // (data.seq_len * process.vocab_size)))  # fewer of a large network
     for b in block_sizes:
         t = stratified_draw({b: 1.0}, len(index), seed, 0)[1]
         total, count = [], []
