@@ -14,8 +14,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from draws import Noise, float64, sample, sharpen
-from kernels import cross_entropy, through_head, uniform_nll
+from draws import Noise, sample, sharpen
+from kernels import cross_entropy, float64, through_head, uniform_nll
 from model import precise
 
 # ----- schedules

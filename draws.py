@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kernels import CHUNK, as_rows, blocks, full, fused, jit, launch, log1p, tile, tl, wide
+from kernels import CHUNK, as_rows, blocks, float64, full, fused, jit, launch, log1p, tile, tl, wide
 
 # ----- random numbers
 
@@ -44,11 +44,6 @@ def clocks(key, count):
     """
     u = uniforms(key, count)
     return -torch.log1p(-u.clamp(max=1 - torch.finfo(u.dtype).eps / 2))
-
-
-def float64(device):
-    """float64, which Apple's GPUs lack."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Noise:

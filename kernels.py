@@ -87,6 +87,11 @@ def wide(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def float64(device):
+    """float64, which Apple's GPUs lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def as_rows(logits):
     """Logits of which every row lies in one piece."""
     return logits if logits.stride(-1) == 1 else logits.contiguous()
@@ -327,8 +332,7 @@ def uniform_nll(logits, x0, xt, alpha, dalpha, weight=None, shift=None, overwrit
     Bytes a row: 2 V e without gradient, 3 V e read and V e written with it; what is read again comes from L2 where rows fit there.
     """
     N, device, logits, x0, xt = len(logits), logits.device, as_rows(logits), x0.contiguous(), xt.contiguous()
-    double = torch.float32 if device.type == "mps" else torch.float64  # what Apple's GPUs lack
-    alpha, dalpha = full(alpha, N, device, double), full(dalpha, N, device, double)
+    alpha, dalpha = (full(x, N, device, float64(device)) for x in (alpha, dalpha))
     weight, shift = (full(x, N, device, wide(logits), none) for x, none in ((weight, 1.0), (shift, 0.0)))
     form = uniform_nll_triton if fused(logits) else uniform_nll_pytorch
     run = lambda z, grad: form(z, grad, x0, xt, alpha, dalpha, weight, shift)
