@@ -199,6 +199,10 @@ class Uniform:
         rows, x0_ = _flat(logits, x0)
         return cross_entropy(rows, x0_, overwrite=overwrite)[0].view_as(x0)
 
+    def last_step(self, logits, x0, xt, alpha, overwrite=False):
+        """-log D(x_0) (B, L), whatever the network predicts: what the step from t to 0 costs."""
+        return self.ce(self.denoiser_logits(logits, xt, alpha), x0, xt, overwrite)
+
     def nll(self, logits, x0, xt, alpha, dalpha, overwrite=False):
         """
         Integrand of the bound E_t[...] >= -log p(x_0), one t a row, (B, L) nats (Duo, arXiv 2506.10892, as a Bregman form), z = x_t:
@@ -266,12 +270,13 @@ def token_loss(model, process, x0, block_size, t, objective, answer=None, schedu
     """
     The loss in nats, one forward: (total, each), the sum over tokens with its gradients and, without, its terms (B, L - start). Logits
     are made for tokens that cost something, some at a time (kernels.through_head).
-    x0 (B, L) clean ids; block_size (B,) int64, or an int; t (B,) float64 in (0, 1).
+    x0 (B, L) clean ids; block_size (B,) int64, or an int; t (B,) float64 in (0, 1), or (B, L - start), one a token.
     objective: a name for all block sizes, or {size: name}; block size 1 is pure noise with cross-entropy whatever it says,
     which is the exact autoregressive NLL. The names, with D or l the network's output:
         elbo      the process's bound: process.nll
         ce        -log D(x_0), unweighted ("low variance", arXiv 2602.15014)
         ce_noisy  the same, only where x_t != x_0
+        last      -log D(x_0), converted if the output is l: for eval.py, what a bound that ends at t > 0 leaves out
     answer (B, L) bool: tokens to predict; the others are prompts, never noised, and their loss is 0. None: all.
     start: the first position with a noisy copy, a multiple of every block size, no answer before it.
     noise: a Noise for (B, L - start).
@@ -294,11 +299,11 @@ def token_loss(model, process, x0, block_size, t, objective, answer=None, schedu
     read = torch.where(ar & open, process.ar_input(x.shape, noise, x.device), xt)  # what the network is fed
     if relaxation is not None:
         read = relaxation.harden(soft, read, ar | ~open)
-    level = sigma(torch.where(sizes == 1, 0.0, alpha))  # block size 1 is pure noise: alpha 0
+    level = sigma(torch.where(sizes.view(-1, *[1] * (t.dim() - 1)) == 1, 0.0, alpha))  # block size 1 is pure noise: alpha 0
 
     # which token costs what
     taught = lambda name: torch.isin(sizes, torch.tensor([s for s in names if names[s] == name])).to(x.device)[:, None]  # (B, 1)
-    assert set(names.values()) <= {"elbo", "ce", "ce_noisy"}, f"objective {objective!r}: elbo, ce or ce_noisy"
+    assert set(names.values()) <= {"elbo", "ce", "ce_noisy", "last"}, f"objective {objective!r}: elbo, ce, ce_noisy or last"
     pays = open & ~(taught("ce_noisy") & (xt == x))
     if process.mask_id is not None:
         pays = pays & (xt == process.mask_id)  # a visible token is known
@@ -310,7 +315,9 @@ def token_loss(model, process, x0, block_size, t, objective, answer=None, schedu
         return index, lambda logits, rows: price(logits[None], *(y[index[rows]][None] for y in flat), overwrite=True)[0]
 
     ce = lambda logits, x0, xt, *_, overwrite: process.ce(logits, x0, xt, overwrite)
-    parts = [part(ce, pays & ~taught("elbo"))] + ([part(process.nll, pays & taught("elbo"))] if "elbo" in names.values() else [])
+    last = lambda logits, x0, xt, alpha, _, overwrite: process.last_step(logits, x0, xt, alpha, overwrite)
+    parts = [part(ce, pays & ~taught("elbo") & ~taught("last"))]
+    parts += [part(price, pays & taught(name)) for name, price in (("elbo", process.nll), ("last", last)) if name in names.values()]
 
     def readout(hidden, weight, bias):
         total, each = 0.0, hidden.new_zeros(x.numel())

@@ -5,6 +5,7 @@ What a random network does on an alphabet small enough to enumerate: every state
 import itertools
 import math
 
+import numpy as np
 import torch
 
 import diffusion as d
@@ -87,6 +88,39 @@ def enumerated(model, process, b, steps, L, prompt=(), **kw):
             longer.update({context + tuple(state): weight * q for state, q in zip(x.tolist(), p.tolist(), strict=True) if q > 0})
         done = longer
     return done
+
+
+def forward_probs(process, x0, xt, alpha):
+    """q(xt_i | x0_i) for all pairs of rows: (n, L) x (m, L) -> (n, m, L)."""
+    same, masked = x0[:, None] == xt[None], isinstance(process, d.Masked)
+    return alpha * same + (1 - alpha) * ((xt[None] == process.mask_id).double() if masked else 1 / process.vocab_size)
+
+
+def quadrature(model, process, x0, b, end=0.0):
+    """
+    The bound of every row of x0 (n, L), (n,) float64, by Gauss-Legendre over t in (end, 1) and a sum over every x_t of every block;
+    end > 0: and what the last step from there costs.
+    """
+    node, weight = np.polynomial.legendre.leggauss(40)
+    s, w = (node + 1) / 2, weight / 2
+    root = math.sqrt(end)
+    times = [((root + (1 - root) * u) ** 2, 2 * (1 - root) * (root + (1 - root) * u) * v) for u, v in zip(s, w, strict=True)]
+    bound, xt = torch.zeros(len(x0), dtype=torch.float64), states(process.vocab_size, b)
+    for t, w in [*times, (end, None)] if end else times:
+        alpha = torch.tensor([1 - t], dtype=torch.float64)
+        for j, seq in enumerate(x0):
+            for i in range(0, x0.size(1), b):
+                q = forward_probs(process, seq[None, i : i + b], xt, alpha.item()).prod(-1)[0]
+                m = q > 0
+                with torch.no_grad():
+                    z = model(seq[None, :i].expand(int(m.sum()), -1), xt[m], b, start=i, sigma=d.sigma(alpha).expand(int(m.sum()))).double()
+                x = seq[None, i : i + b].expand(int(m.sum()), -1)
+                if w is None:
+                    each = -process.denoiser_logits(z, xt[m], alpha).log_softmax(-1).gather(-1, x[..., None])[..., 0].sum(-1)
+                else:
+                    each = w * process.nll(z, x, xt[m], alpha, -torch.ones(1)).sum(-1)
+                bound[j] += (q[m] * each).sum()
+    return bound
 
 
 def last(iterator):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exact import KINDS, P_VALUE, V3, chi_squared, enumerated, enumerated_ar, net, say, states
+from exact import KINDS, P_VALUE, V3, chi_squared, enumerated, enumerated_ar, forward_probs, net, quadrature, say, states
 
 import diffusion as d
 import draws
@@ -143,12 +143,6 @@ def processes():
     return {"masked": d.Masked(V3 + 1, V3), "loo": d.Uniform(V3), "denoiser": d.Uniform(V3, predicts="denoiser")}
 
 
-def forward_probs(process, x0, xt, alpha):
-    """q(xt_i | x0_i) for all pairs of rows: (n, L) x (m, L) -> (n, m, L)."""
-    same, masked = x0[:, None] == xt[None], isinstance(process, d.Masked)
-    return alpha * same + (1 - alpha) * ((xt[None] == process.mask_id).double() if masked else 1 / process.vocab_size)
-
-
 def exact_logits(process, data, x0, xt, alpha):
     """log p(x0_i = v | x_t) (or without token i, for "loo") under the data distribution: what a perfect network outputs."""
     q = forward_probs(process, x0, xt, alpha)  # (n, m, L)
@@ -272,19 +266,7 @@ def test_bounds_lie_above_the_exact_nll_and_monte_carlo_finds_them(kind, b):
     model = net(process, **kw)
     x0 = states(V3, L)[torch.randperm(V3**L, generator=torch.Generator().manual_seed(0))[:6]]
     fine, finer = (enumerated(model, process, b, n, L) for n in (48, 96))
-    bound = torch.zeros(len(x0), dtype=torch.float64)
-    node, weight = np.polynomial.legendre.leggauss(40)
-    xt = states(process.vocab_size, b)
-    for t, w in zip((node + 1) / 2, weight / 2, strict=True):
-        alpha, dalpha = d.loglinear(torch.tensor([t], dtype=torch.float64))
-        for j, seq in enumerate(x0):
-            for i in range(0, L, b):
-                q = forward_probs(process, seq[None, i : i + b], xt, alpha.item()).prod(-1)[0]
-                m = q > 0
-                with torch.no_grad():
-                    z = model(seq[None, :i].expand(int(m.sum()), -1), xt[m], b, start=i, sigma=d.sigma(alpha).expand(int(m.sum())))
-                each = process.nll(z.double(), seq[None, i : i + b].expand(int(m.sum()), -1), xt[m], alpha, dalpha).sum(-1)
-                bound[j] += w * (q[m] * each).sum()
+    bound = quadrature(model, process, x0, b)
     exact = torch.tensor([-math.log(finer[tuple(s)]) for s in x0.tolist()])
     error = max(abs(exact[j].item() + math.log(fine[tuple(s)])) for j, s in enumerate(x0.tolist()))  # what is left of finite steps
     print(f"{kind}, block {b}: bound {bound.mean():.4f}, exact {exact.mean():.4f}, discretisation {error:.4f}")
