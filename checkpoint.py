@@ -6,6 +6,7 @@ Written to a temporary name and renamed, so a kill at any moment leaves the last
 from a stranger runs no code.
 """
 
+import hashlib
 import os
 import zipfile
 from pathlib import Path
@@ -47,6 +48,11 @@ def load(out_dir):
     if missing:
         die(f"{path} lacks {sorted(missing)}: not a checkpoint of ours", f"train again: python train.py --out_dir={out_dir}")
     return state
+
+
+def fingerprint(model):
+    """Twelve letters that stand for a model's weights, bit by bit."""
+    return hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())).hexdigest()[:12]
 
 
 def build(cfg, vocab_size):

@@ -55,6 +55,17 @@ class Tokenizer:
             return self.bpe.decode([i for i in ids if i < self.bpe.n_vocab])
         return " ".join(map(str, ids))
 
+    def n_bytes(self, vocab_size):
+        """How many bytes of UTF-8 each id stands for, (vocab_size,) float64: 0 for what is no text. None without a tokenizer."""
+        if self.kind == "none":
+            return None
+        if self.kind == "char":
+            sizes = [len(c.encode()) for c in self.chars]
+        else:
+            special = {self.bpe.encode_single_token(s) for s in self.bpe.special_tokens_set}
+            sizes = [0 if i in special else len(self.bpe.decode_single_token_bytes(i)) for i in range(min(vocab_size, self.bpe.n_vocab))]
+        return torch.tensor(sizes + [0] * (vocab_size - len(sizes)), dtype=torch.float64)
+
 
 def gpt2(path):
     """GPT-2's byte pair encoding, from the .tiktoken file `path` if it is there, else through tiktoken's download."""
@@ -139,9 +150,15 @@ class Dataset:
         return x0, answer
 
     def spread(self, split, n):
-        """n windows at equal distances over the split (all, if it has fewer): the same for every evaluation."""
-        total = self.n_windows(split)
-        return torch.linspace(0, total - 1, min(n, total), dtype=torch.float64).long()
+        """
+        n windows at equal distances over the split, none with tokens of another, all that fit if they are fewer: the same for every
+        evaluation. n = 0: all of the split; the last window of a stream then begins inside the one before where it has to.
+        """
+        tokens, step = len(self.tokens[split]), 1 if self.row_len else self.seq_len
+        last = self.n_windows(split) - 1
+        if n == 0:
+            return torch.arange(0, last + step, step).clamp(max=last)
+        return torch.linspace(0, last, min(n, tokens // self.seq_len), dtype=torch.float64).long()
 
 
 def read_meta(path):

@@ -26,6 +26,19 @@ def die(problem, fix):
     raise SystemExit(2)
 
 
+def writable(path, flag):
+    """Make the folder of a file that will be written later; exit now rather than then if it cannot be."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        new = not os.path.exists(path)
+        with open(path, "a"):
+            pass
+        if new:
+            os.remove(path)
+    except OSError as e:
+        die(f"cannot write {path}: {e.strerror}", f"--{flag} FILE, in a folder of yours")
+
+
 def load_config(cls, argv, help="--help"):
     """An instance of the dataclass `cls` from command-line words; exits with two lines, `help` in them, on anything it does not know."""
     declared, from_file, from_flags, words = {f.name: f for f in fields(cls)}, {}, {}, list(argv)

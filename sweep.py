@@ -1,16 +1,20 @@
 """
-Which sampler? All of them on one checkpoint: accuracy against passes, tokens per second, distinct answers.
+What does speed cost? Samplers x steps x temperatures on a checkpoint: accuracy or generative perplexity against passes and tokens
+per second, and how varied the texts are.
 
-    python compare.py --ckpt out/sudoku                       every sampler at 1, 2, 4, 8, 16 steps; one JSON line each in --out
-    python compare.py --ckpt out/sudoku --clues false         the same without prompts
-    python compare.py --report docs/samplers_tables           tables and a plot of everything in --out (needs matplotlib)
-    python compare.py --report docs/distill_tables --panels samplers       the same, checkpoints side by side
+    python eval.py --sweep --ckpt out/sudoku                            every sampler at 1, 2, 4, 8, 16 steps
+    python eval.py --sweep --ckpt out/sudoku --clues false              the same without prompts
+    python eval.py --sweep --ckpt out/mix --samplers ancestral,arpc --steps 4,16 --temperatures 0.7,1
+    python eval.py --sweep --report docs/tables --out out/all.jsonl     tables and a plot of all lines there; nothing is sampled
+    python eval.py --sweep --report docs/tables --out out/all.jsonl --panels samplers       the same, checkpoints side by side
 
-Lines that are there already are not made again, so a run that was stopped goes on.
+One JSON line each in --out, by default out/sudoku/sweep.jsonl, and beside it a table (.md) and a plot (.png) of this sweep. Lines that
+are there already are not made again, so a sweep that was stopped goes on where it was.
 """
 
-import hashlib
 import json
+import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +22,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import checkpoint
+import plots
 from dataset import Dataset
 from diffusion import SCHEDULES
-from eval import accuracy, prompts_of
-from generate import MASKED_ONLY, OWN_PACE, SAMPLERS, UNIFORM_ONLY
-from settings import die, load_config
-from train import restore
+from generate import MASKED_ONLY, OWN_PACE, READS_AR, SAMPLERS, UNIFORM_ONLY
+from quality import NGRAMS, checker, generated, judge, prompts_of, quality, real_rows
+from settings import die, load_config, writable
+from train import rebuild, restore
 
 LINES = [  # a sampler and the options that differ from its defaults
     ("ar", {}),
@@ -61,24 +67,28 @@ LINES = [  # a sampler and the options that differ from its defaults
     ("speculation", {"draft": "first"}),
     ("speculation", {"draft": "random"}),
 ]
-STEPS = (1, 2, 4, 8, 16)
 HEAD = """# In numbers
 
-Made by `python compare.py --report`. A cell is **percent correct** (95 % interval) · passes a token of a row · tokens a second; the columns
-are steps a block. *distinct / expected*: different correct answers in the right-most cell, and how many as many uniform draws of possible
-ones would give."""
+Made by `python eval.py --sweep`. A cell is **percent correct** (95 % interval) · passes a token of a row · tokens a second, or
+**perplexity** under the judge (95 % interval) · token entropy · passes · tokens a second; the columns are steps a block. *variety*: of
+the right-most cell, different correct answers / how many as many uniform draws of possible ones would give, or the share of different
+4-grams."""
 
 
 @dataclass
-class CompareConfig:
-    ckpt: str = "out/sudoku"  # a training run's out_dir, with block size 1 in its mixture
-    out: str = "out/samplers.jsonl"  # where the lines go
-    samplers: str = ""  # these alone, as in ar,speculation
-    n_eval: int = 512  # samples a line
-    batch_size: int = 256  # samples at a time; 1 is what a person who waits for an answer sees
+class SweepConfig:
+    ckpt: str = "out/sudoku"  # a training run's out_dir
+    out: str = ""  # where the lines go; the table and the plot lie beside it. Empty: sweep.jsonl in the checkpoint's folder
+    samplers: str = ""  # these alone, as in ar,speculation; empty: all that the checkpoint serves
+    steps: str = "1,2,4,8,16"  # a block
+    temperatures: str = "1"  # as in 0.7,1; 0 is greedy
+    n_eval: int = 512  # texts a line
+    batch_size: int = 256  # texts at a time; 1 is what a person who waits for an answer sees
     clues: bool = True  # false: blank prompts (sudoku)
-    max_new_tokens: int = 0  # per sample; 0: up to the end of the context
-    temperature: float = 1.0
+    max_new_tokens: int = 0  # per text; 0: up to the end of the context
+    judge: str = (
+        "auto"  # in generative perplexity: self (its AR mode), a run's out_dir, gpt2, gpt2-large, none; auto: self where nothing checks
+    )
     seed: int = 1
     report: str = ""  # this path with .md and .png, from the lines in --out; nothing is sampled
     panels: str = "checkpoints"  # of the report: a table for each checkpoint with its samplers, or (samplers) the other way round
@@ -102,127 +112,153 @@ def setting(row, with_ckpt=True):
 
 
 def cell(r):
-    """82 (78-85) · 1.94 · 1,603: percent correct with its 95 % interval, passes a token, tokens a second"""
-    low, high = 100 * r["low"], 100 * r["high"]
-    return f"**{100 * r['accuracy']:.0f}** ({low:.0f}-{high:.0f}) · {r['nfe_token']:.2f} · {r['tokens_per_s']:,.0f}"
+    """82 (78-85) · 1.94 · 1,603, or 12.3 (11.9-12.7) · 2.31 · 1.94 · 1,603, or both: see HEAD. Real text has no passes."""
+    parts = []
+    if "accuracy" in r:
+        parts += [f"**{100 * r['accuracy']:.0f}** ({100 * r['low']:.0f}-{100 * r['high']:.0f})"]
+    if "gen_ppl" in r:
+        parts += [f"**{r['gen_ppl']:.4g}** ({r['ppl_low']:.4g}-{r['ppl_high']:.4g})"]
+    if r.get("entropy") is not None and ("gen_ppl" in r or "accuracy" not in r):
+        parts += [f"{r['entropy']:.2f}"]
+    return " · ".join(parts + ([f"{r['nfe_token']:.2f}", f"{r['tokens_per_s']:,.0f}"] if "nfe_token" in r else []))
+
+
+def variety(r):
+    grams = r.get(f"distinct_{NGRAMS[-1]}")
+    return f"{r['distinct']} / {r['expected']:.0f}" if r.get("expected") else "" if grams is None else f"{grams:.3f}"
+
+
+def page_of(path):
+    """Exit if path.md is someone's own page."""
+    page = Path(f"{path}.md")
+    if page.exists() and not page.read_text().startswith(HEAD.splitlines()[0]):
+        die(f"{page} is not a table of ours, and would be written over", f"--report {path}_tables")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    return page
 
 
 def report(rows, path, setting, label):
-    """path.md: a table a setting, a line a label, see `cell`; path.png: accuracy against passes per token."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        die("the plot needs matplotlib", "pip install matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    settings = list(dict.fromkeys(map(setting, rows)))
-    names = list(dict.fromkeys(map(label, rows)))
-    across = min(2, len(settings))
-    figure, axes = plt.subplots(-(-len(settings) // across), across, figsize=(8 * across, 5.5 * -(-len(settings) // across)), squeeze=False)
-    out = [HEAD]
-    for axis, name in zip(axes.flat, settings, strict=False):
+    """path.md: a table a setting, a line a label, see `cell`; path.png: plots.frontier."""
+    page, out = page_of(path), [HEAD]
+    columns = sorted({r["steps"] for r in rows if r["steps"] is not None})
+    for name in dict.fromkeys(map(setting, rows)):
         mine = [r for r in rows if setting(r) == name]
-        heads = ["1 step", *(f"{n} steps" for n in STEPS[1:]), "own pace"]
-        out += [f"\n### {name}\n", f"| | {' | '.join(heads)} | distinct / expected |", "| --- " * (len(heads) + 2) + "|"]
-        for i, sampler in enumerate(names):
+        heads = [f"{n} step{'s' * (n > 1)}" for n in columns] + ["own pace"]
+        out += [f"\n### {name}\n", f"| | {' | '.join(heads)} | variety |", "| --- " * (len(heads) + 2) + "|"]
+        for sampler in dict.fromkeys(map(label, mine)):
             line = {}
             for r in (r for r in mine if label(r) == sampler):
                 if r["steps"] in line:
                     die(f"two different runs of {sampler} on {name}: which one?", "one --out for each")
                 line[r["steps"]] = r
-            if not line:
-                continue
-            most = line[max(line, key=lambda k: k or 0)]
-            cells = [cell(line[n]) if n in line else "" for n in STEPS] + [cell(line[None]) if None in line else ""]
-            out.append(f"| {sampler} | {' | '.join(cells)} | {most['distinct']} / {most['expected']:.0f} |")
-            points = sorted((r["nfe_token"], 100 * r["accuracy"], 100 * r["low"], 100 * r["high"]) for r in line.values())
-            x, y, low, high = zip(*points, strict=True)
-            spread = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
-            headline = sampler in ("ar", "ancestral", "arpc")
-            style = (
-                {"color": "black"} if headline else {"color": plt.cm.tab20((2 * i + i // 10) % 20), "linestyle": "-" if i < 20 else "--"}
-            )
-            style |= {"marker": "osD^v<>pP*Xh"[i % 12], "linewidth": 2.2 if headline else 1, "zorder": 3 if headline else 2}
-            axis.errorbar(x, y, yerr=spread, label=sampler, markersize=5, elinewidth=0.5, **style)
-        axis.set(title=name, xscale="log", xlabel="passes per token", ylabel="% correct (95 % interval)")
-        axis.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4], ["1/16", "1/8", "1/4", "1/2", "1", "2", "4"])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    handles = {text: h for axis in axes.flat for h, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
-    figure.tight_layout()
-    figure.savefig(f"{path}.png", dpi=60, bbox_inches="tight")
-    Path(f"{path}.md").write_text("\n".join(out) + "\n")
-    print(f"{path}.md, {path}.png: {len(rows)} lines")
+            cells = [cell(line[n]) if n in line else "" for n in [*columns, None]]
+            out.append(f"| {sampler} | {' | '.join(cells)} | {variety(line[max(line, key=lambda k: k or 0)])} |")
+    page.write_text("\n".join(out) + "\n")
+    plots.frontier(rows, f"{path}.png", setting, label)
+    print(f"{page}, {path}.png: {len(rows)} lines")
 
 
-def read(path):
-    """The lines that are there."""
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-    for i, line in enumerate(lines):
+def read(path, mend=False):
+    """The lines that are there. mend: cut off what a killed run left of its last one, and say so."""
+    if not Path(path).exists():
+        return []
+    text, lines = Path(path).read_text(), []
+    for i, line in enumerate(text.splitlines()):
         try:
-            lines[i] = json.loads(line)
+            lines.append(json.loads(line))
         except ValueError:
+            if mend and not text.endswith("\n") and i + 1 == len(text.splitlines()):
+                os.truncate(path, len(text.encode()) - len(line.encode()))
+                print(f"{path}: a killed run left half a line, which is made again")
+                return lines
             die(f"{path}, line {i + 1} is no JSON: was a run killed while it wrote?", f"sed -i {i + 1}d {path}")
+    if mend and text and not text.endswith("\n"):
+        with open(path, "a") as f:
+            f.write("\n")
     return lines
 
 
-def main():
-    cfg = load_config(CompareConfig, sys.argv[1:])
-    lines = read(cfg.out)
+def numbers(name, text, kind, least):
+    """'1,2,4' -> [1, 2, 4]"""
+    try:
+        values = [kind(part) for part in text.split(",")]
+        if min(values) < least or not all(map(math.isfinite, values)) or len(set(values)) < len(values):
+            raise ValueError
+    except ValueError:
+        die(f"{name} {text!r} is not a list of different numbers from {least:g} on", f"--{name} {getattr(SweepConfig, name)}")
+    return values
+
+
+def main(argv=None):
+    cfg = load_config(SweepConfig, sys.argv[1:] if argv is None else argv, help="--sweep --help")
+    cfg.out = cfg.out or f"{cfg.ckpt}/sweep.jsonl"
+    lines = read(cfg.out, mend=not cfg.report)
     if cfg.panels not in ("checkpoints", "samplers"):
         die(f"panels {cfg.panels!r}: checkpoints or samplers", "--panels samplers")
     if cfg.report:
         if not lines:
-            die(f"{cfg.out} holds no lines yet", "python compare.py --ckpt out/sudoku")
-        page = Path(f"{cfg.report}.md")
-        if page.exists() and not page.read_text().startswith(HEAD.splitlines()[0]):
-            die(f"{page} is not a report of ours, and would be written over", f"--report {cfg.report}_tables")
-        page.parent.mkdir(parents=True, exist_ok=True)
+            die(f"{cfg.out} holds no lines yet", "python eval.py --sweep --ckpt out/sudoku")
         if cfg.panels == "samplers":
             return report(lines, cfg.report, lambda r: f"{label(r)}: {setting(r, with_ckpt=False)}", lambda r: r["ckpt"])
         return report(lines, cfg.report, setting, label)
     chosen = [name for name in cfg.samplers.split(",") if name]
     if unknown := sorted(set(chosen) - set(SAMPLERS)):
         die(f"no sampler named {unknown[0]!r}", f"--samplers {','.join(SAMPLERS)}")
-    for name, least in (("n_eval", 2), ("batch_size", 1), ("max_new_tokens", 0), ("temperature", 0), ("seed", 0)):
-        if not least <= getattr(cfg, name) < float("inf"):
+    for name, least in (("n_eval", 2), ("batch_size", 1), ("max_new_tokens", 0), ("seed", 0)):
+        if getattr(cfg, name) < least:
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {least} or more")
+    steps, temperatures = numbers("steps", cfg.steps, int, 1), numbers("temperatures", cfg.temperatures, float, 0)
+    if Path(cfg.out).suffix != ".jsonl":
+        die(f"--out {cfg.out}: measurements go to a .jsonl file, and the table and the plot beside it", "--out out/sweep.jsonl")
     run, meta, step, model, process = restore(cfg.ckpt, cfg.device)
+    stem = cfg.out.removesuffix(".jsonl")
+    writable(cfg.out, "out"), page_of(stem), plots.pyplot()  # now, not after hours
     data = Dataset(run.dataset, run.seq_len)
     data.same_as(meta)
     trained = sorted(run.block_sizes)
-    if trained[0] != 1 or len(trained) < 2:
-        die(f"{cfg.ckpt} was trained on block sizes {', '.join(map(str, trained))}: this needs 1 and another", "--ckpt out/sudoku")
     prompts = prompts_of(data, cfg.n_eval, cfg.clues)
-    weights = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())).hexdigest()[:12]
+    rows, starts = real_rows(data, prompts, cfg.max_new_tokens), [len(p) for p in prompts]
+    module, tokenizer = checker(data.folder), data.tokenizer
+    who, score = None, None
+    if cfg.judge not in ("none", "auto") or (cfg.judge == "auto" and module is None):
+        who, score = judge(cfg.judge, (model, process, trained), tokenizer, next(model.parameters()).device) or (None, None)
+    weights, device = checkpoint.fingerprint(model), next(model.parameters()).device
+    judge_weights = checkpoint.fingerprint(rebuild(who, device)[3]) if who and Path(who).is_dir() else None
     what = {
         "ckpt": cfg.ckpt, "weights": weights, "train_steps": step, "dataset": run.dataset, "process": run.process,
-        "clues": cfg.clues if any(len(p) for p in prompts) else None, "n": len(prompts), "batch_size": cfg.batch_size,
-        "max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature, "seed": cfg.seed,
+        "clues": cfg.clues if any(starts) else None, "n": len(prompts), "batch_size": cfg.batch_size,
+        "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "judge": who, "judge_weights": judge_weights,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
+    cannot = set(MASKED_ONLY if process.mask_id is None else UNIFORM_ONLY)
+    cannot |= {SAMPLERS["ar"]} | READS_AR if trained[0] != 1 else set()
+    cannot |= set(SAMPLERS.values()) - {SAMPLERS["ar"]} if trained == [1] else set()
+    if refused := [name for name in chosen if SAMPLERS[name] in cannot]:
+        die(f"{cfg.ckpt}, {run.process}, block sizes {', '.join(map(str, trained))}: it cannot serve {refused[0]}", "--samplers ancestral")
     missing = []
-    for name, options in LINES:
-        if name in (chosen or SAMPLERS) and SAMPLERS[name] not in (MASKED_ONLY if process.mask_id is None else UNIFORM_ONLY):
-            for steps in [None] if SAMPLERS[name] in OWN_PACE else STEPS:
-                row = {**what, "sampler": name, "options": options, "steps": steps}
-                if not any(all(line.get(k) == v for k, v in row.items()) for line in lines):
-                    missing.append(row)
+    for temperature in temperatures:
+        for name, options in [("real text", {}), *LINES]:
+            if name == "real text" or (name in (chosen or SAMPLERS) and SAMPLERS[name] not in cannot):
+                for n in [None] if name == "real text" or SAMPLERS[name] in OWN_PACE else steps:
+                    row = {**what, "temperature": temperature, "sampler": name, "options": options, "steps": n}
+                    if not any(all(line.get(k) == v for k, v in row.items()) for line in lines):
+                        missing.append(row)
     bar = tqdm(missing, desc=run.dataset, disable=None)
     for row in bar:
-        how = {"block_size": 1 if row["sampler"] == "ar" else trained[-1], "steps": row["steps"], "temperature": cfg.temperature}
-        how |= {"max_new_tokens": cfg.max_new_tokens or None, "schedule": SCHEDULES[run.schedule], "trained": trained, **row["options"]}
-        try:
-            result = accuracy(model, process, data, prompts, cfg.seed, cfg.batch_size, sampler=SAMPLERS[row["sampler"]], **how)
-        except ValueError as e:
-            bar.close()
-            die(str(e), "python compare.py --help")
-        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+        if row["sampler"] == "real text":
+            result = quality(rows, starts[: len(rows)], tokenizer, module, score)
+        else:
+            how = {"block_size": 1 if row["sampler"] == "ar" else trained[-1], "steps": row["steps"], "temperature": row["temperature"]}
+            how |= {"max_new_tokens": cfg.max_new_tokens or None, "schedule": SCHEDULES[run.schedule], "trained": trained}
+            try:
+                texts, cost = generated(
+                    model, process, data, prompts, cfg.seed, cfg.batch_size, sampler=SAMPLERS[row["sampler"]], **how, **row["options"]
+                )
+            except ValueError as e:
+                bar.close()
+                die(str(e), "python eval.py --sweep --help")
+            result = cost | quality(texts, starts, tokenizer, module, score)
         with open(cfg.out, "a") as f:
             f.write(json.dumps(row | result) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    report([r for r in read(cfg.out) if all(r.get(k) == v for k, v in what.items())], stem, setting, label)

@@ -165,19 +165,30 @@ class TrainConfig:
 def trained_with(state):
     """The TrainConfig of a loaded checkpoint."""
     try:
+        if missing := sorted(set(TrainConfig.__dataclass_fields__) - set(state["config"])):
+            raise TypeError(f"no {', '.join(missing)}")  # a default would be a guess
         return TrainConfig(**state["config"])
     except TypeError as e:
         die(f"this checkpoint's settings are of another version: {e}", "train again, or check out the version that wrote it")
 
 
 def restore(ckpt, device):
-    """(settings, dataset facts, step, model with EMA weights on the device, process) of a run's out_dir, ready to sample."""
+    """rebuild(ckpt, device) by the name of a device, which it prints first."""
     state = checkpoint.load(ckpt)
-    run = trained_with(state)
     device, why = pick_device(device)
     print(f"{device} ({why}), {runs_on(device)}")
-    model, process = checkpoint.build(run, state["meta"]["vocab_size"])
-    model.load_state_dict(state["ema"])
+    return rebuild(ckpt, device, state)
+
+
+def rebuild(ckpt, device, state=None):
+    """(settings, dataset facts, step, model with EMA weights on the device, process) of a run's out_dir, ready to sample."""
+    state = state or checkpoint.load(ckpt)
+    run = trained_with(state)
+    try:
+        model, process = checkpoint.build(run, state["meta"]["vocab_size"])
+        model.load_state_dict(state["ema"])
+    except (KeyError, RuntimeError) as e:
+        die(f"{ckpt}/ckpt.pt: its weights are not those of its settings: {str(e).splitlines()[0]}", f"train again: --out_dir={ckpt}")
     return run, state["meta"], state["step"], model.to(device).eval(), process
 
 
@@ -367,7 +378,7 @@ def train(cfg, loss_at=curriculum, weights=None, facts=None):
                 "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
                 "config": asdict(cfg), "meta": data.meta, "step": done, **(facts or {}),
             })  # fmt: skip
-            result = bounds(ema, process, data, cfg.block_sizes, cfg.n_eval, cfg.schedule)
+            result = bounds(ema, process, data, cfg.block_sizes, cfg.n_eval)
             log(
                 cfg.out_dir,
                 {"step": done, "val": {b: mean for b, (mean, _) in result.items()}, "error": {b: e for b, (_, e) in result.items()}},

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import bench
-import compare
 import distill
 import eval as evaluation
+import paper
+import plots
 import sample
 from generate import SAMPLERS
 from sample import options
@@ -58,8 +59,8 @@ def test_settings_of_another_version_are_refused(home):
 
 
 def test_every_preset_is_a_valid_config():
-    presets = sorted((ROOT / "config").glob("*.toml"))
-    assert len(presets) >= 4
+    presets = sorted((ROOT / "config").rglob("*.toml"))
+    assert len(presets) >= 13
     for path in presets:
         load_config(TrainConfig, [str(path)])
 
@@ -120,27 +121,20 @@ def test_scripts_print_their_settings(home):
     assert "SampleConfig" in call(home, "sample.py", "--help") and "DistillConfig" in call(home, "distill.py", "--help")
 
 
-def test_comparing_samplers(home):
-    flags = ("--n_eval=4", "--samplers=ar,confidence,speculation", "--out=out/c.jsonl", "--batch_size=2")
-    call(home, "compare.py", "--ckpt=out/sudoku", *flags)
-    lines = (home / "out/c.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    assert len(rows) == 1 + 5 + 5 and all(0 <= r["low"] <= r["accuracy"] <= r["high"] <= 1 for r in rows)
-    (home / "out/c.jsonl").write_text("\n".join(lines[:-3]) + "\n")  # stopped on the way
-    call(home, "compare.py", "--ckpt=out/sudoku", *flags)
-    again = [json.loads(line) for line in (home / "out/c.jsonl").read_text().splitlines()]
-    made = lambda rows: [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in rows]
-    assert made(again) == made(rows), "only what was missing, and the same again"
-    out = call(home, "compare.py", "--report=out/table", "--out=out/c.jsonl")
-    assert "11 lines" in out and (home / "out/table.png").stat().st_size > 10_000
-    table = (home / "out/table.md").read_text()
+def test_sweeping_samplers(home):
+    flags = ("--n_eval=4", "--samplers=ar,confidence,speculation", "--out=out/c.jsonl", "--batch_size=2", "--steps=1,2")
+    call(home, "eval.py", "--sweep", "--ckpt=out/sudoku", *flags)
+    rows = [json.loads(line) for line in (home / "out/c.jsonl").read_text().splitlines()]
+    assert len(rows) == 1 + 1 + 2 + 5 and all(0 <= r["low"] <= r["accuracy"] <= r["high"] <= 1 for r in rows)
+    table = (home / "out/c.md").read_text()
     assert "### out/sudoku: sudoku, masked, with clues, batches of 2" in table and table.count("| speculation") == 5
-    call(home, "compare.py", "--report=out/side", "--out=out/c.jsonl", "--panels=samplers")
+    out = call(home, "eval.py", "--sweep", "--report=out/side", "--out=out/c.jsonl", "--panels=samplers")
     side = (home / "out/side.md").read_text()
+    assert "9 lines" in out and (home / "out/side.png").stat().st_size > 10_000
     (home / "out/page.md").write_text("# Written by hand\n")
-    assert "--report out/page_tables" in call(home, "compare.py", "--report=out/page", "--out=out/c.jsonl", code=2)
-    assert "### confidence: sudoku, masked, with clues" in side and side.count("| out/sudoku") == 7
-    assert "this needs 1 and another" in call(home, "compare.py", "--ckpt=out/half", code=2)
+    assert "--report out/page_tables" in call(home, "eval.py", "--sweep", "--report=out/page", "--out=out/c.jsonl", code=2)
+    assert "### confidence: sudoku, masked, with clues" in side and side.count("| out/sudoku") == 8
+    assert "SweepConfig" in call(home, "eval.py", "--sweep", "--help") and "EvalConfig" in call(home, "eval.py", "--help")
 
 
 def test_sampling_a_stream(home):
@@ -187,24 +181,26 @@ def test_sampling_a_stream(home):
         (["sample.py", "--ckpt=out/half", "--sampler=arpc"], "without 1 it has no AR mode"),
         (["eval.py", "--ckpt=out/sudoku", "--samples", "--sampler=max_coupling"], "masked noise"),
         (["eval.py", "--ckpt=out/sudoku", "--samples", "--eta=2"], "psi"),
-        (["compare.py", "--ckpt=out/sudoku", "--samplers=ar,best"], "'best'"),
-        (["compare.py", "--report=x", "--out=none.jsonl"], "none.jsonl"),
+        (["eval.py", "--sweep", "--ckpt=out/sudoku", "--samplers=ar,best"], "'best'"),
+        (["eval.py", "--sweep", "--report=x", "--out=none.jsonl"], "none.jsonl"),
         (["sample.py", "--ckpt=out/digits", "--sampler=ar", "--steps=3"], "--steps"),
         (["sample.py", "--ckpt=out/digits", "--prompt_file=none.txt"], "none.txt"),
         (["sample.py", "--ckpt=out/digits", "--tempreature=1"], "--temperature"),
         (["train.py", "config/sudoku.toml", "--batchsize=3"], "--batch_size"),
         (["train.py", "config/sudku.toml"], "config/sudoku.toml"),
         (["bench.py"], "--train"),
+        (["paper.py", "--seeds=0"], "--seeds 3"),
+        (["plots.py", "--steps=0"], "--steps 4"),
         (["distill.py", "--ckpt=out/none"], "--ckpt out/"),
         (["distill.py", "--ckpt=out/sudoku", "--rounds=6"], "--teacher_steps=64"),
-        (["compare.py", "--panels=rows"], "--panels samplers"),
+        (["eval.py", "--sweep", "--panels=rows"], "--panels samplers"),
     ],
 )
 def test_slips_get_two_lines(home, slip, monkeypatch, argv, says):
     """In this process: what the fixture checks is the exit code and the two lines."""
     monkeypatch.chdir(home)
     start = {"train.py": lambda: train(load_config(TrainConfig, sys.argv[1:]))}
-    start |= {f"{module.__name__}.py": module.main for module in (bench, compare, distill, evaluation, sample)}
+    start |= {f"{module.__name__}.py": module.main for module in (bench, distill, evaluation, paper, plots, sample)}
     assert says in slip(start[argv[0]], argv=argv[1:])
 
 
@@ -219,11 +215,13 @@ def test_nanogpts_own_files_train(home):
 
 
 def test_eval(home):
-    assert re.search(r"block 1: \d\.\d+ \+- .* \| block 16: <= \d", call(home, "eval.py", "--ckpt=out/sudoku", "--n_eval=8"))
+    out = call(home, "eval.py", "--ckpt=out/sudoku", "--n_eval=8", "--n_mc=2")
+    assert re.search(r"block 1  \(0.25\) +\d\.\d+ ", out) and re.search(r"block 16  \(0.75\) +<= \d", out) and "mixture, log-sum-exp" in out
     assert "no prompts" in call(home, "eval.py", "--ckpt=out/digits", "--samples", "--clues=false", code=2)
     out = call(home, "eval.py", "--ckpt=out/sudoku", "--samples", "--n_eval=8")
     assert re.search(r"ar +1 +16 +16.0 ", out) and re.search(r"ancestral +16 +8 +8 ", out) and re.search(r"arpc +16 +8 +15 ", out)
     assert "with clues" in out and "without clues" in call(home, "eval.py", "--ckpt=out/sudoku", "--samples", "--n_eval=4", "--clues=false")
+    assert re.search(r"real text +100.0 \(", out) and "perplexity under its own AR mode" in out
 
 
 def test_bench(home):

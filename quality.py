@@ -1,0 +1,254 @@
+"""
+How good are its texts? Accuracy where answers can be checked, and where they cannot: what a judge thinks of them (generative
+perplexity), beside how varied they are. A sampler that repeats itself pleases every judge, so every table shows both.
+
+    generated    texts from a sampler, and what they cost
+    accuracy     correct answers, by the check(text) of the dataset's prepare.py
+    judge        nats per token under an autoregressive model: the checkpoint's own, another of ours, or GPT-2
+    variety      token entropy and distinct n-grams
+    quality      all of it, in one dict
+
+There is no MAUVE here: it compares clusters of a large model's embeddings and wants thousands of long texts; on texts and models of
+this size it would measure its own noise. What stands in for it is a line of real text, read by the same judge and counted the same way.
+"""
+
+import importlib.util
+import math
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dataset import Tokenizer, gpt2
+from diffusion import token_loss
+from draws import Noise
+from generate import NOTHING, generate
+from settings import die
+
+GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+NGRAMS = (2, 4)
+
+
+def prompts_of(data, n, clues=True):
+    """n prompts of the validation split; without clues the same rows, blank."""
+    x0, answer = data.windows("val", data.spread("val", n))
+    prompts = [row[~keep] for row, keep in zip(x0, answer, strict=True)]
+    if answer.all():
+        prompts = [x0.new_zeros(0)] * n  # nothing to go on from: as many as asked
+    if not clues and not any(len(p) for p in prompts):
+        die("this dataset has no prompts to leave blank", "leave --clues out")
+    return prompts if clues else [torch.zeros_like(p) for p in prompts]  # id 0 is the blank
+
+
+def real_rows(data, prompts, max_new_tokens=None):
+    """
+    What the validation split has behind prompts_of(...), as generation would have written it: prompts included, as lists of ids, up
+    to the first eos. Fewer than the prompts where the split has fewer windows.
+    """
+    x0, answer = data.windows("val", data.spread("val", len(prompts)))
+    rows, eos = [], data.meta.get("eos_id")
+    for prompt, row, keep in zip(prompts, x0, answer, strict=False):
+        text = row[keep].tolist()[: max_new_tokens or None]
+        rows.append(prompt.tolist() + (text[: text.index(eos) + 1] if eos in text else text))
+    return rows
+
+
+def generated(model, process, data, prompts, seed, batch_size=256, **how):
+    """
+    Texts behind `prompts` (how: arguments of generate), prompts included, as lists of ids, and their cost:
+        nfe   passes per batch; nfe_row the mean a row needed; nfe_token that over the tokens of a row
+        token_forwards  per token; tokens_per_s
+    """
+    rows, tokens, nfe, nfe_rows, forwards, start = [], 0, 0, 0, 0, time.time()
+    for i in range(0, len(prompts), batch_size):
+        batch = prompts[i : i + batch_size]
+        for state in generate(model, process, batch, seed=seed + i, eos_id=data.meta.get("eos_id"), **how):
+            pass
+        tokens += int((state.x != NOTHING).sum()) - sum(map(len, batch))
+        nfe, nfe_rows, forwards = max(nfe, state.nfe), nfe_rows + int(state.nfe_rows.sum()), forwards + state.token_forwards
+        rows += [[token for token in row if token != NOTHING] for row in state.x.tolist()]
+    return rows, {
+        "nfe": nfe, "nfe_row": nfe_rows / len(prompts), "nfe_token": nfe_rows / max(tokens, 1),
+        "token_forwards": forwards / max(tokens, 1), "tokens_per_s": tokens / (time.time() - start),
+    }  # fmt: skip
+
+
+# ----- where answers can be checked
+
+
+def checker(folder):
+    """
+    folder/prepare.py as a module if it knows what is correct, else None. Such a file has check(text) -> (correct, asked) and may
+    have choices(text) -> [(answer, what else it could have been)].
+    """
+    path = Path(folder) / "prepare.py"
+    if not path.exists():
+        return None
+    spec = importlib.util.spec_from_file_location(f"prepare_{path.parent.name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module if hasattr(module, "check") else None
+
+
+def wilson(p, n, z=1.96):
+    """The 95 % interval of a share p seen in n independent trials (Wilson 1927): holds at 0 and 1 too."""
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return min(p, (middle - half) / (1 + z * z / n)), max(p, (middle + half) / (1 + z * z / n))  # p itself, whatever rounding says
+
+
+def accuracy(module, texts):
+    """
+    accuracy   correct answers / answers asked, with its 95 % interval low..high over texts: a text's answers stand and fall
+               together, so n is the number of texts that would have the spread we see
+    distinct, expected   different correct answers, and how many there would be in as many uniform draws of possible ones
+    Nothing at all where the texts hold no answer.
+    """
+    counts, found, miss = [], set(), {}
+    for text in texts:
+        counts.append(module.check(text))
+        for answer, possible in module.choices(text) if hasattr(module, "choices") else ():
+            found.add(answer)
+            for other in possible:  # log of the probability that no uniform draw has hit it
+                miss[other] = miss.get(other, 0.0) + (math.log1p(-1 / len(possible)) if len(possible) > 1 else -math.inf)
+    correct, asked = (sum(c[k] for c in counts) for k in (0, 1))
+    if not asked:
+        return {}
+    p = correct / asked
+    error = math.sqrt(sum((c - p * a) ** 2 for c, a in counts)) / asked
+    n = p * (1 - p) / error**2 if error else len(texts)
+    low, high = wilson(p, n)
+    expected = sum(-math.expm1(m) for m in miss.values())
+    return {"accuracy": p, "low": low, "high": high, "distinct": len(found), "expected": expected}
+
+
+# ----- where they cannot
+
+
+def variety(rows, starts):
+    """
+    Of the generated tokens, those from `starts` on: the entropy of a text's own tokens in nats, a mean over texts, and distinct_n, the
+    share of n-grams over all texts that are different; None without any. Both depend on the number and the length of the texts:
+    compare like with like.
+    """
+    answers = [row[start:] for row, start in zip(rows, starts, strict=True)]
+    entropies = []
+    for answer in answers:
+        if answer:
+            p = torch.tensor(answer).unique(return_counts=True)[1] / len(answer)
+            entropies.append(-(p * p.log()).sum().item())
+    result = {"entropy": sum(entropies) / len(entropies) if entropies else None}
+    for n in NGRAMS:
+        grams = [tuple(a[i : i + n]) for a in answers for i in range(len(a) - n + 1)]
+        result[f"distinct_{n}"] = len(set(grams)) / len(grams) if grams else None
+    return result
+
+
+def judge(name, own, tokenizer, device):
+    """
+    (label, score), or None where there is none. score(rows, starts) -> nats (B,) and tokens (B,): what the generated tokens of
+    each row cost the judge. Texts longer than its context are read in pieces of it, real ones too.
+
+    name   self: block size 1 of `own` = (model, process, block sizes); auto: the same, or nobody if it was not trained; a run's out_dir;
+           or gpt2, gpt2-medium, gpt2-large, gpt2-xl by way of transformers. Other tokens than the samples': the text is read again
+    """
+    if name in ("auto", "self"):
+        model, process, sizes = own
+        if 1 not in sizes or not model.cfg.clean_causal:
+            if name == "self":
+                die("this checkpoint has no AR mode to judge with: block size 1 was not trained", "--judge DIR, of a run that has it")
+            return None
+        return "its own AR mode", lambda rows, starts: _by_ours(model, process, rows, starts)
+    if name in GPT2:
+        reader, encode = _gpt2(name, device)
+        encode = None if tokenizer.kind == "gpt2" else encode
+        other = tokenizer.kind == "none"
+    else:
+        from train import rebuild  # here: it imports eval.py, which imports this file
+
+        run, meta, _, model, process = rebuild(name, device)
+        if 1 not in run.block_sizes:
+            die(
+                f"{name} has no AR mode to judge with: it was trained on block sizes {', '.join(map(str, run.block_sizes))}", "--judge gpt2"
+            )
+        reader, theirs = lambda rows, starts: _by_ours(model, process, rows, starts), Tokenizer(meta, Path("data") / run.dataset)
+        encode = None if (theirs.kind, theirs.chars) == (tokenizer.kind, tokenizer.chars) else theirs.encode
+        other = "none" in (theirs.kind, tokenizer.kind) and encode is not None
+    if other:
+        die(f"{name} reads text, or other ids, and one of the two datasets has no tokenizer", "--judge self")
+
+    def score(rows, starts):
+        if encode is not None:  # the prompt's tokens are those of the prompt alone
+            starts = [len(encode(tokenizer.decode(row[:start]))) for row, start in zip(rows, starts, strict=True)]
+            rows = [encode(tokenizer.decode(row)) for row in rows]
+        return reader(rows, starts)
+
+    return name, score
+
+
+@torch.no_grad()
+def _by_ours(model, process, rows, starts):
+    """Block size 1 reads the rows: nats and tokens (B,) float64, from `starts` on."""
+    nats, tokens = torch.zeros(2, len(rows), dtype=torch.float64)
+    device, context = next(model.parameters()).device, model.cfg.seq_len
+    known = process.vocab_size - (process.mask_id is not None)
+    if (most := max(max(row, default=0) for row in rows)) >= known:
+        die(f"a text has the id {most}, the judge knows ids below {known}", "--judge self")
+    pieces = [(i, row[k : k + context], max(0, starts[i] - k)) for i, row in enumerate(rows) for k in range(0, len(row), context)]
+    pieces = [(i, piece, start) for i, piece, start in pieces if start < len(piece)]
+    size = max(1, min(64, (1 << 26) // (context * process.vocab_size)))
+    for some in (pieces[i : i + size] for i in range(0, len(pieces), size)):
+        x0 = torch.nn.utils.rnn.pad_sequence([torch.tensor(piece) for _, piece, _ in some], True).to(device)
+        at = torch.arange(x0.size(1))
+        asked = torch.stack([(at >= start) & (at < len(piece)) for _, piece, start in some]).to(device)
+        owner = torch.tensor([i for i, *_ in some])
+        noise = Noise(0, owner.to(device), at.to(device))  # read where block size 1 sees random tokens
+        _, each = token_loss(model, process, x0, 1, torch.full((len(some),), 0.5, dtype=torch.float64), "elbo", asked, noise=noise)
+        nats.index_add_(0, owner, each.cpu().double().sum(1)), tokens.index_add_(0, owner, asked.sum(1).cpu().double())
+    return nats, tokens
+
+
+def _gpt2(name, device):
+    """(reader, encode) of a GPT-2 of the hub; the end-of-text token stands before every piece, so the first token costs something too."""
+    try:
+        from transformers import GPT2LMHeadModel
+
+        model = GPT2LMHeadModel.from_pretrained(name).eval().to(device)
+    except ModuleNotFoundError:
+        die(f"the judge {name} needs transformers", "pip install transformers, or --judge self")
+    except Exception as e:  # no network, a gated hub, a broken cache: many names
+        die(f"could not load {name}: {type(e).__name__}: {str(e).splitlines()[:1]}", "--judge self")
+    context, end = model.config.n_positions - 1, model.config.vocab_size - 1
+
+    @torch.no_grad()
+    def reader(rows, starts):
+        nats, tokens = torch.zeros(2, len(rows), dtype=torch.float64)
+        for i, (row, start) in enumerate(zip(tqdm(rows, desc=name, leave=False, disable=None), starts, strict=True)):
+            for k in range(0, len(row), context):
+                ids = torch.tensor([end, *row[k : k + context]], device=device)
+                log_p = model(ids[None, :-1]).logits[0].float().log_softmax(-1)
+                each = -log_p.gather(-1, ids[1:, None])[max(0, start - k) :, 0]
+                nats[i] += each.cpu().double().sum()
+                tokens[i] += len(each)
+        return nats, tokens
+
+    return reader, gpt2(Path("data/shakespeare/gpt2.tiktoken")).encode_ordinary
+
+
+def judged(score, rows, starts):
+    """gen_ppl, exp of nats per token over all texts, with its 95 % interval ppl_low..ppl_high over texts, and gen_tokens; or nothing."""
+    nats, tokens = score(rows, starts)
+    if len(rows) < 2 or tokens.sum() == 0:
+        return {}
+    n, mean = tokens.sum(), nats.sum() / tokens.sum()
+    error = (nats - mean * tokens).square().sum().sqrt() / n
+    low, mid, high = (math.exp(min(x, 700.0)) for x in (mean - 1.96 * error, mean, mean + 1.96 * error))
+    return {"gen_ppl": mid, "ppl_low": low, "ppl_high": high, "gen_tokens": int(n)}
+
+
+def quality(rows, starts, tokenizer, module=None, score=None):
+    """accuracy (with a checker), judged (with a judge) and variety of rows of ids whose answers begin at `starts`, in one dict."""
+    result = variety(rows, starts)
+    if module is not None:
+        result |= accuracy(module, [tokenizer.decode(row) for row in rows])
+    return result | (judged(score, rows, starts) if score is not None else {})
