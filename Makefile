@@ -1,5 +1,5 @@
 # make demo    environment, data, training, tables, animated samples: 6 minutes on 2 CPU cores, no GPU
-# make paper   are BlockGen's claims true at this scale? 24 small networks, docs/paper.md: half an hour on the same machine
+# make paper   are BlockGen's claims true at this scale? 24 small networks, docs/paper.md: 36 minutes on the same machine
 # make test    what CI runs, 5 minutes
 # make lint
 

@@ -35,7 +35,7 @@ class EvalConfig:
     n_mc: int = 8  # draws of noise a window for a bound: even, half of them check the other half; or 1, without a Monte Carlo error
     sampler: str = ""  # of the texts; empty: ar, ancestral and arpc. --sampler NAME --help explains one
     steps: int = 0  # per block; 0: 1, 2, 4, ... up to the block size, at most 64
-    judge: str = "auto"  # of the texts, in generative perplexity: self (its AR mode), a run's out_dir, gpt2, gpt2-large; none
+    judge: str = "auto"  # of the texts: self (its AR mode), a run's out_dir, gpt2, gpt2-large, none; auto: self if it has that mode
     clues: bool = True  # prompts from the validation split; false: nothing but blanks (sudoku)
     max_new_tokens: int = 0  # per text; 0: up to the end of the context
     temperature: float = 1.0
@@ -61,9 +61,10 @@ def one_draw(model, process, x0, answer, b, u, noise):
     """
     (B, L - start) nats whose mean over u in (0, 1) and noise is, block size 1 aside, the upper bound
         -log p(x_0) <= E_{t ~ U(a, 1)} (1 - a) nll(x_t, t)  +  E last_step(x_a),     a = 0 masked, LAST uniform
-    without the last step, of which a uniform bound needs one a window. It is the same integral for every noise schedule, and a draw at
-    small t costs 1 / t with probability t, which has no variance. So time is taken slowly there, t = u^2; and masked noise on a network
-    that does not see t needs no t: the bound is a mean over m = 1..n masks among the n answers of a block (LLaDA, arXiv 2502.09992),
+    without the last step, which a uniform bound needs once a half: down to t = 0 it may have no finite mean (docs/log.md, 2026-11-21).
+    The integral is the same for every noise schedule, and at small t a draw costs 1 / t with probability t: infinite variance. So time
+    runs slowly there, t = u^2. Masked noise on a network that does not see t needs no t at all: the bound is a mean over m = 1..n masks
+    among the n answers of a block (LLaDA, arXiv 2502.09992),
         E_m n / m sum over m masks at random places of -log p(x_0 | x_t)
     u (B,) float64; noise for positions start, start + 1, ..., where start is the block of the first answer (see first_noisy).
     """
@@ -157,7 +158,7 @@ def estimate(halves, tokens):
 def mixture_bounds(nats, weights, seed=0):
     """
     What a network that draws a block size k with probability w_k for each window is worth, from nats l_k = -log p_k or bounds on it:
-    {name: (halves, W) nats}, every one an upper bound on -log sum_k w_k p_k (the release's names: methods of arXiv 2606.02241):
+    {name: (halves, W) nats}, all but the plug-in upper bounds on -log sum_k w_k p_k (names of the release of arXiv 2606.02241):
         mc1          l_k of one size drawn for each window
         Jensen       sum_k w_k l_k
         log-sum-exp  min over shares r of  sum_k r_k (l_k + log(r_k / w_k)),  which is  -log sum_k w_k exp(-l_k)
@@ -250,9 +251,8 @@ def lines_asked(cfg, sampler, trained):
             elif cfg.steps:
                 lines += [(name, b, cfg.steps)]
             else:
-                lines += [
-                    (name, b, n) for n in (1, 2, 4, 8, 16, 32, 64) if n <= b and (n > 1 or name != "arpc")
-                ]  # ARPC guides no last step
+                least = 2 if name == "arpc" else 1  # ARPC guides no last step
+                lines += [(name, b, n) for n in (1, 2, 4, 8, 16, 32, 64) if least <= n <= b]
     if not lines:
         sizes = ", ".join(map(str, [cfg.block_size] if cfg.block_size else trained))
         die(

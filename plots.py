@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from settings import die, load_config
+from settings import die, load_config, writable
 
 INK, GREY, ACCENT = "#1b1b1b", "#c9c9c9", "#1f6fb4"
 
@@ -197,6 +197,7 @@ def main():
     cfg = load_config(PlotsConfig, sys.argv[1:])
     if cfg.steps < 1 or cfg.max_new_tokens < 1 or cfg.seed < 0:
         die("steps and max_new_tokens must be at least 1, seed at least 0", "--steps 4 --max_new_tokens 48 --seed 1")
+    writable(f"{cfg.out}/attention.png", "out")
     attention(f"{cfg.out}/attention.png")
     strips = [strip(ckpt, cfg.steps, cfg.max_new_tokens, cfg.seed, cfg.device) for ckpt in cfg.film.split(",") if ckpt]
     if strips:

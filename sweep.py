@@ -86,9 +86,7 @@ class SweepConfig:
     batch_size: int = 256  # texts at a time; 1 is what a person who waits for an answer sees
     clues: bool = True  # false: blank prompts (sudoku)
     max_new_tokens: int = 0  # per text; 0: up to the end of the context
-    judge: str = (
-        "auto"  # in generative perplexity: self (its AR mode), a run's out_dir, gpt2, gpt2-large, none; auto: self where nothing checks
-    )
+    judge: str = "auto"  # self (its AR mode), a run's out_dir, gpt2, gpt2-large, none; auto: self where no answer can be checked
     seed: int = 1
     report: str = ""  # this path with .md and .png, from the lines in --out; nothing is sampled
     panels: str = "checkpoints"  # of the report: a table for each checkpoint with its samplers, or (samplers) the other way round
@@ -129,11 +127,11 @@ def variety(r):
 
 
 def page_of(path):
-    """Exit if path.md is someone's own page."""
+    """Exit if path.md is someone's own page, or cannot be written."""
     page = Path(f"{path}.md")
+    writable(page, "report")
     if page.exists() and not page.read_text().startswith(HEAD.splitlines()[0]):
         die(f"{page} is not a table of ours, and would be written over", f"--report {path}_tables")
-    page.parent.mkdir(parents=True, exist_ok=True)
     return page
 
 
@@ -192,12 +190,18 @@ def numbers(name, text, kind, least):
 def main(argv=None):
     cfg = load_config(SweepConfig, sys.argv[1:] if argv is None else argv, help="--sweep --help")
     cfg.out = cfg.out or f"{cfg.ckpt}/sweep.jsonl"
+    if Path(cfg.out).suffix != ".jsonl":
+        die(f"--out {cfg.out}: measurements go to a .jsonl file, and the table and the plot beside it", "--out out/sweep.jsonl")
     lines = read(cfg.out, mend=not cfg.report)
     if cfg.panels not in ("checkpoints", "samplers"):
         die(f"panels {cfg.panels!r}: checkpoints or samplers", "--panels samplers")
     if cfg.report:
         if not lines:
             die(f"{cfg.out} holds no lines yet", "python eval.py --sweep --ckpt out/sudoku")
+        if not all(
+            {"ckpt", "dataset", "process", "clues", "temperature", "batch_size", "sampler", "options", "steps"} <= set(r) for r in lines
+        ):
+            die(f"{cfg.out} holds lines that are no sweep's", "python eval.py --sweep --ckpt out/sudoku --out out/sweep.jsonl")
         if cfg.panels == "samplers":
             return report(lines, cfg.report, lambda r: f"{label(r)}: {setting(r, with_ckpt=False)}", lambda r: r["ckpt"])
         return report(lines, cfg.report, setting, label)
@@ -208,8 +212,6 @@ def main(argv=None):
         if getattr(cfg, name) < least:
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {least} or more")
     steps, temperatures = numbers("steps", cfg.steps, int, 1), numbers("temperatures", cfg.temperatures, float, 0)
-    if Path(cfg.out).suffix != ".jsonl":
-        die(f"--out {cfg.out}: measurements go to a .jsonl file, and the table and the plot beside it", "--out out/sweep.jsonl")
     run, meta, step, model, process = restore(cfg.ckpt, cfg.device)
     stem = cfg.out.removesuffix(".jsonl")
     writable(cfg.out, "out"), page_of(stem), plots.pyplot()  # now, not after hours

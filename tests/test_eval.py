@@ -504,6 +504,7 @@ def test_the_likelihood_command(toys, monkeypatch, capsys):
 
 def test_slips(toys, monkeypatch, slip):
     monkeypatch.chdir(toys)
+    (toys / "out/foreign.jsonl").write_text('{"row": "masked_ar"}\n')
     for argv, says in (
         (["--ckpt=out/mix", "--block_size=4"], "1, 8, not 4"),
         (["--ckpt=out/mix", "--n_mc=3"], "even"),
@@ -514,6 +515,8 @@ def test_slips(toys, monkeypatch, slip):
         (["--ckpt=out/mix", "--json=out"], "cannot write out"),
         (["--ckpt=out/mix", "--sweep", "--out=out/x.md"], ".jsonl"),
         (["--ckpt=out/typo", "--sweep"], "out/typo"),
+        (["--sweep", "--report=x", "--out=out/foreign.jsonl"], "no sweep's"),
+        (["--sweep", "--report=data/toy/val.bin/x", "--out=out/foreign.jsonl"], "no sweep's"),
         (["--ckpt=out/mix", "--sweep=false", "--samplers=ar"], "--sampler"),
         (["--ckpt=out/mix", "--samples", "--n_mc=4"], "without --samples"),
         (["--ckpt=out/half", "--samples", "--judge=self"], "--judge DIR"),
@@ -601,7 +604,9 @@ def test_pictures(toys, monkeypatch, capsys):
 
 
 def test_a_verdict_needs_seeds_and_a_side():
-    assert paper.verdict([1.9, 2.0, 2.1])[0] == "**confirmed**" and paper.verdict([-1.9, -2.0, -2.1])[0] == "**not confirmed**"
+    assert (
+        paper.verdict([1.9, 2.0, 2.1])[0] == "**confirmed**" and paper.verdict([-1.9, -2.0, -2.1])[0] == "**not confirmed**: the opposite"
+    )
     said, mean, low, high = paper.verdict([1.0, 2.0, 3.0])
     assert said == "undecided" and mean == 2 and high - mean == pytest.approx(4.303 / math.sqrt(3)) and low < 0
     assert paper.verdict([5.0])[0] == "undecided" and paper.verdict([])[0] == "undecided"
