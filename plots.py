@@ -120,10 +120,15 @@ def strip(ckpt, steps, max_new_tokens, seed, device):
             if row[i] == NOTHING:
                 tokens.append(None)
                 continue
-            masked = row[i] == process.mask_id
             at_work = s.span[0] <= i < s.span[1] and s.step < how["steps"]
-            noise = masked or (at_work and (s.step == 0 or row[i] != final[i]))
-            tokens.append(("▒" if masked else tokenizer.decode([row[i]]), noise, before is not None and before[i] != row[i] and not noise))
+            noise = at_work and (s.step == 0 or row[i] != final[i])  # what will not stay
+            tokens.append(
+                (
+                    "▒" if row[i] == process.mask_id else tokenizer.decode([row[i]]),
+                    noise,
+                    before is not None and before[i] != row[i] and not noise,
+                )
+            )
         frames.append((f"block {s.span[0] // b + 1}, step {s.step}", tokens))
         before = row
     return f"{run.process} noise, blocks of {b} in {how['steps']} steps", frames
