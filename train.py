@@ -10,6 +10,7 @@ diffusion, 1:0.25,16:0.75 is a mixture that does all of it. Every row of a batch
 
 import copy
 import functools
+import gc
 import json
 import math
 import os
@@ -388,6 +389,8 @@ def train(cfg, loss_at=curriculum, weights=None, facts=None):
                 tqdm.write(f"  sample: {text!r}", file=sys.stdout)
             clock, since = time.time(), 0
     if world > 1:
+        forward = None  # DDP goes before the process group: as the last to hold it, it would join threads that wait for Python's lock
+        gc.collect()
         dist.destroy_process_group()
 
 
