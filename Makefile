@@ -32,6 +32,7 @@ paper: .venv/done
 test: .venv/done
 	$(PY) -m ruff check .
 	@$(PY) -m pytest -p no:cacheprovider $(SECOND) > .second_half.txt 2>&1 & second=$$!; \
+	trap "kill $$second; exit 130" INT TERM; \
 	$(PY) -m pytest $(SECOND:%=--ignore=%); first=$$?; \
 	wait $$second; second=$$?; cat .second_half.txt; exit $$((first + second))
 

@@ -276,7 +276,7 @@ def token_loss(model, process, x0, block_size, t, objective, answer=None, schedu
         elbo      the process's bound: process.nll
         ce        -log D(x_0), unweighted ("low variance", arXiv 2602.15014)
         ce_noisy  the same, only where x_t != x_0
-        last      -log D(x_0), converted if the output is l: for eval.py, what a bound that ends at t > 0 leaves out
+        last      uniform noise: -log D(x_0), converted if the output is l; for eval.py, what a bound that ends at t > 0 leaves out
     answer (B, L) bool: tokens to predict; the others are prompts, never noised, and their loss is 0. None: all.
     start: the first position with a noisy copy, a multiple of every block size, no answer before it.
     noise: a Noise for (B, L - start).

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import checkpoint
 from dataset import Tokenizer, gpt2
 from diffusion import token_loss
 from draws import Noise
@@ -158,9 +159,9 @@ def judge(name, own, tokenizer, device):
             if name == "self":
                 die("this checkpoint has no AR mode to judge with: block size 1 was not trained", "--judge DIR, of a run that has it")
             return None
-        return "its own AR mode", lambda rows, starts: _by_ours(model, process, rows, starts)
+        return "its own AR mode" + _bound(process), lambda rows, starts: _by_ours(model, process, rows, starts)
     if name in GPT2:
-        reader, encode = _gpt2(name, device)
+        label, (reader, encode) = name, _gpt2(name, device)
         encode = None if tokenizer.kind == "gpt2" else encode
         other = tokenizer.kind == "none"
     else:
@@ -171,6 +172,7 @@ def judge(name, own, tokenizer, device):
             die(
                 f"{name} has no AR mode to judge with: it was trained on block sizes {', '.join(map(str, run.block_sizes))}", "--judge gpt2"
             )
+        label = f"{name} ({checkpoint.fingerprint(model)}){_bound(process)}"  # a run trained again is another judge
         reader, theirs = lambda rows, starts: _by_ours(model, process, rows, starts), Tokenizer(meta, Path("data") / run.dataset)
         encode = None if (theirs.kind, theirs.chars) == (tokenizer.kind, tokenizer.chars) else theirs.encode
         other = "none" in (theirs.kind, tokenizer.kind) and encode is not None
@@ -183,7 +185,11 @@ def judge(name, own, tokenizer, device):
             rows = [encode(tokenizer.decode(row)) for row in rows]
         return reader(rows, starts)
 
-    return name, score
+    return label, score
+
+
+def _bound(process):
+    return ", upper bounds: it reads random tokens" if process.ar_token is None else ""
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from diffusion import SCHEDULES
 from generate import MASKED_ONLY, OWN_PACE, READS_AR, SAMPLERS, UNIFORM_ONLY
 from quality import NGRAMS, checker, generated, judge, prompts_of, quality, real_rows
 from settings import die, load_config, writable
-from train import rebuild, restore
+from train import restore
 
 LINES = [  # a sampler and the options that differ from its defaults
     ("ar", {}),
@@ -225,11 +225,10 @@ def main(argv=None):
     if cfg.judge not in ("none", "auto") or (cfg.judge == "auto" and module is None):
         who, score = judge(cfg.judge, (model, process, trained), tokenizer, next(model.parameters()).device) or (None, None)
     weights, device = checkpoint.fingerprint(model), next(model.parameters()).device
-    judge_weights = checkpoint.fingerprint(rebuild(who, device)[3]) if who and Path(who).is_dir() else None
     what = {
         "ckpt": cfg.ckpt, "weights": weights, "train_steps": step, "dataset": run.dataset, "process": run.process,
         "clues": cfg.clues if any(starts) else None, "n": len(prompts), "batch_size": cfg.batch_size,
-        "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "judge": who, "judge_weights": judge_weights,
+        "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, "judge": who,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip

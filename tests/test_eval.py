@@ -227,6 +227,17 @@ def test_a_gpu_says_the_same(kind):
         assert abs(mean - estimate(there.nats[b], there.tokens)[0]) < (1e-4 if b == 1 else 0.1 * error + 1e-4)
 
 
+@pytest.mark.parametrize("kind", ["masked, timed", "uniform denoiser, timed"])
+def test_a_time_for_each_token_may_be_the_same_for_all(kind):
+    """One t a row, and that t once a token, are one thing; as many rows as tokens, so no mistaken shape fits by chance and is right."""
+    process, model = setup(kind)
+    x0, t = some(4), torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64)
+    sizes, names = torch.tensor([1, 2, 4, 2]), {2: "elbo", 4: "elbo"}
+    with torch.no_grad():
+        loss = lambda t: d.token_loss(model, process, x0, sizes, t, names, noise=d.Noise(1, torch.arange(4), torch.arange(4)))[1]
+        assert (loss(t) - loss(t[:, None].expand(4, 4))).abs().max() < 1e-4 * loss(t).max()
+
+
 # ----- windows, bytes and tokenizers
 
 
@@ -414,7 +425,7 @@ def test_another_tokenizer_reads_the_text_again(toys, tmp_path, monkeypatch):
     label, score = quality.judge("out/cab", (None, None, []), ours, torch.device("cpu"))
     text = "abccba"
     direct = quality._by_ours(theirs[3], theirs[4], [cab.encode(text)], [2])
-    assert label == "out/cab" and torch.equal(score([ours.encode(text)], [2])[0], direct[0])
+    assert label.startswith("out/cab (") and torch.equal(score([ours.encode(text)], [2])[0], direct[0])
     wrong = quality._by_ours(theirs[3], theirs[4], [ours.encode(text)], [2])
     assert not torch.equal(direct[0], wrong[0])
 
@@ -650,6 +661,8 @@ def test_one_row_of_the_paper_is_made_again_and_no_other(toys, monkeypatch, caps
     toml.write_text(toml.read_text().replace("max_steps = 2", "max_steps = 3"))
     go()
     assert runs == [("rows/masked_ar.toml", False)] * 2
+    lines = [json.loads(line) for line in (toys / "out/paper/results.jsonl").read_text().splitlines()]
+    assert len(lines) == 6 and [r["steps"] for r in lines if r["row"] == "masked_ar"] == [2, 2, 3, 3], "new weights are measured anew"
     state = torch.load("out/paper/masked_ar/1/ckpt.pt", weights_only=True)
     torch.save({**state, "step": 1}, "out/paper/masked_ar/1/ckpt.pt")
     go()
