@@ -28,9 +28,9 @@ import duo
 import kernels
 from draws import sample
 from generate import generate
+from machine import peak_mb, pick_device, runs_on
 from model import ModelConfig, Transformer, attention_mask, modulate
 from settings import die, load_config
-from train import peak_mb, pick_device, runs_on
 
 
 @dataclass

@@ -1,14 +1,27 @@
 """
-What stays of a run? One file, out_dir/ckpt.pt: weights, EMA weights, optimizer state, settings, dataset facts and the step.
-There is no random state to keep: every draw is a function of (seed, step, row), see diffusion.Noise.
+What stays of a run? In its out_dir:
 
-Written to a temporary name and renamed, so a kill at any moment leaves the last good file; read with weights_only, so a file
-from a stranger runs no code.
+    ckpt.STEP.pt   a checkpoint: weights, EMA weights, optimizer state, settings, dataset facts and the step; the newest few
+    ckpt.pt        the newest of them, and best.pt that of the lowest validation loss: second names of a file (hard links)
+    log.jsonl      a line {"step": ...} a look
+    earlier.N/     what a run that was here before left
+    lock           held while a run writes here
+
+There is no random state to keep: every draw is a function of (seed, step, row), see draws.Noise.
+
+A file is written under a temporary name, brought to the disk and renamed, so a kill at any moment leaves the last good one. It
+carries checksums, and is read with weights_only, so a file from a stranger runs no code.
 """
 
+import errno
 import hashlib
+import json
 import os
+import shutil
+import sys
+import time
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,37 +30,189 @@ from diffusion import Masked, Uniform
 from model import ModelConfig, Transformer
 from settings import die
 
-
-def save(out_dir, state):
-    """state: a dict of tensors, numbers, strings, lists and dicts."""
-    path = Path(out_dir) / "ckpt.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.tmp", "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+# ----- checkpoints
 
 
-def load(out_dir):
-    """The dict that was saved, on the CPU; two lines if there is none or it is damaged."""
-    path = Path(out_dir) / "ckpt.pt"
-    if not path.exists():
-        have = sorted(str(p.parent) for p in Path(out_dir).parent.glob("*/ckpt.pt"))
-        die(f"no checkpoint {path}", f"--ckpt {have[0]}" if have else "python train.py config/sudoku.toml")
+def save(out_dir, state, keep=2):
+    """state: a dict of tensors, numbers, strings, lists and dicts, "step" among them. Raises OSError, and then no file has changed."""
+    folder, name = Path(out_dir), f"ckpt.{state['step']}.pt"
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{name}.tmp"
     try:
-        if zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum does not match")  # torch would load a flipped bit without a word
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "ema", "config", "meta", "step"} - set(state)
-    except Exception as e:  # a damaged file, or one that wants to run code, fails in many ways
-        die(
-            f"{path} is damaged or not a checkpoint of ours: {type(e).__name__} {str(e)[:80].splitlines()[:1]}",
-            f"train again: python train.py --out_dir={out_dir}",
-        )
-    if missing:
-        die(f"{path} lacks {sorted(missing)}: not a checkpoint of ours", f"train again: python train.py --out_dir={out_dir}")
+        with open(temporary, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:  # torch's own writer has but RuntimeErrors
+        temporary.unlink(missing_ok=True)
+        raise e if isinstance(e, OSError) else OSError(errno.EIO, str(e).splitlines()[0]) from e
+    to_disk(folder / "log.jsonl")  # a checkpoint vouches for the lines up to its step
+    os.replace(temporary, folder / name)
+    also(folder / name, "ckpt.pt")
+    for old in [f for f in numbered(folder) if step_of(f) <= state["step"]][keep:]:
+        old.unlink()
+
+
+def to_disk(path):
+    """What was written to a file or folder survives a power failure from here on."""
+    if path.exists():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def also(path, name):
+    """Give the file `path` a second name in its folder, in the place of what had that name."""
+    temporary = path.with_name(f"{name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a disk without hard links
+        shutil.copyfile(path, temporary)
+        to_disk(temporary)
+    os.replace(temporary, path.with_name(name))
+    to_disk(path.parent)  # names are a folder's content
+
+
+def numbered(folder):
+    """The files ckpt.STEP.pt of a folder, newest first."""
+    return sorted((f for f in Path(folder).glob("ckpt.*.pt") if f.name[5:-3].isdigit()), key=step_of, reverse=True)
+
+
+def step_of(file):
+    return int(file.name[5:-3])
+
+
+def load(path):
+    """
+    The dict that was saved, on the CPU. path: an out_dir, whose newest checkpoint is meant, or one file, out_dir/best.pt. If the newest
+    is damaged the one before it takes its place, and stderr says so. Two lines if there is none.
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else [f for f in (path / "ckpt.pt", *numbered(path)) if f.is_file()]
+    if not files:
+        have = sorted(str(p.parent) for p in path.parent.glob("*/ckpt.pt"))
+        die(f"no checkpoint {path / 'ckpt.pt'}", f"--ckpt {have[0]}" if have else "python train.py config/sudoku.toml")
+    problems, seen = [], set()
+    for file in files:
+        if (inode := file.stat().st_ino) in seen:
+            continue  # the same file by its other name
+        seen.add(inode)
+        try:
+            state = read(file)
+        except Exception as e:  # a damaged file, or one that wants to run code, fails in many ways
+            problems.append(f"{file} is damaged or not a checkpoint of ours: {type(e).__name__}: {str(e)[:100].splitlines()[:1]}")
+            continue
+        if problems:
+            print("\n".join(f"WARNING: {p}" for p in problems), file=sys.stderr)
+            print(f"WARNING: using the one before it, {file}, of step {state['step']}", file=sys.stderr, flush=True)
+        return state
+    older = f"; {len(problems) - 1} older likewise" if problems[1:] else ""
+    die(problems[0] + older, f"train again: python train.py --out_dir={path if path.is_dir() else path.parent}")
+
+
+def read(file):
+    """The dict in one file; raises something if it is not what `save` wrote."""
+    if bad := zipfile.ZipFile(file).testzip():
+        raise ValueError(f"the checksum of {bad} does not match")  # torch would load a flipped bit without a word
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    kinds = {"model": dict, "ema": dict, "config": dict, "meta": dict, "step": int}
+    if lacking := sorted(k for k, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(k), kind)):
+        raise ValueError(f"it lacks {', '.join(lacking)}")
     return state
+
+
+# ----- the folder of a run
+
+
+@contextmanager
+def writing(out_dir):
+    """Hold the folder, which is made if need be: two runs that write to one would ruin both. Two lines if another does, or none can."""
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        lock = open(Path(out_dir) / "lock", "a")
+    except OSError as e:
+        die(f"cannot write to {out_dir}: {e.strerror}", "--out_dir of a folder of yours")
+    try:
+        import fcntl
+
+        for patience in range(20, -1, -1):  # a process that was just killed may hold it a moment longer
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if patience == 0:
+                    die(f"another run is writing to {out_dir}", "--out_dir of another folder, or wait for its end")
+                time.sleep(0.1)
+    except (ImportError, OSError):  # a system, or a disk, without such locks
+        pass
+    with lock:
+        for half in Path(out_dir).glob("*.pt.tmp"):
+            half.unlink()  # of a kill while saving
+        yield
+
+
+UNWRITTEN = {}  # path of a log.jsonl: lines that a full disk has not taken yet
+
+
+def log(out_dir, record):
+    """Append a line to log.jsonl. A full disk loses nothing: what it does not take waits for the next line."""
+    path = Path(out_dir) / "log.jsonl"
+    lines = UNWRITTEN.setdefault(path, [])
+    lines.append(json.dumps(record) + "\n")
+    data = "".join(lines).encode()
+    with open(path, "ab", buffering=0) as f:
+        before = f.tell()
+        try:
+            if f.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            lines.clear()
+        except OSError as e:
+            f.truncate(before)
+            print(f"WARNING: {path} waits: {e.strerror}", file=sys.stderr, flush=True)
+
+
+def logged(out_dir, until=None):
+    """The records of log.jsonl, [] without one; until: those up to that step. A line that a kill cut short does not count."""
+    records = []
+    path = Path(out_dir) / "log.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    records = [r for r in records if isinstance(r, dict) and "step" in r]
+    return [r for r in records if until is None or r["step"] <= until]
+
+
+def validated(out_dir, step):
+    return any("val" in r for r in logged(out_dir) if r["step"] == step)
+
+
+def forget_after(out_dir, step):
+    """Drop the lines of steps that will be taken again."""
+    path = Path(out_dir) / "log.jsonl"
+    temporary = path.with_name("log.jsonl.tmp")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in logged(out_dir, step)))
+    os.replace(temporary, path)
+
+
+def keep_earlier_run(out_dir):
+    """What a run left that was here before moves to earlier.1 and so on, where --ckpt finds it: nothing is overwritten."""
+    folder = Path(out_dir)
+    left = [f for f in (folder / "ckpt.pt", folder / "best.pt", folder / "log.jsonl", *numbered(folder)) if f.exists()]
+    if not left:
+        return
+    n = next(n for n in range(1, 1 << 62) if not (folder / f"earlier.{n}").exists())
+    (folder / f"earlier.{n}").mkdir()
+    for file in left:
+        file.rename(folder / f"earlier.{n}" / file.name)
+    print(f"kept the earlier run of {folder} as {folder}/earlier.{n}")
+
+
+# ----- from settings to a network
 
 
 def fingerprint(model):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from settings import die
 
@@ -112,14 +113,29 @@ class Dataset:
         if not path.exists():
             die(f"{path} not found", fix)
         dtype = np.dtype(np.uint16 if self.meta["vocab_size"] <= 1 << 16 else np.uint32)
-        n, extra = divmod(path.stat().st_size, dtype.itemsize)
-        if extra or n < self.seq_len or (self.row_len and n % self.row_len):
-            die(
-                f"{path}: {path.stat().st_size} bytes are not {dtype} tokens in windows of {self.seq_len}", f"{fix}, or a smaller --seq_len"
-            )
-        tokens = np.memmap(path, dtype=dtype, mode="r")
-        if tokens.max() >= self.meta["vocab_size"]:
-            die(f"{path} holds id {tokens.max()}, meta.json says vocab_size {self.meta['vocab_size']}", fix)
+        try:
+            n, extra = divmod(path.stat().st_size, dtype.itemsize)
+            if extra or n < self.seq_len or (self.row_len and n % self.row_len):
+                bad = f"{path.stat().st_size} bytes are not {dtype} tokens in windows of {self.seq_len}"
+                die(f"{path}: {bad}", f"{fix}, or a smaller --seq_len")
+            tokens = np.memmap(path, dtype=dtype, mode="r")
+        except (OSError, ValueError) as e:
+            die(f"cannot read {path}: {e}", fix)
+        step = max(1, (1 << 24) // (self.row_len or 1)) * (self.row_len or 1)  # whole rows
+        # all of it, now: an id outside of the vocabulary would end a run on its third day
+        for start in tqdm(range(0, n, step), desc=f"reading {path}", delay=2, leave=False, disable=None):
+            part = tokens[start : start + step]
+            if part.max() >= self.meta["vocab_size"]:
+                die(f"{path} holds id {part.max()}, meta.json says vocab_size {self.meta['vocab_size']}", fix)
+            if "separator" in self.meta and self.row_len:
+                prompt = (part.reshape(-1, self.row_len) == self.meta["separator"]).argmax(1)
+                found = part.reshape(-1, self.row_len)[np.arange(len(prompt)), prompt] == self.meta["separator"]
+                if not found.all():
+                    row = start // self.row_len + int(found.argmin())
+                    die(f"{path}: row {row} is without the separator {self.meta['separator']}", f"check {self.folder}/meta.json")
+                if prompt.max() == self.row_len - 1:
+                    row = start // self.row_len + int(prompt.argmax())
+                    die(f"{path}: row {row} ends with its prompt, nothing is left to learn", f"check {self.folder}/meta.json")
         return tokens
 
     def same_as(self, meta):
@@ -142,11 +158,7 @@ class Dataset:
         answer = torch.arange(self.seq_len).expand_as(x0) >= self.meta.get("prompt_len", 0)
         if "separator" in self.meta:
             found = x0 == self.meta["separator"]
-            if not found.any(1).all():
-                die(f"{self.folder}/{split}.bin: a row without the separator {self.meta['separator']}", f"check {self.folder}/meta.json")
             answer = torch.arange(self.seq_len) > found.int().argmax(1, keepdim=True)
-            if not answer.any(1).all():
-                die(f"{self.folder}/{split}.bin: a row ends with its prompt, nothing is left to learn", f"check {self.folder}/meta.json")
         return x0, answer
 
     def spread(self, split, n):
@@ -163,19 +175,34 @@ class Dataset:
 
 def read_meta(path):
     try:
-        meta = json.loads(Path(path).read_text())
-        vocab_size, tokenizer = meta["vocab_size"], meta["tokenizer"]
-        numbers = all(isinstance(meta.get(k, 1), int) and meta.get(k, 1) >= 0 for k in KEYS - {"tokenizer", "chars"})
-        if not numbers or vocab_size < 1 or tokenizer not in ("char", "gpt2", "none"):
-            raise ValueError("a number is not a number, or tokenizer is none of char, gpt2, none")
-        if tokenizer == "char" and len(meta["chars"]) != vocab_size:
-            raise ValueError(f"{len(meta['chars'])} chars, vocab_size {vocab_size}")
-        if meta.get("prompt_len", 0) >= meta.get("row_len", 1 << 62):
-            raise ValueError(f"prompt_len {meta['prompt_len']} leaves nothing of row_len {meta['row_len']}")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+        return check_meta(json.loads(Path(path).read_text(encoding="utf-8")), path)
+    except (ValueError, OSError, RecursionError) as e:
         die(f"{path}: {type(e).__name__}: {e}", '{"vocab_size": 50257, "tokenizer": "gpt2"}')
-    if set(meta) - KEYS:
-        die(f"{path}: no key named {sorted(set(meta) - KEYS)[0]!r}", f"use {', '.join(sorted(KEYS))}")
+
+
+def check_meta(meta, path):
+    """meta itself, if it says what a dataset's meta.json must; else two lines that name path."""
+    try:
+        if unknown := sorted(set(meta) - KEYS):
+            raise ValueError(f"no key named {unknown[0]!r}, only {', '.join(sorted(KEYS))}")
+        vocab_size, tokenizer = meta["vocab_size"], meta["tokenizer"]
+        numbers = {k: meta[k] for k in KEYS - {"tokenizer", "chars"} if k in meta}
+        if bad := sorted(k for k, v in numbers.items() if type(v) is not int or not 0 <= v < 1 << 31):
+            raise ValueError(f"{bad[0]} is {numbers[bad[0]]!r}, not a number of tokens")
+        if vocab_size < 1 or tokenizer not in ("char", "gpt2", "none"):
+            raise ValueError(f"vocab_size {vocab_size} must be at least 1, tokenizer {tokenizer!r} one of char, gpt2, none")
+        if outside := [k for k in ("eos_id", "separator") if meta.get(k, 0) >= vocab_size]:
+            raise ValueError(f"{outside[0]} {meta[outside[0]]} is not below vocab_size {vocab_size}")
+        if tokenizer == "char" and (not isinstance(meta["chars"], (str, list)) or len(set(meta["chars"])) != vocab_size):
+            raise ValueError(f"{len(set(meta['chars']))} different chars, vocab_size {vocab_size}")
+        if tokenizer == "char" and not all(isinstance(c, str) for c in meta["chars"]):
+            raise ValueError("chars must be characters")
+        if meta.get("prompt_len", 0) >= (meta.get("row_len") or 1 << 62):
+            raise ValueError(f"prompt_len {meta['prompt_len']} leaves nothing of row_len {meta['row_len']}")
+        if "separator" in meta and not meta.get("row_len"):
+            raise ValueError("a separator ends the prompt of a row: row_len must say how long a row is")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        die(f"{path}: {type(e).__name__}: {e}", '{"vocab_size": 50257, "tokenizer": "gpt2"}')
     return meta
 
 

@@ -20,14 +20,14 @@ import torch
 import checkpoint
 from diffusion import sigma
 from settings import die, load_config
-from train import train, trained_with
+from train import take_up, train, trained_with
 
 
 @dataclass
 class DistillConfig:
     ckpt: str = "out/sudoku"  # the teacher, a training run's out_dir
     out_dir: str = ""  # the student; empty: the teacher's with _sdtt or _dcd
-    resume: bool = False  # go on from out_dir/ckpt.pt, written after each round
+    resume: bool = False  # go on from the newest checkpoint of out_dir; there is one after each round
     teacher_steps: int = 32  # a block, in the first round: the teacher is dt = 1 / teacher_steps ahead of the student
     rounds: int = 5  # dt doubles in each; at most up to 1/2
     round_steps: int = 200  # optimizer steps of a round
@@ -124,12 +124,16 @@ def main():
         die(f"{cfg.ckpt} was trained on block size 1 alone: there are no steps to save", "train with --block_sizes=1:0.25,16:0.75")
     if run.process != "masked" and run.time_conditioning != "true":
         die(f"{cfg.ckpt} does not see the noise level, and DCD compares two", "train with --time_conditioning=true")
-    out_dir = cfg.out_dir or cfg.ckpt.rstrip("/") + ("_sdtt" if run.process == "masked" else "_dcd")
-    facts = {name: getattr(cfg, name) for name in ("ckpt", "teacher_steps", "round_steps")}
+    out_dir = cfg.out_dir or cfg.ckpt.rstrip("/").removesuffix("/best.pt") + ("_sdtt" if run.process == "masked" else "_dcd")
+    facts = {"distilled": {name: getattr(cfg, name) for name in ("ckpt", "teacher_steps", "round_steps")}}
     if cfg.resume:
-        for name, value in checkpoint.load(out_dir).get("distilled", {}).items():
-            if value != facts[name]:
-                die(f"{out_dir} was distilled with {name} {value}, not {facts[name]}", f"--{name}={value}, or another --out_dir")
+        before = checkpoint.load(out_dir)
+        for name, value in before.get("distilled", {}).items():
+            if value != facts["distilled"].get(name):
+                die(f"{out_dir} was distilled with {name} {value}, not {getattr(cfg, name, '')}", f"--{name}={value}, or another --out_dir")
+        if "teacher" not in before or "distilled" not in before:
+            die(f"{out_dir} is not a run of distill.py", "train.py --resume, or another --out_dir")
+        facts["teacher"] = before["teacher"]
     student = replace(
         run,
         out_dir=out_dir,
@@ -137,18 +141,22 @@ def main():
         batch_size=cfg.batch_size or run.batch_size,
         lr_schedule="constant",
         eval_every=cfg.round_steps,
+        fsdp=False,
+        overfit=False,
         **{k: getattr(cfg, k) for k in ("resume", "accumulation", "lr", "warmup", "ema", "n_eval", "n_samples", "device", "dtype", "seed")},
     )
     teacher = None
 
     def loss_at(_, step, model, process):
         nonlocal teacher
-        if step % cfg.round_steps == 0:
+        if step % cfg.round_steps == 0 or teacher is None:
             teacher = copy.deepcopy(model).eval().requires_grad_(False)
-        assert teacher is not None, f"step {step} is not the first of a round"
+            if step % cfg.round_steps:  # resumed within a round
+                take_up(out_dir, facts, teacher=teacher)
+            facts["teacher"] = teacher.state_dict()  # for a stop within a round
         return functools.partial(distill_loss, teacher=teacher, dt=2 ** (step // cfg.round_steps) / cfg.teacher_steps)
 
-    train(student, loss_at, state["ema"], {"distilled": facts})
+    train(student, loss_at, state["ema"], facts)
 
 
 if __name__ == "__main__":

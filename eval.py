@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from dataset import Dataset
@@ -105,10 +106,11 @@ def times(n, k, seed, b, half):
 
 
 @torch.no_grad()
-def likelihood(model, process, data, block_sizes, n_eval=512, n_mc=8, seed=0, progress=False):
+def likelihood(model, process, data, block_sizes, n_eval=512, n_mc=8, seed=0, progress=False, share=(0, 1)):
     """
     A Likelihood of the validation split, whatever loss the model was trained with. Block size 1: the exact NLL (a bound with
     random_ar). Larger: an upper bound by n_mc draws a window, in two independent halves; n_mc 1: one draw and one half.
+    share (rank, world): as one of several processes that all call this, do a share of the work; the result is the same for all.
     """
     device, index = next(model.parameters()).device, data.spread("val", n_eval)
     x0, answer = data.windows("val", index)
@@ -127,15 +129,20 @@ def likelihood(model, process, data, block_sizes, n_eval=512, n_mc=8, seed=0, pr
         for h, half in enumerate(nats[b]):
             k = 1 if b in exact else draws
             u = times(len(index), k, seed, b, h)
-            for rows in batches:
+            for turn in range(share[0], -(-len(batches) // share[1]) * share[1], share[1]):  # all as many: under FSDP they meet in a layer
+                rows, mine = batches[turn % len(batches)], turn < len(batches)
                 x, keep = x0[rows].to(device), answer[rows].to(device)
                 positions = torch.arange(first_noisy(keep, b), data.seq_len, device=device)
                 noise = [Noise(seed, rows.to(device), positions, (b * 2 + h) * (draws + 1) + i) for i in range(k + 1)]
                 for i in range(k):
-                    half[rows] += one_draw(model, process, x, keep, b, u[rows, i], noise[i]).cpu().double().sum(1) / k
+                    drawn = one_draw(model, process, x, keep, b, u[rows, i], noise[i]).cpu().double().sum(1) / k
+                    half[rows] += drawn if mine else 0.0
                     bar.update()
                 if b > 1 and process.mask_id is None:
-                    half[rows] += last_step(model, process, x, keep, b, noise[k]).cpu().double().sum(1)
+                    rest = last_step(model, process, x, keep, b, noise[k]).cpu().double().sum(1)
+                    half[rows] += rest if mine else 0.0
+        if share[1] > 1:
+            dist.all_reduce(nats[b])
     bar.close()
     return Likelihood(nats, answer.sum(1).double(), index, answer)
 
@@ -178,9 +185,9 @@ def mixture_bounds(nats, weights, seed=0):
     return result | {"log-sum-exp, plug-in": -(w - bound.mean(0)).logsumexp(0)[None]}
 
 
-def bounds(model, process, data, block_sizes, n_eval, n_mc=1, seed=0):
+def bounds(model, process, data, block_sizes, n_eval, n_mc=1, seed=0, share=(0, 1)):
     """{block size: (nats per token, standard error over windows)}: what training shows."""
-    found = likelihood(model, process, data, block_sizes, n_eval, n_mc, seed)
+    found = likelihood(model, process, data, block_sizes, n_eval, n_mc, seed, share=share)
     return {b: estimate(halves, found.tokens)[::2] for b, halves in found.nats.items()}
 
 

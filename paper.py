@@ -26,10 +26,11 @@ from dataset import Dataset
 from diffusion import SCHEDULES
 from eval import estimate, likelihood
 from generate import SAMPLERS
+from machine import pick_device
 from quality import accuracy, checker, generated, prompts_of
 from settings import die, load_config, writable
 from sweep import read
-from train import TrainConfig, pick_device, rebuild
+from train import TrainConfig, rebuild
 
 HEAD = "# BlockGen's claims on a laptop"
 

@@ -3,6 +3,7 @@ How does it learn? One loop, top to bottom, settings first.
 
     python train.py config/sudoku.toml                                      one process, whatever device is there
     torchrun --standalone --nproc_per_node=4 train.py config/sudoku.toml    one process a GPU
+    python train.py config/sudoku.toml --resume                             go on, bit for bit as if it had never stopped
 
 The dial is block_sizes, a distribution over block sizes: 1:1 is AR, 256:1 with seq_len 256 is plain diffusion, 16:1 is block
 diffusion, 1:0.25,16:0.75 is a mixture that does all of it. Every row of a batch has its own block size.
@@ -13,9 +14,9 @@ import functools
 import gc
 import json
 import math
-import os
 import sys
 import time
+import traceback
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,20 +28,21 @@ from tqdm import tqdm
 
 import checkpoint
 import duo
-import kernels
-from dataset import Dataset
+import machine
+from dataset import Dataset, check_meta
 from diffusion import SCHEDULES, stratified_draw, token_loss
 from draws import Noise
 from eval import bounds, show_bounds
 from generate import NOTHING, generate
+from machine import pick_device, pick_dtype, runs_on
 from settings import die, load_config, parse_dict
 
 
 @dataclass
 class TrainConfig:
     dataset: str = "shakespeare_char"  # a folder under data/ with train.bin, val.bin, meta.json
-    out_dir: str = "out/run"  # ckpt.pt and log.jsonl go here; an earlier run there is renamed, not lost
-    resume: bool = False  # go on from out_dir/ckpt.pt
+    out_dir: str = "out/run"  # checkpoints and log.jsonl go here; an earlier run there moves to out_dir/earlier.1
+    resume: bool = False  # go on from the newest checkpoint of out_dir
     # what is learned
     process: str = "masked"  # masked or uniform noise; duo: uniform with a Gaussian curriculum, see duo.py
     block_sizes: dict = field(default_factory=lambda: {1: 0.25, 16: 0.75})  # size:weight,...: the share of rows trained with each
@@ -71,7 +73,8 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     ema: float = 0.999  # of the weights; what is evaluated and sampled
     # looking at it
-    eval_every: int = 500  # steps between validations, each with a checkpoint; also at the end
+    eval_every: int = 500  # steps between checkpoints, each followed by a validation; also at the end
+    keep: int = 2  # newest checkpoints kept, besides the best
     n_eval: int = 256  # windows of the validation split
     n_samples: int = 2  # printed at each validation
     log_every: int = 10  # steps between lines of log.jsonl
@@ -80,6 +83,12 @@ class TrainConfig:
     dtype: str = "auto"  # of the forward: float32 or bfloat16 (autocast; weights, logits and losses stay float32)
     compile: bool = False  # torch.compile: slow first step, faster others
     seed: int = 0  # the same seed on the same device gives the same run
+    backend: str = "auto"  # of torch.distributed: nccl on GPUs, gloo elsewhere
+    fsdp: bool = False  # under torchrun, for models that outgrow one GPU: each process holds a share of the weights, not all
+    timeout: float = 600  # seconds a process waits for another before it ends
+    # when something is wrong
+    overfit: bool = False  # the first step's batch at every step: a network that can learn at all learns it by heart
+    bad_steps: int = 10  # steps with a loss or gradient that is not finite are skipped; so many in a row end the run
 
     def __post_init__(self):
         """Settle what settings imply for each other, before anything is downloaded or allocated."""
@@ -92,7 +101,8 @@ class TrainConfig:
         ):
             if getattr(self, name) not in allowed:
                 die(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}", f"--{name}={allowed[0]}")
-        for name in ("n_layers", "n_heads", "d_model", "batch_size", "accumulation", "max_steps", "eval_every", "n_eval", "log_every"):
+        sizes = ("n_layers", "n_heads", "d_model", "batch_size", "accumulation")
+        for name in (*sizes, "max_steps", "eval_every", "n_eval", "log_every", "keep", "bad_steps"):
             if getattr(self, name) < 1:
                 die(f"{name} is {getattr(self, name)}, it must be at least 1", f"--{name}={type(self).__dataclass_fields__[name].default}")
         for name, low, high in (
@@ -106,6 +116,7 @@ class TrainConfig:
             ("soft_k", 0, math.inf),
             ("n_samples", 0, math.inf),
             ("seed", 0, 2**62),
+            ("timeout", 1, 2**31),
         ):
             if not low <= getattr(self, name) < high:
                 die(
@@ -159,17 +170,17 @@ class TrainConfig:
         self.seq_len = data.seq_len
         for b in self.block_sizes:
             if self.seq_len % b:
-                near = max(k for k in range(1, b) if self.seq_len % k == 0)
+                near = max(k for k in range(1, min(b, self.seq_len + 1)) if self.seq_len % k == 0)
                 die(f"block size {b} does not divide seq_len {self.seq_len}", f"--block_sizes={near}:1, or another --seq_len")
 
 
 def trained_with(state):
     """The TrainConfig of a loaded checkpoint."""
     try:
-        if missing := sorted(set(TrainConfig.__dataclass_fields__) - set(state["config"])):
+        if missing := sorted({*SHAPES, "block_sizes", "objective", "schedule"} - set(state["config"])):
             raise TypeError(f"no {', '.join(missing)}")  # a default would be a guess
         return TrainConfig(**state["config"])
-    except TypeError as e:
+    except (TypeError, ValueError, AttributeError) as e:
         die(f"this checkpoint's settings are of another version: {e}", "train again, or check out the version that wrote it")
 
 
@@ -185,58 +196,9 @@ def rebuild(ckpt, device, state=None):
     """(settings, dataset facts, step, model with EMA weights on the device, process) of a run's out_dir, ready to sample."""
     state = state or checkpoint.load(ckpt)
     run = trained_with(state)
-    try:
-        model, process = checkpoint.build(run, state["meta"]["vocab_size"])
-        model.load_state_dict(state["ema"])
-    except (KeyError, RuntimeError) as e:
-        die(f"{ckpt}/ckpt.pt: its weights are not those of its settings: {str(e).splitlines()[0]}", f"train again: --out_dir={ckpt}")
+    model, process = checkpoint.build(run, check_meta(state["meta"], ckpt)["vocab_size"])
+    take_up(ckpt, {"weights": state["ema"]}, weights=model)
     return run, state["meta"], state["step"], model.to(device).eval(), process
-
-
-def pick_device(name):
-    """(device, why)"""
-    if name not in ("auto", "cpu", "cuda", "mps") and not name.startswith("cuda:"):
-        die(f"device {name!r} is none of auto, cpu, cuda, mps", "--device=auto")
-    if name.startswith("cuda") and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
-        die(f"no {name} device on this machine", "--device=cpu")
-    if torch.cuda.is_available() and name in ("auto", "cuda"):
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "one a process"
-    if name.startswith("cuda:") and (not name[5:].isdigit() or int(name[5:]) >= torch.cuda.device_count() or "LOCAL_RANK" in os.environ):
-        die(f"{name}: there are {torch.cuda.device_count()} GPUs, and under torchrun each process takes its own", "--device=cuda")
-    if name != "auto":
-        return torch.device(name), "as asked"
-    return (torch.device("mps"), "found one") if torch.backends.mps.is_available() else (torch.device("cpu"), "no GPU found")
-
-
-def runs_on(device):
-    """What the losses and draws of kernels.py and draws.py run on, and why, for the first line of a run."""
-    return "losses and draws: {} ({})".format(*kernels.path(device))
-
-
-def pick_dtype(name, device, n_params):
-    """(dtype of the forward, why)"""
-    if name != "auto":
-        return getattr(torch, name), "as asked"
-    if device.type == "cuda":
-        return (
-            (torch.bfloat16, "the GPU has it")
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else (torch.float32, "no bfloat16 on this GPU")
-        )
-    if device.type == "cpu" and n_params > 5e6 and torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16, "the CPU has it, and the model is large enough to gain"
-    return torch.float32, "small model or no fast bfloat16"
-
-
-def peak_mb(device):
-    """The most memory so far, in 2^20 bytes: of tensors on a CUDA device, of the whole process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform == "linux":  # not getrusage, which begins with what the parent process once held
-        return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) / 2**10
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
 
 
 def learning_rate(cfg, step):
@@ -273,125 +235,223 @@ def curriculum(cfg, step, model, process):
 
 def train(cfg, loss_at=curriculum, weights=None, facts=None):
     """
+    What surrounds the loop: the data is looked at first, then come the other processes and the folder, and the ways in which it may end.
     For distill.py, which has its own: loss_at(cfg, step, model, process) -> what is called as token_loss is, for a step; weights
     to begin with; facts to keep in the checkpoint.
     """
-    # ----- the machine
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device, why_device = pick_device(cfg.device)
     data = Dataset(cfg.dataset, cfg.seq_len)
     cfg.fit(data)
+    rank, world = machine.join(device, cfg.backend, cfg.timeout)
+    if cfg.fsdp and world == 1:
+        die("fsdp shares a network out among processes, and this is the only one", "torchrun --standalone --nproc_per_node=2 train.py ...")
+    fewer = "a smaller --seq_len, --d_model or --n_layers, or --fsdp on several GPUs"
+    if cfg.batch_size > 1:
+        fewer = f"--batch_size={cfg.batch_size // 2} --accumulation={2 * cfg.accumulation}, the same steps in smaller parts"
+    try:
+        with machine.enough_memory(device, fewer), machine.Signals() as signals:
+            with checkpoint.writing(cfg.out_dir) if rank == 0 else nullcontext():
+                learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights, facts or {})
+    except OSError as e:
+        die(f"{e.filename or cfg.out_dir}: {e.strerror or e}", "--resume, when that is mended")
+    except BaseException as e:
+        if world == 1:
+            raise
+        if isinstance(e, dist.DistError) or isinstance(e, RuntimeError) and "gloo" in str(e):
+            print(f"error: rank {rank} lost another process: {str(e).splitlines()[0][-160:]}\n  try: --resume", file=sys.stderr)
+        elif not isinstance(e, SystemExit):
+            traceback.print_exc()
+        machine.leave(2)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+        gc.collect()  # DDP goes before the process group: as the last to hold it, it would join threads that wait for Python's lock
+        dist.destroy_process_group()
+
+
+def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights, facts):
+    """The run itself: model, loop, checkpoints, validations. signals: a machine.Signals."""
     say = print if rank == 0 else lambda *a: None
+    warn = lambda text: tqdm.write(f"WARNING: {text}", file=sys.stderr)
 
     # ----- model, EMA, optimizer
+    need = 16 * (12 * cfg.n_layers * cfg.d_model**2 + 2 * data.meta["vocab_size"] * cfg.d_model) / (world if cfg.fsdp else 1)
+    if need > machine.has_memory(device):
+        have = machine.has_memory(device)
+        die(f"weights, EMA and optimizer take {need / 2**30:,.0f} GB, {device} has {have / 2**30:,.0f}", "--d_model=128 --n_layers=4")
     torch.manual_seed(cfg.seed)
     model, process = checkpoint.build(cfg, data.meta["vocab_size"])
     if weights is not None:
         model.load_state_dict(weights)
-    model.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     n_params = sum(p.numel() for p in model.parameters())
+    state = checkpoint.load(cfg.out_dir) if cfg.resume else None
+    if state:
+        compare(state, cfg, data, world, say)
+        take_up(cfg.out_dir, state, model=model, ema=ema)
+    if cfg.fsdp:
+        machine.shard(device, model, ema)
+    else:
+        model.to(device), ema.to(device)
     dtype, why_dtype = pick_dtype(cfg.dtype, device, n_params)
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": cfg.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
-    first = 0
-    if cfg.resume:
-        state = checkpoint.load(cfg.out_dir)
-        compare(state, cfg, data, say)
-        model.load_state_dict(state["model"]), ema.load_state_dict(state["ema"]), optimizer.load_state_dict(state["optimizer"])
+    first, skipped = 0, torch.zeros(2, device=device)  # steps skipped: in all, and in a row
+    if state:
+        take_up(cfg.out_dir, state, optimizer=optimizer)
         for group, fresh in zip(optimizer.param_groups, groups, strict=True):  # the file brought its own settings along
             group.update(weight_decay=fresh["weight_decay"], betas=(cfg.beta1, cfg.beta2))
-        first = state["step"]
+        first, skipped[0] = state["step"], state.get("skipped", 0)
+        if machine.total(first, op="MAX") != machine.total(first, op="MIN"):
+            die(f"rank {rank} found a checkpoint of step {first}, others of another", "--out_dir on a disk that all machines share")
         if rank == 0:
-            forget_after(Path(cfg.out_dir) / "log.jsonl", first)
+            checkpoint.forget_after(cfg.out_dir, first)
     elif rank == 0:
-        keep_earlier_run(Path(cfg.out_dir))
-    tokens_per_step = cfg.batch_size * cfg.accumulation * world * cfg.seq_len
-    say(f"{device} ({why_device}), {world} process(es), {str(dtype)[6:]} ({why_dtype}), attention: dense SDPA, {runs_on(device)}")
-    say(f"{n_params:,} parameters, {tokens_per_step:,} tokens a step, {cfg.process}, block sizes {cfg.block_sizes}")
+        checkpoint.keep_earlier_run(cfg.out_dir)
+    rows = cfg.batch_size * cfg.accumulation * world
+    by = f"{world} process" if world == 1 else f"{world} processes by {'FSDP' if cfg.fsdp else 'DDP'}"
+    say(f"{device} ({why_device}), {by}, {str(dtype)[6:]} ({why_dtype}), attention: dense SDPA, {runs_on(device)}")
+    say(f"{n_params:,} parameters, {rows * cfg.seq_len:,} tokens a step, {cfg.process}, block sizes {cfg.block_sizes}")
     if cfg.process == "duo" and loss_at is curriculum:
         say(f"soft tokens for {cfg.curriculum} of {cfg.max_steps} steps: the loss printed then is not a bound")
     say(json.dumps(asdict(cfg)))
     forward = torch.compile(model) if cfg.compile else model
-    forward = DistributedDataParallel(forward) if world > 1 else forward
+    if world > 1 and not cfg.fsdp:
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
     whole = math.lcm(*cfg.block_sizes)
     block_size = next(iter(cfg.block_sizes)) if len(cfg.block_sizes) == 1 else None  # one for all rows: an int
     amp = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
+    def save(done):
+        """Rank 0 writes a checkpoint, the others wait; was it written?"""
+        state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+        state = machine.whole(state) if cfg.fsdp else state  # every process gives its share
+        state |= {"config": asdict(cfg), "meta": data.meta, "step": done, "rows": rows, "skipped": int(skipped[0]), **facts}
+        written = True
+        if rank == 0:
+            try:
+                checkpoint.save(cfg.out_dir, state, cfg.keep)
+            except OSError as e:
+                written = False
+                warn(f"no checkpoint of step {done}: {e.strerror}. Those before it are as they were")
+        return machine.total(written)[0] == world
+
+    def validate(done):
+        """The EMA weights on the validation split; the best so far get a name. All processes take part."""
+        signals.at_once = world == 1  # everything is on the disk: no need to wait for this to end
+        result = bounds(ema, process, data, cfg.block_sizes, cfg.n_eval, share=(rank, world))
+        texts = sample_lines(ema, process, data, cfg)
+        signals.at_once = False
+        if rank == 0:
+            val, error = ({str(b): pair[i] for b, pair in result.items()} for i in range(2))
+            mixture = lambda val: sum(w * val.get(str(b), math.inf) for b, w in cfg.block_sizes.items())
+            file = Path(cfg.out_dir) / f"ckpt.{done}.pt"
+            earlier = [mixture(r["val"]) for r in checkpoint.logged(cfg.out_dir) if "val" in r]
+            if file.exists() and mixture(val) <= min(earlier, default=math.inf):
+                checkpoint.also(file, "best.pt")
+            checkpoint.log(cfg.out_dir, {"step": done, "val": val, "error": error})
+            tqdm.write(f"val step {done} | {show_bounds(result, process)} | saved {cfg.out_dir}/ckpt.pt", file=sys.stdout)
+            for text in texts:
+                tqdm.write(f"  sample: {text!r}", file=sys.stdout)
+
     # ----- the loop
+    due = lambda done: done % cfg.eval_every == 0 or done == cfg.max_steps
+    done, saved, stop = first, first if state else -1, False  # steps taken, of them on the disk
     if first >= cfg.max_steps:
         say(f"nothing to do: the checkpoint is at step {first}, max_steps is {cfg.max_steps}")
-    clock, since = time.time(), 0  # for the time a step took, over the steps since the last look
     bar = tqdm(range(first, cfg.max_steps), initial=first, total=cfg.max_steps, disable=rank > 0, mininterval=0.5)
-    for step in bar:
-        batches, loss_of = step_batches(cfg, data, step, rank, world), loss_at(cfg, step, model, process)
-        n_answers = torch.tensor(sum(int(answer.sum()) for _, answer, *_ in batches), device=device)
-        if world > 1:
-            dist.all_reduce(n_answers)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step)
-        loss = torch.zeros((), device=device)
-        for k, (x0, answer, sizes, t, slots) in enumerate(batches):
-            prompt = int(answer.any(0).int().argmax()) // whole * whole  # blocks before it need no noisy copy
-            x0, answer, slots = (x.to(device, non_blocking=True) for x in (x0, answer, slots))
-            noise = Noise(cfg.seed, slots, torch.arange(prompt, cfg.seq_len, device=device), step)
-            with forward.no_sync() if world > 1 and k + 1 < len(batches) else nullcontext():
-                with amp:
-                    total, _ = loss_of(
-                        forward, process, x0, block_size or sizes, t, cfg.objectives(), answer, SCHEDULES[cfg.schedule], prompt, noise
-                    )
-                part = total / n_answers
-                (part * world).backward()  # DDP averages over processes; we want their sum
-            loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        decay = min(cfg.ema, (step + 1) / (step + 10))  # short memory at first
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    try:
+        if state and due(first) and machine.total(rank == 0 and not checkpoint.validated(cfg.out_dir, first))[0]:
+            validate(first)  # a kill came between the checkpoint and this
+        clock, since = time.time(), 0  # for the time a step took, over the steps since the last look
+        for step in bar:
+            seen = 0 if cfg.overfit else step
+            batches, loss_of = step_batches(cfg, data, seen, rank, world), loss_at(cfg, step, model, process)
+            n_answers, stop = machine.total(sum(int(answer.sum()) for _, answer, *_ in batches), signals.name is not None)
+            if stop:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(cfg, step)
+            loss = torch.zeros((), device=device)
+            for k, (x0, answer, sizes, t, slots) in enumerate(batches):
+                prompt = int(answer.any(0).int().argmax()) // whole * whole  # blocks before it need no noisy copy
+                x0, answer, slots = (x.to(device, non_blocking=True) for x in (x0, answer, slots))
+                noise = Noise(cfg.seed, slots, torch.arange(prompt, cfg.seq_len, device=device), seen)
+                with machine.without_sync(forward) if k + 1 < len(batches) else nullcontext():
+                    with amp:
+                        summed, _ = loss_of(
+                            forward, process, x0, block_size or sizes, t, cfg.objectives(), answer, SCHEDULES[cfg.schedule], prompt, noise
+                        )
+                    part = summed / n_answers
+                    # DDP averages over processes, we want their sum; a loss that is not finite makes a gradient that is not
+                    (part * torch.where(part.isfinite(), float(world), math.nan)).backward()
+                loss += part.detach()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            norm = norm.full_tensor() if cfg.fsdp else norm
+            bad = optimizer.found_inf = (~norm.isfinite()).float()  # 1: the fused step changes nothing. No wait for the device to know
+            optimizer.step()
+            optimizer.zero_grad()
+            decay = min(cfg.ema, (step + 1) / (step + 10))  # short memory at first
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            skipped = torch.stack((skipped[0] + bad, (skipped[1] + 1) * bad))
 
-        done, since = step + 1, since + 1
-        if done % cfg.log_every == 0 or done == cfg.max_steps:
-            if world > 1:
-                dist.all_reduce(loss)
-            value = loss.item()  # waits for the device: only then look at the clock
-            ms, since, clock = 1000 * (time.time() - clock) / since, 0, time.time()
-            record = {
-                "step": done,
-                "loss": value,
-                "lr": learning_rate(cfg, step),
-                "norm": norm.item(),
-                "ms": ms,
-                "peak_mb": peak_mb(device),
-            }
-            rate = f"{ms:.0f} ms {1000 * tokens_per_step / ms:,.0f} tok/s"
-            bar.set_postfix_str(f"loss {record['loss']:.3f} norm {record['norm']:.2f} {rate}")
-            if rank == 0:
-                log(cfg.out_dir, record)
-        if rank == 0 and (done % cfg.eval_every == 0 or done == cfg.max_steps):
-            checkpoint.save(cfg.out_dir, {
-                "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                "config": asdict(cfg), "meta": data.meta, "step": done, **(facts or {}),
-            })  # fmt: skip
-            result = bounds(ema, process, data, cfg.block_sizes, cfg.n_eval)
-            log(
-                cfg.out_dir,
-                {"step": done, "val": {b: mean for b, (mean, _) in result.items()}, "error": {b: e for b, (_, e) in result.items()}},
-            )
-            tqdm.write(f"val step {done} | {show_bounds(result, process)} | saved {cfg.out_dir}/ckpt.pt", file=sys.stdout)
-            for text in sample_lines(ema, process, data, cfg):
-                tqdm.write(f"  sample: {text!r}", file=sys.stdout)
-            clock, since = time.time(), 0
-    if world > 1:
-        forward = None  # DDP goes before the process group: as the last to hold it, it would join threads that wait for Python's lock
-        gc.collect()
-        dist.destroy_process_group()
+            done, since = step + 1, since + 1
+            look = done % cfg.log_every == 0 or done == cfg.max_steps
+            if look or due(done):
+                n_skipped, in_a_row = skipped.int().tolist()  # waits for the device
+                if in_a_row >= cfg.bad_steps:
+                    bar.close()
+                    last = f"the last good checkpoint is of step {saved}" if saved >= 0 else "there is no checkpoint yet"
+                    fix = f"{'--resume ' * (saved >= 0)}--lr={learning_rate(cfg, step) / 4:.2g}"
+                    die(f"{in_a_row} steps in a row, up to step {done}, had no finite gradient, and were skipped; {last}", fix)
+            if look:
+                if world > 1:
+                    dist.all_reduce(loss)
+                ms, since, clock = 1000 * (time.time() - clock) / since, 0, time.time()
+                record = {
+                    "step": done,
+                    "loss": loss.item(),
+                    "lr": learning_rate(cfg, step),
+                    "norm": norm.item(),
+                    "skipped": n_skipped,
+                    "ms": ms,
+                    "peak_mb": machine.total(machine.peak_mb(device), op="MAX")[0],
+                }
+                rate = f"{ms:.0f} ms {1000 * rows * cfg.seq_len / ms:,.0f} tok/s" + f" skipped {n_skipped}" * (n_skipped > 0)
+                bar.set_postfix_str(f"loss {record['loss']:.3f} norm {record['norm']:.2f} {rate}")
+                if rank == 0:
+                    checkpoint.log(cfg.out_dir, record)
+            if due(done) and in_a_row:
+                warn(f"no checkpoint of step {done}: the step was skipped, its gradient was not finite")
+            elif due(done):
+                saved = done if save(done) else saved
+                validate(done)
+                clock, since = time.time(), 0
+        if stop and saved < done and not skipped[1]:
+            saved = done if save(done) else saved
+    except KeyboardInterrupt:  # during a validation: `--resume` begins with it
+        stop = True
+    bar.close()
+    if saved < done:
+        where = f"the last good one is of step {saved}" if saved >= 0 else "and there is none before"
+        die(f"no checkpoint of step {done}, {where}", f"free space for {cfg.out_dir}, then --resume" if saved >= 0 else "free some space")
+    if stop:
+        say(f"{signals.name or 'a signal to another process'}: stopped after step {done}, saved; --resume goes on")
+
+
+def take_up(ckpt, state, **parts):
+    """Load the parts of a checkpoint of the same names; two lines if they do not fit."""
+    try:
+        for name, part in parts.items():
+            saved = state[name]
+            if name == "optimizer":
+                params = [p for group in part.param_groups for p in group["params"]]
+                each = {i: {k: machine.share(v, params[i]) for k, v in s.items()} for i, s in saved["state"].items()}
+                saved = {"state": each, "param_groups": saved["param_groups"]}
+            part.load_state_dict(saved)
+    except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as e:
+        die(f"{ckpt}: its {name} does not fit its settings: {str(e).splitlines()[0]}", f"train again: --out_dir={ckpt}")
 
 
 def sample_lines(model, process, data, cfg):
@@ -421,40 +481,26 @@ def sample_lines(model, process, data, cfg):
 SHAPES = ("dataset", "process", "predicts", "random_ar", "time_conditioning", "seq_len", "n_layers", "n_heads", "d_model")
 
 
-def compare(state, cfg, data, say):
-    """Resuming: list what changed since the checkpoint; refuse what its weights cannot follow."""
+def compare(state, cfg, data, world, say):
+    """Resuming: list what changed since the checkpoint; refuse what its weights cannot follow; keep the rows of a step."""
     old = asdict(trained_with(state))
     data.same_as(state["meta"])
+    rows = state.get("rows", old["batch_size"] * old["accumulation"])
+    if (cfg.batch_size, cfg.accumulation) == (old["batch_size"], old["accumulation"]) and cfg.batch_size * cfg.accumulation * world != rows:
+        if rows % world:
+            near = max(n for n in range(1, world) if rows % n == 0)
+            die(f"the {rows} rows of a step do not divide by {world} processes", f"--nproc_per_node={near}, or give --batch_size anew")
+        cfg.batch_size = max(b for b in range(1, cfg.batch_size + 1) if rows // world % b == 0)
+        cfg.accumulation = rows // world // cfg.batch_size
+        say(f"{world} process(es) now: --batch_size={cfg.batch_size} --accumulation={cfg.accumulation} keep the {rows} rows of a step")
     for name, value in asdict(cfg).items():
         if name in SHAPES and old[name] != value:
             fix = f"--objective={old['objective']}" if name == "predicts" else f"--{name}={old[name]}"
             die(f"{cfg.out_dir}/ckpt.pt was trained with {name} {old[name]}, not {value}", f"{fix}, or another --out_dir")
         if name not in ("resume", "out_dir") and old[name] != value:
             say(f"changed since the checkpoint: {name} {old[name]} -> {value}")
-
-
-def log(out_dir, record):
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    with open(Path(out_dir) / "log.jsonl", "a") as f:
-        f.write(json.dumps(record) + "\n")
-
-
-def forget_after(path, step):
-    """Drop the lines of steps that will be taken again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
-        path.write_text("".join(lines))
-
-
-def keep_earlier_run(out_dir):
-    """ckpt.pt and log.jsonl of a run that was here before become ckpt.1.pt and so on: nothing is overwritten."""
-    n = 1
-    while (out_dir / f"ckpt.{n}.pt").exists() or (out_dir / f"log.{n}.jsonl").exists():
-        n += 1
-    for old, new in (("ckpt.pt", f"ckpt.{n}.pt"), ("log.jsonl", f"log.{n}.jsonl")):
-        if (out_dir / old).exists():
-            (out_dir / old).rename(out_dir / new)
-            print(f"kept the earlier {out_dir / old} as {new}")
+    if (now := cfg.batch_size * cfg.accumulation * world) != rows:
+        say(f"changed since the checkpoint: rows of a step {rows} -> {now}")
 
 
 if __name__ == "__main__":

@@ -125,10 +125,10 @@ def test_the_separator_ends_the_prompt(project, slip):
         at = row.index(0)
         assert 2 <= at < 6 and keep == [False] * (at + 1) + [True] * (11 - at)
     bad = np.fromfile("data/pairs/val.bin", dtype=np.uint16)
-    for end, says in (([0], "ends with its prompt"), ([1], "without the separator")):
+    for end, says in (([0], "ends with its prompt"), ([1], "is without the separator")):
         bad[:12] = [1] * 11 + end
         bad.tofile("data/pairs/val.bin")
-        assert says in slip(Dataset("pairs").windows, "val", [0])
+        assert f"val.bin: row 0 {says}" in slip(Dataset, "pairs"), "before training, not on its third day"
 
 
 def test_damaged_data_is_refused(project, slip):

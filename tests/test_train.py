@@ -16,8 +16,9 @@ import checkpoint
 import eval as evaluation
 from dataset import Dataset
 from diffusion import Masked, Uniform, loglinear
+from machine import peak_mb
 from settings import load_config
-from train import TrainConfig, learning_rate, peak_mb, step_batches, train
+from train import TrainConfig, learning_rate, step_batches, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -156,9 +157,12 @@ def test_validation_reports_each_block_size_honestly(project):
 
 
 def test_an_earlier_run_is_kept(project):
-    for _ in range(3):
-        run("--out_dir=a", "--max_steps=1")
-    assert sorted(p.name for p in Path("a").iterdir()) == ["ckpt.1.pt", "ckpt.2.pt", "ckpt.pt", "log.1.jsonl", "log.2.jsonl", "log.jsonl"]
+    for seed in range(3):
+        run("--out_dir=a", "--max_steps=1", f"--seed={seed}")
+    run_of = ["best.pt", "ckpt.1.pt", "ckpt.pt", "log.jsonl"]
+    assert sorted(p.name for p in Path("a").iterdir()) == sorted([*run_of, "earlier.1", "earlier.2", "lock"])
+    for seed, folder in enumerate(("a/earlier.1", "a/earlier.2", "a")):
+        assert all((Path(folder) / name).exists() for name in run_of) and checkpoint.load(folder)["config"]["seed"] == seed
 
 
 @pytest.mark.parametrize(
@@ -247,7 +251,7 @@ def test_a_damaged_or_hostile_checkpoint_is_refused(project, slip):
     assert "damaged" in slip(checkpoint.load, "a") and not Path("boom").exists()
     torch.save({"model": {}}, "a/ckpt.pt")
     assert "lacks" in slip(checkpoint.load, "a")
-    Path("a/ckpt.pt").unlink()
+    Path("a/ckpt.pt").unlink(), Path("a/ckpt.1.pt").unlink()
     assert "no checkpoint" in slip(checkpoint.load, "a")
 
 
@@ -261,7 +265,7 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint(project, monkeypatch):
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save("a", {})
+        checkpoint.save("a", {"step": 2})
     assert Path("a/ckpt.pt").read_bytes() == before and checkpoint.load("a")["step"] == 1
 
 

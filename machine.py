@@ -1,0 +1,214 @@
+"""
+What does it run on? A device and a dtype; one process, or as many as torchrun started, on one machine or several.
+
+    pick_device, pick_dtype     with the reason, which the first line of a run prints
+    join, total                 the processes find each other, and add up numbers
+    shard, whole, share         one network on all of them, each with a share of every tensor: FSDP2
+    Signals, enough_memory      what a machine does to a run: "stop now", and "no more memory"
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_map
+
+import kernels
+from settings import die
+
+
+def pick_device(name):
+    """(device, why)"""
+    if name not in ("auto", "cpu", "cuda", "mps") and not name.startswith("cuda:"):
+        die(f"device {name!r} is none of auto, cpu, cuda, mps", "--device=auto")
+    if name.startswith("cuda") and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+        die(f"no {name} device on this machine", "--device=cpu")
+    if torch.cuda.is_available() and name in ("auto", "cuda"):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "one a process"
+    if name.startswith("cuda:") and (not name[5:].isdigit() or int(name[5:]) >= torch.cuda.device_count() or "LOCAL_RANK" in os.environ):
+        die(f"{name}: there are {torch.cuda.device_count()} GPUs, and under torchrun each process takes its own", "--device=cuda")
+    if name != "auto":
+        return torch.device(name), "as asked"
+    return (torch.device("mps"), "found one") if torch.backends.mps.is_available() else (torch.device("cpu"), "no GPU found")
+
+
+def runs_on(device):
+    """What the losses and draws of kernels.py and draws.py run on, and why, for the first line of a run."""
+    return "losses and draws: {} ({})".format(*kernels.path(device))
+
+
+def pick_dtype(name, device, n_params):
+    """(dtype of the forward, why)"""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if device.type == "cuda":
+        return (
+            (torch.bfloat16, "the GPU has it")
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else (torch.float32, "no bfloat16 on this GPU")
+        )
+    if device.type == "cpu" and n_params > 5e6 and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16, "the CPU has it, and the model is large enough to gain"
+    return torch.float32, "small model or no fast bfloat16"
+
+
+# ----- memory
+
+
+def peak_mb(device):
+    """The most memory so far, in 2^20 bytes: of tensors on a CUDA device, of the whole process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "linux":  # not getrusage, which begins with what the parent process once held
+        return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) / 2**10
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
+
+
+def has_memory(device):
+    """Bytes the device has in all; of a CPU, what the system or the container gives this process."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with open("/sys/fs/cgroup/memory.max") as f:
+            return min(here, int(f.read()))
+    except (OSError, ValueError):  # another system, or "max"
+        return here
+
+
+@contextmanager
+def enough_memory(device, fix):
+    """
+    Running out of memory ends in two lines. On a CPU too: Linux promises more than it has, and then kills without a word, so
+    the process may not ask for more than there is.
+    """
+    limit = None
+    if device.type == "cpu" and sys.platform == "linux":
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_DATA)
+        here = has_memory(device)
+        resource.setrlimit(resource.RLIMIT_DATA, (here if limit[0] < 0 else min(here, limit[0]), limit[1]))
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+        if type(e) is RuntimeError and not any(s in str(e) for s in ("allocat", "bad_alloc", "out of memory")):
+            raise
+        die(f"out of memory on {device}, which has {has_memory(device) / 2**30:.1f} GB: {str(e).splitlines()[0][:160]}", fix)
+    finally:
+        if limit:
+            resource.setrlimit(resource.RLIMIT_DATA, limit)
+
+
+# ----- processes
+
+
+def join(device, backend, timeout):
+    """
+    Meet the other processes; (rank, world). Without torchrun (0, 1). backend: nccl, gloo, ..., or auto. timeout, in seconds: who
+    waits longer for another process ends.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a launcher that is killed leaves no one behind
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        # numbers the host needs to know go by gloo: the host would wait for a GPU that it should keep busy
+        name = (backend if backend != "auto" else "gloo") if device.type != "cuda" else f"cpu:gloo,cuda:{backend.replace('auto', 'nccl')}"
+        try:
+            dist.init_process_group(name, timeout=timedelta(seconds=timeout))
+        except (RuntimeError, ValueError) as e:
+            die(f"rank {rank} of {world} met no others by {name}: {str(e).splitlines()[0][:160]}", "--backend=gloo, or see torchrun --help")
+    return rank, world
+
+
+def total(*numbers, op="SUM"):
+    """Python numbers, added up (op SUM), or the largest (MAX), over all processes: a list, the same for all."""
+    if not dist.is_initialized():
+        return list(numbers)
+    numbers = torch.tensor(numbers, dtype=torch.float64)  # counts are exact up to 2^53
+    dist.all_reduce(numbers, getattr(dist.ReduceOp, op))
+    return numbers.tolist()
+
+
+def shard(device, *models):
+    """
+    FSDP2 (`fully_shard`; arXiv 2304.11277 is its forerunner), in place: every process holds a share of each tensor, a layer is whole
+    only while it computes, and gradients are means over the processes.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for model in models:
+        trained = any(p.requires_grad for p in model.parameters())
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=None if trained else True)  # else no backward would come and reshard it
+        model.requires_grad_(trained)
+
+
+@contextmanager
+def without_sync(forward):
+    """Gradients stay where they are, to be added to: all but the last forward of a step."""
+    if hasattr(forward, "no_sync"):  # DDP
+        with forward.no_sync():
+            yield
+        return
+    if hasattr(forward, "set_requires_gradient_sync"):  # FSDP2
+        forward.set_requires_gradient_sync(False)
+    yield
+    if hasattr(forward, "set_requires_gradient_sync"):
+        forward.set_requires_gradient_sync(True)
+
+
+def whole(tree):
+    """Nested dicts and lists with every sharded tensor whole, on the CPU: what a file holds. All processes must ask."""
+    return tree_map(lambda x: x.full_tensor().cpu() if hasattr(x, "full_tensor") else x, tree)
+
+
+def share(tensor, like):
+    """This process's share of a whole tensor, sharded as `like` is; the tensor itself if that is not."""
+    if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)  # all have read the file
+
+
+def leave(code):
+    """End this process now. The others may be dead or waiting, so nothing is taken down in order: that might never end."""
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+
+class Signals:
+    """
+    with Signals() as signals: a first SIGTERM or SIGINT does not end the process. signals.name is then its name, and the training
+    loop stops after its step and saves. While signals.at_once is set, they raise KeyboardInterrupt.
+    """
+
+    name, at_once = None, False
+
+    def __enter__(self):
+        main = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
+        self.before = {s: signal.signal(s, self.hear) for s in (signal.SIGTERM, signal.SIGINT)} if main else {}
+        return self
+
+    def hear(self, number, frame):
+        self.name = signal.Signals(number).name
+        if self.at_once:
+            raise KeyboardInterrupt
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
