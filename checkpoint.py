@@ -28,7 +28,7 @@ import torch
 
 from diffusion import Masked, Uniform
 from model import ModelConfig, Transformer
-from settings import die
+from settings import die, said
 
 # ----- checkpoints
 
@@ -45,7 +45,7 @@ def save(out_dir, state, keep=2):
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:  # torch's own writer has but RuntimeErrors
         temporary.unlink(missing_ok=True)
-        raise e if isinstance(e, OSError) else OSError(errno.EIO, str(e).splitlines()[0]) from e
+        raise e if isinstance(e, OSError) else OSError(errno.EIO, said(e)) from e
     to_disk(folder / "log.jsonl")  # a checkpoint vouches for the lines up to its step
     os.replace(temporary, folder / name)
     also(folder / name, "ckpt.pt")
@@ -91,7 +91,7 @@ def load(path):
     is damaged the one before it takes its place, and stderr says so. Two lines if there is none.
     """
     path = Path(path)
-    files = [path] if path.is_file() else [f for f in (path / "ckpt.pt", *numbered(path)) if f.is_file()]
+    files = [path] if os.path.isfile(path) else [f for f in (path / "ckpt.pt", *numbered(path)) if os.path.isfile(f)]
     if not files:
         have = sorted(str(p.parent) for p in path.parent.glob("*/ckpt.pt"))
         die(f"no checkpoint {path / 'ckpt.pt'}", f"--ckpt {have[0]}" if have else "python train.py config/sudoku.toml")
@@ -103,7 +103,7 @@ def load(path):
         try:
             state = read(file)
         except Exception as e:  # a damaged file, or one that wants to run code, fails in many ways
-            problems.append(f"{file} is damaged or not a checkpoint of ours: {type(e).__name__}: {str(e)[:100].splitlines()[:1]}")
+            problems.append(f"{file} is damaged or not a checkpoint of ours: {said(e)}")
             continue
         if problems:
             print("\n".join(f"WARNING: {p}" for p in problems), file=sys.stderr)
@@ -118,9 +118,11 @@ def read(file):
     if bad := zipfile.ZipFile(file).testzip():
         raise ValueError(f"the checksum of {bad} does not match")  # torch would load a flipped bit without a word
     state = torch.load(file, map_location="cpu", weights_only=True)
-    kinds = {"model": dict, "ema": dict, "config": dict, "meta": dict, "step": int}
-    if lacking := sorted(k for k, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(k), kind)):
-        raise ValueError(f"it lacks {', '.join(lacking)}")
+    parts = {"model": dict, "ema": dict, "optimizer": dict, "config": dict, "meta": dict, "step": int, "rows": int, "skipped": int}
+    if not isinstance(state, dict) or (lacking := sorted(set(parts) - set(state))):
+        raise ValueError(f"it lacks {', '.join(lacking) if isinstance(state, dict) else 'everything'}")
+    if odd := sorted(k for k, kind in parts.items() if not isinstance(state[k], kind) or kind is int and not 0 <= state[k] < 1 << 62):
+        raise ValueError(f"its {odd[0]} is a {type(state[odd[0]]).__name__}: {str(state[odd[0]])[:40]}")
     return state
 
 
@@ -133,8 +135,8 @@ def writing(out_dir):
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         lock = open(Path(out_dir) / "lock", "a")
-    except OSError as e:
-        die(f"cannot write to {out_dir}: {e.strerror}", "--out_dir of a folder of yours")
+    except (OSError, ValueError) as e:  # ValueError: a name with a zero byte
+        die(f"cannot write to {out_dir!r}: {getattr(e, 'strerror', e)}", "--out_dir of a folder of yours")
     try:
         import fcntl
 
@@ -178,7 +180,7 @@ def logged(out_dir, until=None):
     """The records of log.jsonl, [] without one; until: those up to that step. A line that a kill cut short does not count."""
     records = []
     path = Path(out_dir) / "log.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

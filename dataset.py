@@ -92,8 +92,8 @@ class Dataset:
 
     def __init__(self, name, seq_len=0, root="data"):
         self.folder = Path(root) / name
-        fix = f"python {root}/{name}/prepare.py" if (self.folder / "prepare.py").exists() else "ls data/"
-        if not (self.folder / "meta.json").exists():
+        fix = f"python {root}/{name}/prepare.py" if os.path.exists(self.folder / "prepare.py") else "ls data/"
+        if not os.path.exists(self.folder / "meta.json"):
             die(f"{self.folder / 'meta.json'} not found", fix)
         self.meta = read_meta(self.folder / "meta.json")
         row_len = self.meta.get("row_len", 0)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import checkpoint
+import machine
 from diffusion import sigma
 from settings import die, load_config
 from train import take_up, train, trained_with
@@ -108,6 +109,7 @@ def distill_loss(forward, process, x0, block_size, t, objective, answer, schedul
 # ----- rounds
 
 
+@machine.guard("a smaller --batch_size")
 def main():
     cfg = load_config(DistillConfig, sys.argv[1:])
     for name in ("teacher_steps", "rounds", "round_steps"):

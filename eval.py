@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import machine
 from dataset import Dataset
 from diffusion import SCHEDULES, stratified_draw, token_loss
 from draws import Noise
@@ -327,6 +328,7 @@ def samples(cfg, sampler, own, run, data, model, process, trained):
 # ----- the command
 
 
+@machine.guard("a smaller --n_eval, or --device=cpu")
 def main():
     if asked := {"--sweep", "--sweep=true"} & set(sys.argv[1:]):
         from sweep import main as sweep  # a command of its own; here, because most runs do not want it

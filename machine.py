@@ -4,7 +4,7 @@ What does it run on? A device and a dtype; one process, or as many as torchrun s
     pick_device, pick_dtype     with the reason, which the first line of a run prints
     join, total                 the processes find each other, and add up numbers
     shard, whole, share         one network on all of them, each with a share of every tensor: FSDP2
-    Signals, enough_memory      what a machine does to a run: "stop now", and "no more memory"
+    guard, Signals              what a machine does to a run: no memory, no disk; "stop now"
 """
 
 import ctypes
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
 import kernels
-from settings import die
+from settings import die, said
 
 
 def pick_device(name):
@@ -85,24 +85,26 @@ def has_memory(device):
 
 
 @contextmanager
-def enough_memory(device, fix):
+def guard(fix):
     """
-    Running out of memory ends in two lines. On a CPU too: Linux promises more than it has, and then kills without a word, so
-    the process may not ask for more than there is.
+    Around a command: what the machine refuses, memory or a file, ends in two lines. fix: the flags that need less memory. Without a
+    GPU the process may not ask for more memory than there is: Linux promises it, and then kills without a word.
     """
     limit = None
-    if device.type == "cpu" and sys.platform == "linux":
+    if sys.platform == "linux" and not torch.cuda.is_available():
         import resource
 
         limit = resource.getrlimit(resource.RLIMIT_DATA)
-        here = has_memory(device)
+        here = has_memory(torch.device("cpu"))
         resource.setrlimit(resource.RLIMIT_DATA, (here if limit[0] < 0 else min(here, limit[0]), limit[1]))
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-        if type(e) is RuntimeError and not any(s in str(e) for s in ("allocat", "bad_alloc", "out of memory")):
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError, OverflowError) as e:
+        if type(e) is RuntimeError and not any(s in str(e) for s in ("allocat", "bad_alloc", "out of memory", "overflow")):
             raise
-        die(f"out of memory on {device}, which has {has_memory(device) / 2**30:.1f} GB: {str(e).splitlines()[0][:160]}", fix)
+        die(f"out of memory: {said(e)}", fix)
+    except OSError as e:
+        die(said(e), "another path, or room on the disk")
     finally:
         if limit:
             resource.setrlimit(resource.RLIMIT_DATA, limit)
@@ -127,7 +129,7 @@ def join(device, backend, timeout):
         try:
             dist.init_process_group(name, timeout=timedelta(seconds=timeout))
         except (RuntimeError, ValueError) as e:
-            die(f"rank {rank} of {world} met no others by {name}: {str(e).splitlines()[0][:160]}", "--backend=gloo, or see torchrun --help")
+            die(f"rank {rank} of {world} met no others by {name}: {said(e)}", "--backend=gloo, or see torchrun --help")
     return rank, world
 
 

@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
+import machine
 from dataset import Tokenizer
 from diffusion import SCHEDULES
 from generate import MASKED_ONLY, NOTHING, OWN_PACE, READS_AR, SAMPLERS, UNIFORM_ONLY, generate
@@ -186,6 +187,7 @@ def stream(states, tokenizer, prompt):
 # ----- the command
 
 
+@machine.guard("a smaller --n_samples")
 def main():
     cfg, sampler, own = load_with_sampler(SampleConfig, sys.argv[1:])
     run, meta, _, model, process = restore(cfg.ckpt, cfg.device)
@@ -202,7 +204,7 @@ def main():
                 f"--block_size {trained[-1]}, or train with {size} in block_sizes",
             )
     for name, fine, fix in (
-        ("n_samples", cfg.n_samples >= 1, "1"),
+        ("n_samples", 1 <= cfg.n_samples <= 10**6, "1"),
         ("steps", cfg.steps >= 0, "8"),
         ("max_new_tokens", cfg.max_new_tokens >= 0, "16"),
         ("ar_tokens", cfg.ar_tokens >= 0, "0"),

@@ -22,8 +22,14 @@ except ModuleNotFoundError:  # Python 3.10
 
 def die(problem, fix):
     """End the program as a user's slip: two lines on stderr, exit code 2."""
+    problem, fix = (" ".join(s.splitlines()) for s in (problem, fix))  # what a message quotes may have lines of its own
     print(f"error: {problem}\n  try: {fix}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def said(e):
+    """An exception in part of a line: its kind, and the beginning of what it says."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
 
 
 def writable(path, flag):

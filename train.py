@@ -35,7 +35,7 @@ from draws import Noise
 from eval import bounds, show_bounds
 from generate import NOTHING, generate
 from machine import pick_device, pick_dtype, runs_on
-from settings import die, load_config, parse_dict
+from settings import die, load_config, parse_dict, said
 
 
 @dataclass
@@ -133,7 +133,7 @@ class TrainConfig:
         if self.d_model % (2 * self.n_heads):
             die(f"d_model {self.d_model} does not give each of {self.n_heads} heads an even width", f"--d_model={2 * self.n_heads * 16}")
         weights = list(self.block_sizes.values())
-        if not weights or not all(isinstance(w, (int, float)) and w > 0 for w in weights) or min(self.block_sizes) < 1:
+        if not weights or not all(isinstance(w, (int, float)) and w > 0 for w in weights) or not all(k > 0 for k in self.block_sizes):
             die(f"block_sizes {self.block_sizes}: sizes and weights must be positive", "--block_sizes=1:0.25,16:0.75")
         if abs(sum(weights) - 1) > 1e-6:
             die(f"the weights of block_sizes {self.block_sizes} sum to {sum(weights):g}, not 1", "--block_sizes=1:0.25,16:0.75")
@@ -177,9 +177,12 @@ class TrainConfig:
 def trained_with(state):
     """The TrainConfig of a loaded checkpoint."""
     try:
-        if missing := sorted({*SHAPES, "block_sizes", "objective", "schedule"} - set(state["config"])):
+        config, kinds = state["config"], TrainConfig.__dataclass_fields__
+        if missing := sorted({*SHAPES, "block_sizes", "objective", "schedule"} - set(config)):
             raise TypeError(f"no {', '.join(missing)}")  # a default would be a guess
-        return TrainConfig(**state["config"])
+        if wrong := sorted(k for k, v in config.items() if k in kinds and type(v) not in (kinds[k].type, int)):
+            raise TypeError(f"{wrong[0]} is {config[wrong[0]]!r}")
+        return TrainConfig(**config)
     except (TypeError, ValueError, AttributeError) as e:
         die(f"this checkpoint's settings are of another version: {e}", "train again, or check out the version that wrote it")
 
@@ -239,26 +242,28 @@ def train(cfg, loss_at=curriculum, weights=None, facts=None):
     For distill.py, which has its own: loss_at(cfg, step, model, process) -> what is called as token_loss is, for a step; weights
     to begin with; facts to keep in the checkpoint.
     """
-    device, why_device = pick_device(cfg.device)
-    data = Dataset(cfg.dataset, cfg.seq_len)
-    cfg.fit(data)
-    rank, world = machine.join(device, cfg.backend, cfg.timeout)
-    if cfg.fsdp and world == 1:
-        die("fsdp shares a network out among processes, and this is the only one", "torchrun --standalone --nproc_per_node=2 train.py ...")
     fewer = "a smaller --seq_len, --d_model or --n_layers, or --fsdp on several GPUs"
     if cfg.batch_size > 1:
         fewer = f"--batch_size={cfg.batch_size // 2} --accumulation={2 * cfg.accumulation}, the same steps in smaller parts"
+    world = 1
     try:
-        with machine.enough_memory(device, fewer), machine.Signals() as signals:
-            with checkpoint.writing(cfg.out_dir) if rank == 0 else nullcontext():
+        with machine.guard(fewer):
+            device, why_device = pick_device(cfg.device)
+            data = Dataset(cfg.dataset, cfg.seq_len)
+            cfg.fit(data)
+            rank, world = machine.join(device, cfg.backend, cfg.timeout)
+            if cfg.fsdp and world == 1:
+                die(
+                    "fsdp shares a network out among processes, and this is the only one",
+                    "torchrun --standalone --nproc_per_node=2 train.py",
+                )
+            with machine.Signals() as signals, checkpoint.writing(cfg.out_dir) if rank == 0 else nullcontext():
                 learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights, facts or {})
-    except OSError as e:
-        die(f"{e.filename or cfg.out_dir}: {e.strerror or e}", "--resume, when that is mended")
     except BaseException as e:
         if world == 1:
             raise
         if isinstance(e, dist.DistError) or isinstance(e, RuntimeError) and "gloo" in str(e):
-            print(f"error: rank {rank} lost another process: {str(e).splitlines()[0][-160:]}\n  try: --resume", file=sys.stderr)
+            print(f"error: rank {rank} lost another process: {said(e)}\n  try: --resume", file=sys.stderr)
         elif not isinstance(e, SystemExit):
             traceback.print_exc()
         machine.leave(2)
@@ -302,13 +307,11 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
         take_up(cfg.out_dir, state, optimizer=optimizer)
         for group, fresh in zip(optimizer.param_groups, groups, strict=True):  # the file brought its own settings along
             group.update(weight_decay=fresh["weight_decay"], betas=(cfg.beta1, cfg.beta2))
-        first, skipped[0] = state["step"], state.get("skipped", 0)
+        first, skipped[0] = state["step"], state["skipped"]
         if machine.total(first, op="MAX") != machine.total(first, op="MIN"):
             die(f"rank {rank} found a checkpoint of step {first}, others of another", "--out_dir on a disk that all machines share")
         if rank == 0:
             checkpoint.forget_after(cfg.out_dir, first)
-    elif rank == 0:
-        checkpoint.keep_earlier_run(cfg.out_dir)
     rows = cfg.batch_size * cfg.accumulation * world
     by = f"{world} process" if world == 1 else f"{world} processes by {'FSDP' if cfg.fsdp else 'DDP'}"
     say(f"{device} ({why_device}), {by}, {str(dtype)[6:]} ({why_dtype}), attention: dense SDPA, {runs_on(device)}")
@@ -327,7 +330,7 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
         """Rank 0 writes a checkpoint, the others wait; was it written?"""
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
         state = machine.whole(state) if cfg.fsdp else state  # every process gives its share
-        state |= {"config": asdict(cfg), "meta": data.meta, "step": done, "rows": rows, "skipped": int(skipped[0]), **facts}
+        state |= {"config": asdict(cfg), "meta": data.meta, "step": done, "rows": rows, "skipped": int(skipped[0]), "owed": owed, **facts}
         written = True
         if rank == 0:
             try:
@@ -357,12 +360,12 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
 
     # ----- the loop
     due = lambda done: done % cfg.eval_every == 0 or done == cfg.max_steps
-    done, saved, stop = first, first if state else -1, False  # steps taken, of them on the disk
+    done, saved, stop, owed = first, first, False, False  # steps taken, of them on the disk; a checkpoint and validation are owed
     if first >= cfg.max_steps:
         say(f"nothing to do: the checkpoint is at step {first}, max_steps is {cfg.max_steps}")
     bar = tqdm(range(first, cfg.max_steps), initial=first, total=cfg.max_steps, disable=rank > 0, mininterval=0.5)
     try:
-        if state and due(first) and machine.total(rank == 0 and not checkpoint.validated(cfg.out_dir, first))[0]:
+        if state and state.get("owed") and machine.total(rank == 0 and not checkpoint.validated(cfg.out_dir, first))[0]:
             validate(first)  # a kill came between the checkpoint and this
         clock, since = time.time(), 0  # for the time a step took, over the steps since the last look
         for step in bar:
@@ -389,21 +392,25 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
                 loss += part.detach()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
             norm = norm.full_tensor() if cfg.fsdp else norm
-            bad = optimizer.found_inf = (~norm.isfinite()).float()  # 1: the fused step changes nothing. No wait for the device to know
-            optimizer.step()
+            bad = (~norm.isfinite()).float()
+            optimizer.found_inf = None if device.type == "mps" else bad  # 1: the fused step changes nothing, and the host need not ask
+            if device.type != "mps" or not bad:
+                optimizer.step()
             optimizer.zero_grad()
             decay = min(cfg.ema, (step + 1) / (step + 10))  # short memory at first
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
             skipped = torch.stack((skipped[0] + bad, (skipped[1] + 1) * bad))
 
+            if step == 0 and rank == 0:  # not before a step has been taken: a run that cannot must not touch what is there
+                checkpoint.keep_earlier_run(cfg.out_dir)
             done, since = step + 1, since + 1
-            look = done % cfg.log_every == 0 or done == cfg.max_steps
-            if look or due(done):
+            look, owed = done % cfg.log_every == 0 or done == cfg.max_steps, owed or due(done)
+            if look or owed:
                 n_skipped, in_a_row = skipped.int().tolist()  # waits for the device
                 if in_a_row >= cfg.bad_steps:
                     bar.close()
-                    last = f"the last good checkpoint is of step {saved}" if saved >= 0 else "there is no checkpoint yet"
-                    fix = f"{'--resume ' * (saved >= 0)}--lr={learning_rate(cfg, step) / 4:.2g}"
+                    last = f"the last good checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
+                    fix = f"{'--resume ' * (saved > 0)}--lr={learning_rate(cfg, step) / 4:.2g}"
                     die(f"{in_a_row} steps in a row, up to step {done}, had no finite gradient, and were skipped; {last}", fix)
             if look:
                 if world > 1:
@@ -422,22 +429,24 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
                 bar.set_postfix_str(f"loss {record['loss']:.3f} norm {record['norm']:.2f} {rate}")
                 if rank == 0:
                     checkpoint.log(cfg.out_dir, record)
-            if due(done) and in_a_row:
-                warn(f"no checkpoint of step {done}: the step was skipped, its gradient was not finite")
-            elif due(done):
+            if owed and in_a_row:
+                warn(f"step {done} was skipped, its gradient was not finite" + ": the checkpoint waits" * (done < cfg.max_steps))
+            if owed and (in_a_row == 0 or done == cfg.max_steps):  # the weights may be ruined: a step they can take comes first
                 saved = done if save(done) else saved
                 validate(done)
-                clock, since = time.time(), 0
-        if stop and saved < done and not skipped[1]:
+                clock, since, owed = time.time(), 0, False
+        ruined = stop and int(skipped[1]) > 0
+        if stop and saved < done and not ruined:
             saved = done if save(done) else saved
     except KeyboardInterrupt:  # during a validation: `--resume` begins with it
-        stop = True
+        stop, ruined = True, False
     bar.close()
-    if saved < done:
-        where = f"the last good one is of step {saved}" if saved >= 0 else "and there is none before"
-        die(f"no checkpoint of step {done}, {where}", f"free space for {cfg.out_dir}, then --resume" if saved >= 0 else "free some space")
+    if saved < done and not ruined:
+        where = f"the last good one is of step {saved}" if saved else "and there is none before it"
+        die(f"no checkpoint of step {done}, {where}", f"free space for {cfg.out_dir}, then{' --resume' * (saved > 0) or ' again'}")
     if stop:
-        say(f"{signals.name or 'a signal to another process'}: stopped after step {done}, saved; --resume goes on")
+        what = ", saved" if saved == done > 0 else f"; the last checkpoint is of step {saved}" if saved else ""
+        say(f"{signals.name or 'a signal to another process'}: stopped after step {done}{what}" + "; --resume goes on" * (saved > 0))
 
 
 def take_up(ckpt, state, **parts):
@@ -451,7 +460,7 @@ def take_up(ckpt, state, **parts):
                 saved = {"state": each, "param_groups": saved["param_groups"]}
             part.load_state_dict(saved)
     except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as e:
-        die(f"{ckpt}: its {name} does not fit its settings: {str(e).splitlines()[0]}", f"train again: --out_dir={ckpt}")
+        die(f"{ckpt}: its {name} does not fit its settings: {said(e)}", f"train again: --out_dir={ckpt}")
 
 
 def sample_lines(model, process, data, cfg):
@@ -485,7 +494,7 @@ def compare(state, cfg, data, world, say):
     """Resuming: list what changed since the checkpoint; refuse what its weights cannot follow; keep the rows of a step."""
     old = asdict(trained_with(state))
     data.same_as(state["meta"])
-    rows = state.get("rows", old["batch_size"] * old["accumulation"])
+    rows = state["rows"]
     if (cfg.batch_size, cfg.accumulation) == (old["batch_size"], old["accumulation"]) and cfg.batch_size * cfg.accumulation * world != rows:
         if rows % world:
             near = max(n for n in range(1, world) if rows % n == 0)

@@ -6,6 +6,7 @@ are known, and rounds whose teachers are compared.
 import copy
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,20 @@ def test_rounds_take_the_student_for_the_teacher_and_resume(project, monkeypatch
     go("--rounds=3", "--out_dir=parts", "--resume")
     assert same(weights("parts"), weights("whole")) and not same(weights("whole"), weights("t"))
     assert "--round_steps=3" in slip(go, "--rounds=3", "--out_dir=parts", "--resume", "--round_steps=2")
+    calls = []
+
+    def stopped(*args, **kw):
+        calls.append(None)
+        if len(calls) == 5:  # in the middle of the second round
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kw)
+
+    monkeypatch.setattr(distill, "distill_loss", stopped)
+    go("--rounds=3", "--out_dir=stopped")
+    assert checkpoint.load("stopped")["step"] == 5
+    go("--rounds=3", "--out_dir=stopped", "--resume")
+    assert same(weights("stopped"), weights("whole")), "the teacher of a round that was broken off is kept"
+    assert "not a run of distill.py" in slip(go, "--rounds=3", "--out_dir=t", "--resume")
     go("--rounds=1", "--round_steps=2")
     assert Path("t_sdtt/ckpt.pt" if process == "masked" else "t_dcd/ckpt.pt").exists()
 

@@ -1,0 +1,143 @@
+"""Why believe checkpoint.py? A run's files after kills, damage, full disks and second runs: nothing is lost, nothing twice."""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+from test_train import log, run, same
+
+import checkpoint
+import eval as evaluation
+
+
+@pytest.fixture
+def room():
+    """room(n): no file may grow beyond n bytes, as on a disk that is full; room(): no such limit."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = lambda n=None: resource.setrlimit(resource.RLIMIT_FSIZE, before if n is None else (n, before[1]))
+    yield limit
+    limit()
+
+
+def steps_and_results(out_dir):
+    """What log.jsonl says, but for times and memory."""
+    return [{k: v for k, v in r.items() if k not in ("ms", "peak_mb")} for r in log(out_dir)]
+
+
+def test_the_last_ones_and_the_best_are_kept(project):
+    run("--out_dir=b", "--eval_every=1", "--keep=3")
+    numbered = ["ckpt.4.pt", "ckpt.5.pt", "ckpt.6.pt"]
+    assert sorted(p.name for p in Path("b").iterdir()) == sorted(["ckpt.pt", "best.pt", *numbered, "log.jsonl", "lock"])
+    assert Path("b/ckpt.pt").samefile("b/ckpt.6.pt") and checkpoint.load("b")["step"] == 6
+    assert checkpoint.load("b/ckpt.5.pt")["step"] == 5
+    run("--out_dir=a", "--eval_every=1", "--keep=1", "--lr=0.3", "--warmup=1", "--ema=0.1")
+    val = {r["step"]: 0.25 * r["val"]["1"] + 0.75 * r["val"]["4"] for r in log("a") if "val" in r}
+    best = min(val, key=val.get)
+    assert best < 6, "the learning rate is far too high: the best is not the last"
+    assert checkpoint.load("a/best.pt")["step"] == best and not Path(f"a/ckpt.{best}.pt").exists()
+
+
+def test_a_disk_without_hard_links(project, monkeypatch):
+    def refuse(*_):
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    run("--out_dir=a", "--eval_every=2")
+    assert checkpoint.load("a")["step"] == 6 and Path("a/best.pt").exists() and not Path("a/ckpt.pt").samefile("a/ckpt.6.pt")
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "gone"])
+def test_the_one_before_takes_the_place_of_a_damaged_one(project, capsys, harm):
+    run("--out_dir=whole", "--lr_schedule=constant")
+    run("--out_dir=a", "--max_steps=4", "--eval_every=2", "--lr_schedule=constant")
+    data = Path("a/ckpt.pt").read_bytes()
+    Path("a/ckpt.4.pt").write_bytes({"cut": data[:-1000], "flip": data[:5000] + bytes([data[5000] ^ 1]) + data[5001:], "gone": b""}[harm])
+    capsys.readouterr()
+    state = checkpoint.load("a")
+    err = capsys.readouterr().err
+    assert state["step"] == 2 and err.count("WARNING") == 2 and "a/ckpt.pt is damaged" in err and "a/ckpt.2.pt, of step 2" in err
+    run("--out_dir=a", "--resume", "--lr_schedule=constant")
+    assert same("a", "whole") and checkpoint.load("a/ckpt.pt")["step"] == 6
+    assert [r["step"] for r in log("a") if "loss" in r] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_disk_loses_nothing_and_says_so(project, capsys, slip, room):
+    run("--out_dir=a", "--max_steps=2", "--lr_schedule=constant")
+    size = Path("a/ckpt.2.pt").stat().st_size
+    before = Path("a/ckpt.2.pt").read_bytes()
+    room(size - 1000)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        run("--out_dir=a", "--resume", "--eval_every=2", "--lr_schedule=constant")
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and "no checkpoint of step 4: File too large" in err, "and it went on"
+    assert "error: no checkpoint of step 6, the last good one is of step 2\n  try: free space for a, then --resume\n" in err
+    assert Path("a/ckpt.pt").read_bytes() == before and not list(Path("a").glob("*.tmp"))
+    room()
+    run("--out_dir=a", "--resume", "--eval_every=2", "--lr_schedule=constant")
+    run("--out_dir=whole", "--eval_every=2", "--lr_schedule=constant")
+    assert same("a", "whole")
+
+
+def test_log_lines_wait_for_room_on_the_disk(project, capsys, room):
+    Path("a").mkdir()
+    checkpoint.log("a", {"step": 1})
+    room(Path("a/log.jsonl").stat().st_size + 5)
+    checkpoint.log("a", {"step": 2, "loss": 0.5})
+    checkpoint.log("a", {"step": 3, "loss": 0.25})
+    assert capsys.readouterr().err.count("WARNING: a/log.jsonl waits") == 2 and checkpoint.logged("a") == [{"step": 1}]
+    room()
+    checkpoint.log("a", {"step": 4})
+    assert [r["step"] for r in log("a")] == [1, 2, 3, 4]
+
+
+def test_a_folder_one_cannot_write_to(project, slip):
+    Path("file").write_text("")
+    for folder in ("file", "file/below", "/proc/nanoblock"):
+        assert "cannot" in slip(run, f"--out_dir={folder}") or "Not a directory" in slip(run, f"--out_dir={folder}")
+
+
+def test_two_runs_do_not_write_to_one_folder(project, slip):
+    with checkpoint.writing("a"):
+        assert "another run is writing to a" in slip(run, "--out_dir=a")
+    run("--out_dir=a", "--max_steps=1")
+
+
+def test_half_a_line_of_the_log_does_not_count(project):
+    run("--out_dir=whole", "--eval_every=2", "--lr_schedule=constant")
+    run("--out_dir=a", "--eval_every=2", "--lr_schedule=constant", "--max_steps=4")
+    lines = Path("a/log.jsonl").read_text().splitlines(keepends=True)
+    Path("a/log.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])  # killed while it wrote the validation of step 4
+    run("--out_dir=a", "--eval_every=2", "--lr_schedule=constant", "--resume")
+    assert steps_and_results("a") == steps_and_results("whole"), "step 4 is validated before step 5 is taken"
+    assert all(json.loads(line) for line in Path("a/log.jsonl").read_text().splitlines())
+
+
+def test_the_checkpoint_comes_before_the_validation(project, monkeypatch):
+    def killed(*_, **__):
+        raise RuntimeError("killed")
+
+    run("--out_dir=whole", "--eval_every=3")
+    with monkeypatch.context() as m:
+        m.setattr("train.bounds", killed)
+        with pytest.raises(RuntimeError):
+            run("--out_dir=a", "--eval_every=3")
+    assert checkpoint.load("a")["step"] == 3 and not any("val" in r for r in log("a"))
+    run("--out_dir=a", "--eval_every=3", "--resume")
+    assert same("a", "whole") and steps_and_results("a") == steps_and_results("whole")
+    assert checkpoint.load("a/best.pt")["step"] == checkpoint.load("whole/best.pt")["step"]
+
+
+def test_one_file_can_be_read_like_a_folder(project, capsys, monkeypatch):
+    run("--out_dir=a", "--eval_every=3")
+
+    def ask(ckpt):
+        monkeypatch.setattr(sys, "argv", ["eval.py", f"--ckpt={ckpt}", "--device=cpu", "--n_eval=4", "--n_mc=1"])
+        capsys.readouterr()
+        evaluation.main()
+        return capsys.readouterr().out
+
+    assert "step 6" in ask("a") and ask("a") == ask("a/ckpt.6.pt") and "step 3" in ask("a/ckpt.3.pt")
