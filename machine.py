@@ -10,6 +10,7 @@ What does it run on? A device and a dtype; one process, or as many as torchrun s
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 from contextlib import contextmanager
@@ -121,6 +122,11 @@ def join(device, backend, timeout):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a launcher that is killed leaves no one behind
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        try:  # nor one that was killed before this line
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=30).close()
+        except OSError as e:
+            die(f"rank {rank} of {world}: torchrun does not answer: {said(e)}", "start torchrun again")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:

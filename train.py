@@ -253,10 +253,7 @@ def train(cfg, loss_at=curriculum, weights=None, facts=None):
             cfg.fit(data)
             rank, world = machine.join(device, cfg.backend, cfg.timeout)
             if cfg.fsdp and world == 1:
-                die(
-                    "fsdp shares a network out among processes, and this is the only one",
-                    "torchrun --standalone --nproc_per_node=2 train.py",
-                )
+                die("fsdp shares a network out among processes: this is the only one", "torchrun --standalone --nproc_per_node=2 train.py")
             with machine.Signals() as signals, checkpoint.writing(cfg.out_dir) if rank == 0 else nullcontext():
                 learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights, facts or {})
     except BaseException as e:
@@ -326,6 +323,24 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
     block_size = next(iter(cfg.block_sizes)) if len(cfg.block_sizes) == 1 else None  # one for all rows: an int
     amp = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
+    def backward(batches, step, loss_of, n_answers):
+        """Gradients of one optimizer step, and this process's part of its loss, in nats per token."""
+        loss = torch.zeros((), device=device)
+        for k, (x0, answer, sizes, t, slots) in enumerate(batches):
+            prompt = int(answer.any(0).int().argmax()) // whole * whole  # blocks before it need no noisy copy
+            x0, answer, slots = (x.to(device, non_blocking=True) for x in (x0, answer, slots))
+            noise = Noise(cfg.seed, slots, torch.arange(prompt, cfg.seq_len, device=device), step)
+            with machine.without_sync(forward) if k + 1 < len(batches) else nullcontext():
+                with amp:
+                    summed, _ = loss_of(
+                        forward, process, x0, block_size or sizes, t, cfg.objectives(), answer, SCHEDULES[cfg.schedule], prompt, noise
+                    )
+                part = summed / n_answers
+                # DDP averages over processes, we want their sum; a loss that is not finite makes a gradient that is not
+                (part * torch.where(part.isfinite(), float(world), math.nan)).backward()
+            loss += part.detach()
+        return loss
+
     def save(done):
         """Rank 0 writes a checkpoint, the others wait; was it written?"""
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
@@ -343,6 +358,8 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
     def validate(done):
         """The EMA weights on the validation split; the best so far get a name. All processes take part."""
         signals.at_once = world == 1  # everything is on the disk: no need to wait for this to end
+        if signals.at_once and signals.name:
+            raise KeyboardInterrupt
         result = bounds(ema, process, data, cfg.block_sizes, cfg.n_eval, share=(rank, world))
         texts = sample_lines(ema, process, data, cfg)
         signals.at_once = False
@@ -367,6 +384,10 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
     try:
         if state and state.get("owed") and machine.total(rank == 0 and not checkpoint.validated(cfg.out_dir, first))[0]:
             validate(first)  # a kill came between the checkpoint and this
+        if isinstance(forward, DistributedDataParallel):
+            # DDP orders the gradients anew after a first backward, and sums of three or more are rounded by that order: so before any step
+            backward(step_batches(cfg, data, 0, rank, world)[-1:], 0, token_loss, 1)
+            optimizer.zero_grad()
         clock, since = time.time(), 0  # for the time a step took, over the steps since the last look
         for step in bar:
             seen = 0 if cfg.overfit else step
@@ -376,20 +397,7 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
                 break
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(cfg, step)
-            loss = torch.zeros((), device=device)
-            for k, (x0, answer, sizes, t, slots) in enumerate(batches):
-                prompt = int(answer.any(0).int().argmax()) // whole * whole  # blocks before it need no noisy copy
-                x0, answer, slots = (x.to(device, non_blocking=True) for x in (x0, answer, slots))
-                noise = Noise(cfg.seed, slots, torch.arange(prompt, cfg.seq_len, device=device), seen)
-                with machine.without_sync(forward) if k + 1 < len(batches) else nullcontext():
-                    with amp:
-                        summed, _ = loss_of(
-                            forward, process, x0, block_size or sizes, t, cfg.objectives(), answer, SCHEDULES[cfg.schedule], prompt, noise
-                        )
-                    part = summed / n_answers
-                    # DDP averages over processes, we want their sum; a loss that is not finite makes a gradient that is not
-                    (part * torch.where(part.isfinite(), float(world), math.nan)).backward()
-                loss += part.detach()
+            loss = backward(batches, seen, loss_of, n_answers)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
             norm = norm.full_tensor() if cfg.fsdp else norm
             bad = (~norm.isfinite()).float()
