@@ -1,13 +1,14 @@
 # make demo    environment, data, training, tables, animated samples: 6 minutes on 2 CPU cores, no GPU
 # make paper   are BlockGen's claims true at this scale? 24 small networks, docs/paper.md: 36 minutes on the same machine
 # make test    what CI runs, 5 minutes
+# make faults  runs killed at random moments, full disks, malformed input: 10 minutes
 # make lint
 
 PY := .venv/bin/python
 PYTHON ?= python3
 SECOND := tests/test_samplers.py tests/test_eval.py
 
-.PHONY: demo paper test lint
+.PHONY: demo paper test faults lint
 .DELETE_ON_ERROR:
 
 demo: .venv/done
@@ -35,6 +36,9 @@ test: .venv/done
 	trap "kill $$second; exit 130" INT TERM; \
 	$(PY) -m pytest $(SECOND:%=--ignore=%); first=$$?; \
 	wait $$second; second=$$?; cat .second_half.txt; exit $$((first + second))
+
+faults: .venv/done
+	$(PY) -m tests.faults
 
 lint: .venv/done
 	$(PY) -m ruff check .

@@ -16,6 +16,7 @@ carries checksums, and is read with weights_only, so a file from a stranger runs
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -33,8 +34,8 @@ from settings import die, said
 # ----- checkpoints
 
 
-def save(out_dir, state, keep=2):
-    """state: a dict of tensors, numbers, strings, lists and dicts, "step" among them. Raises OSError, and then no file has changed."""
+def save(out_dir, state):
+    """state: a dict of tensors, numbers, strings, lists and dicts, "step" among them. Raises OSError, and then ckpt.pt is as it was."""
     folder, name = Path(out_dir), f"ckpt.{state['step']}.pt"
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{name}.tmp"
@@ -49,8 +50,23 @@ def save(out_dir, state, keep=2):
     to_disk(folder / "log.jsonl")  # a checkpoint vouches for the lines up to its step
     os.replace(temporary, folder / name)
     also(folder / name, "ckpt.pt")
-    for old in [f for f in numbered(folder) if step_of(f) <= state["step"]][keep:]:
+
+
+def prune(out_dir, step, keep):
+    """Delete all but the `keep` newest checkpoints up to `step`, which has proved good."""
+    for old in [f for f in numbered(out_dir) if step_of(f) <= step][keep:]:
         old.unlink()
+
+
+def last_good(out_dir):
+    """The newest numbered checkpoint whose validation was finite, or None. Newer ones are set aside as ckpt.STEP.pt.ruined."""
+    finite = {r["step"] for r in logged(out_dir) if "val" in r and all(math.isfinite(v) for v in r["val"].values())}
+    good = next((f for f in numbered(out_dir) if step_of(f) in finite), None)
+    if good:
+        for ruined in [f for f in numbered(out_dir) if step_of(f) > step_of(good)]:
+            ruined.rename(f"{ruined}.ruined")
+        also(good, "ckpt.pt")
+    return good
 
 
 def to_disk(path):
@@ -67,6 +83,8 @@ def also(path, name):
     """Give the file `path` a second name in its folder, in the place of what had that name."""
     temporary = path.with_name(f"{name}.tmp")
     temporary.unlink(missing_ok=True)
+    if os.path.exists(path.with_name(name)) and path.samefile(path.with_name(name)):
+        return
     try:
         os.link(path, temporary)
     except OSError:  # a disk without hard links
@@ -85,16 +103,16 @@ def step_of(file):
     return int(file.name[5:-3])
 
 
-def load(path):
+def load(path, flag="--ckpt"):
     """
     The dict that was saved, on the CPU. path: an out_dir, whose newest checkpoint is meant, or one file, out_dir/best.pt. If the newest
-    is damaged the one before it takes its place, and stderr says so. Two lines if there is none.
+    is damaged the one before it takes its place, and stderr says so. Two lines if there is none; flag: what gave the path.
     """
     path = Path(path)
-    files = [path] if os.path.isfile(path) else [f for f in (path / "ckpt.pt", *numbered(path)) if os.path.isfile(f)]
+    files = [path] if os.path.isfile(path) else [f for f in (path / "ckpt.pt", *numbered(path), path / "best.pt") if os.path.isfile(f)]
     if not files:
         have = sorted(str(p.parent) for p in path.parent.glob("*/ckpt.pt"))
-        die(f"no checkpoint {path / 'ckpt.pt'}", f"--ckpt {have[0]}" if have else "python train.py config/sudoku.toml")
+        die(f"no checkpoint {path / 'ckpt.pt'}", f"{flag} {have[0]}" if have else "python train.py config/sudoku.toml")
     problems, seen = [], set()
     for file in files:
         if (inode := file.stat().st_ino) in seen:
@@ -102,6 +120,8 @@ def load(path):
         seen.add(inode)
         try:
             state = read(file)
+        except MemoryError:
+            raise
         except Exception as e:  # a damaged file, or one that wants to run code, fails in many ways
             problems.append(f"{file} is damaged or not a checkpoint of ours: {said(e)}")
             continue
@@ -118,7 +138,7 @@ def read(file):
     if bad := zipfile.ZipFile(file).testzip():
         raise ValueError(f"the checksum of {bad} does not match")  # torch would load a flipped bit without a word
     state = torch.load(file, map_location="cpu", weights_only=True)
-    parts = {"model": dict, "ema": dict, "optimizer": dict, "config": dict, "meta": dict, "step": int, "rows": int, "skipped": int}
+    parts = {"model": dict, "ema": dict, "optimizer": dict, "config": dict, "meta": dict, "step": int}
     if not isinstance(state, dict) or (lacking := sorted(set(parts) - set(state))):
         raise ValueError(f"it lacks {', '.join(lacking) if isinstance(state, dict) else 'everything'}")
     if odd := sorted(k for k, kind in parts.items() if not isinstance(state[k], kind) or kind is int and not 0 <= state[k] < 1 << 62):
@@ -159,11 +179,11 @@ def writing(out_dir):
 UNWRITTEN = {}  # path of a log.jsonl: lines that a full disk has not taken yet
 
 
-def log(out_dir, record):
-    """Append a line to log.jsonl. A full disk loses nothing: what it does not take waits for the next line."""
+def log(out_dir, *records):
+    """Append lines to log.jsonl. A full disk loses nothing: what it does not take waits for the next call, which may bring no record."""
     path = Path(out_dir) / "log.jsonl"
     lines = UNWRITTEN.setdefault(path, [])
-    lines.append(json.dumps(record) + "\n")
+    lines += [json.dumps(record) + "\n" for record in records]
     data = "".join(lines).encode()
     with open(path, "ab", buffering=0) as f:
         before = f.tell()
@@ -185,7 +205,7 @@ def logged(out_dir, until=None):
             records.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    records = [r for r in records if isinstance(r, dict) and "step" in r]
+    records = [r for r in records if isinstance(r, dict) and isinstance(r.get("step"), int) and isinstance(r.get("val", {}), dict)]
     return [r for r in records if until is None or r["step"] <= until]
 
 
@@ -198,13 +218,15 @@ def forget_after(out_dir, step):
     path = Path(out_dir) / "log.jsonl"
     temporary = path.with_name("log.jsonl.tmp")
     temporary.write_text("".join(json.dumps(r) + "\n" for r in logged(out_dir, step)))
+    to_disk(temporary)
     os.replace(temporary, path)
 
 
 def keep_earlier_run(out_dir):
     """What a run left that was here before moves to earlier.1 and so on, where --ckpt finds it: nothing is overwritten."""
     folder = Path(out_dir)
-    left = [f for f in (folder / "ckpt.pt", folder / "best.pt", folder / "log.jsonl", *numbered(folder)) if f.exists()]
+    left = [folder / name for name in ("ckpt.pt", "best.pt", "log.jsonl") if (folder / name).exists()]
+    left += [*numbered(folder), *folder.glob("ckpt.*.pt.ruined")]
     if not left:
         return
     n = next(n for n in range(1, 1 << 62) if not (folder / f"earlier.{n}").exists())

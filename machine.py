@@ -31,6 +31,8 @@ def pick_device(name):
     if name.startswith("cuda") and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
         die(f"no {name} device on this machine", "--device=cpu")
     if torch.cuda.is_available() and name in ("auto", "cuda"):
+        if (mine := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
+            die(f"process {mine} of this machine has no GPU, there are {torch.cuda.device_count()}", "torchrun --nproc_per_node=gpu")
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "one a process"
     if name.startswith("cuda:") and (not name[5:].isdigit() or int(name[5:]) >= torch.cuda.device_count() or "LOCAL_RANK" in os.environ):
         die(f"{name}: there are {torch.cuda.device_count()} GPUs, and under torchrun each process takes its own", "--device=cuda")
@@ -101,7 +103,8 @@ def guard(fix):
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError, OverflowError) as e:
-        if type(e) is RuntimeError and not any(s in str(e) for s in ("allocat", "bad_alloc", "out of memory", "overflow")):
+        says = ("out of memory", "allocate memory", "bad_alloc", "alloc_failed")  # of many kinds, cuBLAS and the CPU's among them
+        if isinstance(e, RuntimeError) and not isinstance(e, torch.OutOfMemoryError) and not any(s in str(e).lower() for s in says):
             raise
         die(f"out of memory: {said(e)}", fix)
     except OSError as e:
@@ -151,7 +154,7 @@ def total(*numbers, op="SUM"):
 def shard(device, *models):
     """
     FSDP2 (`fully_shard`; arXiv 2304.11277 is its forerunner), in place: every process holds a share of each tensor, a layer is whole
-    only while it computes, and gradients are means over the processes.
+    only while it computes (under bfloat16, a copy of it until its backward), and gradients are means over the processes.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -179,9 +182,10 @@ def without_sync(forward):
         forward.set_requires_gradient_sync(True)
 
 
-def whole(tree):
-    """Nested dicts and lists with every sharded tensor whole, on the CPU: what a file holds. All processes must ask."""
-    return tree_map(lambda x: x.full_tensor().cpu() if hasattr(x, "full_tensor") else x, tree)
+def whole(tree, keep):
+    """Nested dicts and lists with every sharded tensor whole, on the CPU: what a file holds. All must ask; who does not `keep` has none."""
+    gather = lambda x: x.full_tensor().cpu() if keep else x.full_tensor().new_zeros(0)
+    return tree_map(lambda x: gather(x) if hasattr(x, "full_tensor") else x, tree)
 
 
 def share(tensor, like):
@@ -190,7 +194,9 @@ def share(tensor, like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)  # all have read the file
+    return distribute_tensor(
+        tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    ).clone()  # all have read the file
 
 
 def leave(code):
@@ -201,7 +207,7 @@ def leave(code):
 
 class Signals:
     """
-    with Signals() as signals: a first SIGTERM or SIGINT does not end the process. signals.name is then its name, and the training
+    with Signals() as signals: SIGTERM and SIGINT do not end the process. signals.name is then the last one's name, and the training
     loop stops after its step and saves. While signals.at_once is set, they raise KeyboardInterrupt.
     """
 
@@ -215,6 +221,7 @@ class Signals:
     def hear(self, number, frame):
         self.name = signal.Signals(number).name
         if self.at_once:
+            self.at_once = False  # once: a second one must not hit who cleans up
             raise KeyboardInterrupt
 
     def __exit__(self, *_):

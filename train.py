@@ -85,7 +85,7 @@ class TrainConfig:
     seed: int = 0  # the same seed on the same device gives the same run
     backend: str = "auto"  # of torch.distributed: nccl on GPUs, gloo elsewhere
     fsdp: bool = False  # under torchrun, for models that outgrow one GPU: each process holds a share of the weights, not all
-    timeout: float = 600  # seconds a process waits for another before it ends
+    timeout: float = 600  # seconds a process waits for another before it ends; writing a checkpoint must take less
     # when something is wrong
     overfit: bool = False  # the first step's batch at every step: a network that can learn at all learns it by heart
     bad_steps: int = 10  # steps with a loss or gradient that is not finite are skipped; so many in a row end the run
@@ -201,6 +201,12 @@ def rebuild(ckpt, device, state=None):
     run = trained_with(state)
     model, process = checkpoint.build(run, check_meta(state["meta"], ckpt)["vocab_size"])
     take_up(ckpt, {"weights": state["ema"]}, weights=model)
+    with torch.no_grad():
+        if not model(None, torch.zeros(1, 1, dtype=torch.long), 1).isfinite().all():
+            die(
+                f"{ckpt}: the network has diverged, its logits are not finite",
+                f"--ckpt {Path(ckpt) / 'best.pt'}, or train with a lower --lr",
+            )
     return run, state["meta"], state["step"], model.to(device).eval(), process
 
 
@@ -285,7 +291,8 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
         model.load_state_dict(weights)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     n_params = sum(p.numel() for p in model.parameters())
-    state = checkpoint.load(cfg.out_dir) if cfg.resume else None
+    state = checkpoint.load(cfg.out_dir, "--out_dir") if cfg.resume else None
+    given = [cfg.batch_size, cfg.accumulation]  # as asked; compare may split the same rows in another way
     if state:
         compare(state, cfg, data, world, say)
         take_up(cfg.out_dir, state, model=model, ema=ema)
@@ -302,13 +309,12 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
     first, skipped = 0, torch.zeros(2, device=device)  # steps skipped: in all, and in a row
     if state:
         take_up(cfg.out_dir, state, optimizer=optimizer)
-        for group, fresh in zip(optimizer.param_groups, groups, strict=True):  # the file brought its own settings along
-            group.update(weight_decay=fresh["weight_decay"], betas=(cfg.beta1, cfg.beta2))
-        first, skipped[0] = state["step"], state["skipped"]
+        first, skipped = state["step"], torch.tensor(state["skipped"], device=device, dtype=torch.float32)
         if machine.total(first, op="MAX") != machine.total(first, op="MIN"):
             die(f"rank {rank} found a checkpoint of step {first}, others of another", "--out_dir on a disk that all machines share")
         if rank == 0:
             checkpoint.forget_after(cfg.out_dir, first)
+    owed_before, state = state and state["owed"], None  # its tensors would be held twice
     rows = cfg.batch_size * cfg.accumulation * world
     by = f"{world} process" if world == 1 else f"{world} processes by {'FSDP' if cfg.fsdp else 'DDP'}"
     say(f"{device} ({why_device}), {by}, {str(dtype)[6:]} ({why_dtype}), attention: dense SDPA, {runs_on(device)}")
@@ -344,12 +350,14 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
     def save(done):
         """Rank 0 writes a checkpoint, the others wait; was it written?"""
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-        state = machine.whole(state) if cfg.fsdp else state  # every process gives its share
-        state |= {"config": asdict(cfg), "meta": data.meta, "step": done, "rows": rows, "skipped": int(skipped[0]), "owed": owed, **facts}
+        state = machine.whole(state, rank == 0) if cfg.fsdp else state  # every process gives its share
+        state |= {"config": asdict(cfg), "meta": data.meta, "step": done, **facts}
+        state |= {"rows": rows, "given": given, "skipped": skipped.int().tolist(), "owed": owed}
         written = True
         if rank == 0:
             try:
-                checkpoint.save(cfg.out_dir, state, cfg.keep)
+                checkpoint.log(cfg.out_dir)  # what still waits for room
+                checkpoint.save(cfg.out_dir, state)
             except OSError as e:
                 written = False
                 warn(f"no checkpoint of step {done}: {e.strerror}. Those before it are as they were")
@@ -358,18 +366,22 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
     def validate(done):
         """The EMA weights on the validation split; the best so far get a name. All processes take part."""
         signals.at_once = world == 1  # everything is on the disk: no need to wait for this to end
-        if signals.at_once and signals.name:
-            raise KeyboardInterrupt
         result = bounds(ema, process, data, cfg.block_sizes, cfg.n_eval, share=(rank, world))
-        texts = sample_lines(ema, process, data, cfg)
+        finite = all(math.isfinite(mean) for mean, _ in result.values())
+        texts = sample_lines(ema, process, data, cfg) if finite else []
         signals.at_once = False
         if rank == 0:
             val, error = ({str(b): pair[i] for b, pair in result.items()} for i in range(2))
             mixture = lambda val: sum(w * val.get(str(b), math.inf) for b, w in cfg.block_sizes.items())
             file = Path(cfg.out_dir) / f"ckpt.{done}.pt"
             earlier = [mixture(r["val"]) for r in checkpoint.logged(cfg.out_dir) if "val" in r]
-            if file.exists() and mixture(val) <= min(earlier, default=math.inf):
-                checkpoint.also(file, "best.pt")
+            try:
+                if file.exists() and mixture(val) <= min([x for x in earlier if math.isfinite(x)], default=math.inf):
+                    checkpoint.also(file, "best.pt")
+                if finite:
+                    checkpoint.prune(cfg.out_dir, done, cfg.keep)
+            except OSError as e:
+                warn(f"best.pt is not of step {done}: {e.strerror}")
             checkpoint.log(cfg.out_dir, {"step": done, "val": val, "error": error})
             tqdm.write(f"val step {done} | {show_bounds(result, process)} | saved {cfg.out_dir}/ckpt.pt", file=sys.stdout)
             for text in texts:
@@ -382,7 +394,7 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
         say(f"nothing to do: the checkpoint is at step {first}, max_steps is {cfg.max_steps}")
     bar = tqdm(range(first, cfg.max_steps), initial=first, total=cfg.max_steps, disable=rank > 0, mininterval=0.5)
     try:
-        if state and state.get("owed") and machine.total(rank == 0 and not checkpoint.validated(cfg.out_dir, first))[0]:
+        if owed_before and machine.total(rank == 0 and not checkpoint.validated(cfg.out_dir, first))[0]:
             validate(first)  # a kill came between the checkpoint and this
         if isinstance(forward, DistributedDataParallel):
             # DDP orders the gradients anew after a first backward, and sums of three or more are rounded by that order: so before any step
@@ -405,7 +417,7 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
             if device.type != "mps" or not bad:
                 optimizer.step()
             optimizer.zero_grad()
-            decay = min(cfg.ema, (step + 1) / (step + 10))  # short memory at first
+            decay = min(cfg.ema, (step + 1) / (step + 10))  # short memory at first; goes on when a step is skipped
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
             skipped = torch.stack((skipped[0] + bad, (skipped[1] + 1) * bad))
 
@@ -417,8 +429,9 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
                 n_skipped, in_a_row = skipped.int().tolist()  # waits for the device
                 if in_a_row >= cfg.bad_steps:
                     bar.close()
-                    last = f"the last good checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
-                    fix = f"{'--resume ' * (saved > 0)}--lr={learning_rate(cfg, step) / 4:.2g}"
+                    good = checkpoint.last_good(cfg.out_dir) if rank == 0 and saved else None
+                    last = f"the last good checkpoint is {good}" if good else "there is no good checkpoint"
+                    fix = f"{'--resume ' * bool(good)}--lr={cfg.lr / 4:.2g}"
                     die(f"{in_a_row} steps in a row, up to step {done}, had no finite gradient, and were skipped; {last}", fix)
             if look:
                 if world > 1:
@@ -437,24 +450,24 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
                 bar.set_postfix_str(f"loss {record['loss']:.3f} norm {record['norm']:.2f} {rate}")
                 if rank == 0:
                     checkpoint.log(cfg.out_dir, record)
-            if owed and in_a_row:
+            if owed and in_a_row and rank == 0:
                 warn(f"step {done} was skipped, its gradient was not finite" + ": the checkpoint waits" * (done < cfg.max_steps))
             if owed and (in_a_row == 0 or done == cfg.max_steps):  # the weights may be ruined: a step they can take comes first
                 saved = done if save(done) else saved
+                if stop := machine.total(signals.name is not None)[0] > 0:
+                    break
                 validate(done)
                 clock, since, owed = time.time(), 0, False
-        ruined = stop and int(skipped[1]) > 0
-        if stop and saved < done and not ruined:
+        if stop and saved < done:
             saved = done if save(done) else saved
     except KeyboardInterrupt:  # during a validation: `--resume` begins with it
-        stop, ruined = True, False
+        stop = True
     bar.close()
-    if saved < done and not ruined:
+    if saved < done:
         where = f"the last good one is of step {saved}" if saved else "and there is none before it"
         die(f"no checkpoint of step {done}, {where}", f"free space for {cfg.out_dir}, then{' --resume' * (saved > 0) or ' again'}")
     if stop:
-        what = ", saved" if saved == done > 0 else f"; the last checkpoint is of step {saved}" if saved else ""
-        say(f"{signals.name or 'a signal to another process'}: stopped after step {done}{what}" + "; --resume goes on" * (saved > 0))
+        say(f"{signals.name or 'a signal to another process'}: stopped after step {done}" + ", saved; --resume goes on" * (saved > 0))
 
 
 def take_up(ckpt, state, **parts):
@@ -463,9 +476,13 @@ def take_up(ckpt, state, **parts):
         for name, part in parts.items():
             saved = state[name]
             if name == "optimizer":
-                params = [p for group in part.param_groups for p in group["params"]]
-                each = {i: {k: machine.share(v, params[i]) for k, v in s.items()} for i, s in saved["state"].items()}
-                saved = {"state": each, "param_groups": saved["param_groups"]}
+                each = {}
+                for i, p in enumerate(p for group in part.param_groups for p in group["params"]):
+                    shapes = {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                    if {k: v.shape for k, v in saved["state"][i].items()} != shapes:  # the fused step would not look
+                        raise ValueError(f"parameter {i} has other moments")
+                    each[i] = {k: machine.share(v.float(), p) for k, v in saved["state"][i].items()}
+                saved = {"state": each, "param_groups": part.state_dict()["param_groups"]}
             part.load_state_dict(saved)
     except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as e:
         die(f"{ckpt}: its {name} does not fit its settings: {said(e)}", f"train again: --out_dir={ckpt}")
@@ -501,9 +518,14 @@ SHAPES = ("dataset", "process", "predicts", "random_ar", "time_conditioning", "s
 def compare(state, cfg, data, world, say):
     """Resuming: list what changed since the checkpoint; refuse what its weights cannot follow; keep the rows of a step."""
     old = asdict(trained_with(state))
-    data.same_as(state["meta"])
-    rows = state["rows"]
-    if (cfg.batch_size, cfg.accumulation) == (old["batch_size"], old["accumulation"]) and cfg.batch_size * cfg.accumulation * world != rows:
+    data.same_as(check_meta(state["meta"], cfg.out_dir))
+    try:
+        rows, given, skipped = int(state["rows"]), [int(n) for n in state["given"]], [int(n) for n in state["skipped"]]
+        if rows < 1 or len(given) != 2 or len(skipped) != 2 or type(state["owed"]) is not bool:
+            raise ValueError(f"rows {rows}, given {given}, skipped {skipped}, owed {state['owed']}")
+    except (KeyError, ValueError, TypeError) as e:
+        die(f"{cfg.out_dir}: a checkpoint to sample from, not to go on with: {said(e)}", "train again, or the version that wrote it")
+    if [cfg.batch_size, cfg.accumulation] == given and cfg.batch_size * cfg.accumulation * world != rows:
         if rows % world:
             near = max(n for n in range(1, world) if rows % n == 0)
             die(f"the {rows} rows of a step do not divide by {world} processes", f"--nproc_per_node={near}, or give --batch_size anew")

@@ -205,7 +205,8 @@ def full_disk():
         message = read_only.stderr.splitlines()[0]
     finally:
         subprocess.run(["umount", "-l", mount])
-    print(f"full disk: step {held} kept, exit code 2; with room again bit for bit as if it had never been full. Read-only: {message}")
+    fine = f"step {held} kept, exit code 2; with room again bit for bit as if it had never been full. Read-only: {message}"
+    print(f"full disk: {'WRONG' if wrong else fine}")
     return wrong
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import machine
 from dataset import Dataset
 from diffusion import token_loss
 from settings import load_config
-from train import TrainConfig, compare, curriculum, train
+from train import TrainConfig, compare, curriculum, learning_rate, train
 
 FLAGS = [*TINY, "--seq_len=8", "--dataset=toy", "--block_sizes=1:0.25,4:0.75", "--max_steps=6", "--warmup=2", "--lr_schedule=constant"]
 
@@ -78,6 +79,17 @@ def test_a_signal_during_a_validation_does_not_wait_for_its_end(project, monkeyp
     assert same("a", "whole") and steps_and_results("a") == steps_and_results("whole")
 
 
+def test_a_second_signal_does_not_hit_the_clearing_up():
+    with machine.Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.name == "SIGTERM"
+        signals.at_once = True
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signals.name == "SIGINT"
+
+
 # ----- numbers that are not finite
 
 
@@ -87,7 +99,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(project, bad):
     assert [r["skipped"] for r in log("a") if "loss" in r] == [0, 0, 1, 1, 2, 2]
     assert [r["step"] for r in log("a") if "val" in r] == [1, 2, 4, 6] == [checkpoint.step_of(f) for f in checkpoint.numbered("a")[::-1]]
     state = checkpoint.load("a")
-    assert state["skipped"] == 2 and all(s["step"] == 4 for s in state["optimizer"]["state"].values()), "Adam counts what it has taken"
+    assert state["skipped"] == [2, 0] and all(s["step"] == 4 for s in state["optimizer"]["state"].values()), "Adam counts what it has taken"
     assert all(v.isfinite().all() for v in weights("a").values())
     run_with(at({2, 4}, lambda loss: loss * bad), "--out_dir=b", "--max_steps=3", "--eval_every=2", "--ema=0")
     run_with(at({2, 4}, lambda loss: loss * bad), "--out_dir=b", "--resume", "--eval_every=1", "--ema=0")
@@ -110,14 +122,28 @@ def test_a_skipped_step_changes_no_weight(project):
 def test_too_many_in_a_row_end_the_run_and_name_the_last_good_checkpoint(project, slip):
     nan = lambda loss: loss * math.nan
     err = slip(run_with, at({2, 3, 4, 5}, nan), "--out_dir=a", "--bad_steps=3", "--eval_every=1")
-    assert "3 steps in a row, up to step 5" in err and "last good checkpoint is of step 2" in err and "--resume --lr=" in err
+    assert "3 steps in a row, up to step 5" in err and "the last good checkpoint is a/ckpt.2.pt" in err and "--resume --lr=" in err
     assert checkpoint.load("a")["step"] == 2
-    assert "there is no checkpoint yet" in slip(run_with, at(set(range(6)), nan), "--out_dir=b", "--bad_steps=3")
+    assert "there is no good checkpoint" in slip(run_with, at(set(range(6)), nan), "--out_dir=b", "--bad_steps=3")
     run_with(at({1, 2, 4}, nan), "--out_dir=c", "--bad_steps=3")  # never three in a row
 
 
-def test_a_learning_rate_beyond_reason_ends_in_two_lines(project, slip):
-    assert "no finite gradient" in slip(run, "--out_dir=a", "--lr=1e30", "--max_steps=40", "--eval_every=100", "--bad_steps=4")
+@pytest.mark.parametrize("eval_every", [1, 100])
+def test_a_learning_rate_beyond_reason_ends_in_two_lines(project, slip, eval_every):
+    err = slip(run, "--out_dir=a", "--lr=1e30", "--max_steps=40", f"--eval_every={eval_every}", "--bad_steps=4")
+    assert "no finite gradient" in err and "no good checkpoint" in err
+
+
+def test_a_checkpoint_of_ruined_weights_is_no_good_one(project, slip, monkeypatch, capsys):
+    """Step 4 takes a step beyond reason, and is saved before anyone can know: --resume begins with the one before."""
+    run_with(curriculum, "--out_dir=whole", "--eval_every=1", "--keep=1")
+    with monkeypatch.context() as m:
+        rate = lambda cfg, step: 1e30 if step == 3 else learning_rate(cfg, step)
+        m.setattr("train.learning_rate", rate)
+        err = slip(run_with, curriculum, "--out_dir=a", "--eval_every=1", "--keep=1", "--bad_steps=2")
+    assert "the last good checkpoint is a/ckpt.3.pt" in err and Path("a/ckpt.4.pt.ruined").exists() and checkpoint.load("a")["step"] == 3
+    run_with(curriculum, "--out_dir=a", "--eval_every=1", "--keep=1", "--resume")
+    assert same("a", "whole") and steps_and_results("a") == steps_and_results("whole")
 
 
 # ----- memory
@@ -191,6 +217,31 @@ def test_fsdp_takes_the_same_steps_and_its_checkpoints_load_anywhere(project):
     assert all(abs(a[step, "val"][size] - b[step, "val"][size]) < 1e-4 for step in (3, 6) for size in ("1", "4"))
 
 
+def test_two_processes_stop_together_and_go_on_bit_for_bit(project):
+    """SIGTERM to one of two: both finish the step, one saves, all end with 0."""
+    more = ["--batch_size=2", "--max_steps=100000", "--eval_every=100000", "--timeout=60", "--out_dir=stopped"]
+    script = str(Path(checkpoint.__file__).parent / "train.py")
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *FLAGS, *more]
+    with open("said.txt", "w") as said:
+        p = subprocess.Popen(argv, stdout=said, stderr=said)
+        try:
+            end = time.time() + 60
+            while time.time() < end and not (Path("stopped/log.jsonl").exists() and len(log("stopped")) >= 5):
+                time.sleep(0.05)
+            listed = subprocess.run(["ps", "-axo", "pid=,ppid="], capture_output=True, text=True).stdout.split()
+            workers = [int(pid) for pid, parent in zip(listed[::2], listed[1::2], strict=True) if int(parent) == p.pid]
+            os.kill(max(workers), signal.SIGTERM)
+            assert p.wait(60) == 0, Path("said.txt").read_text()
+        finally:
+            p.kill()
+    step = checkpoint.load("stopped")["step"]
+    assert f"stopped after step {step}, saved" in Path("said.txt").read_text() and step >= 5
+    steps = ["--batch_size=2", f"--max_steps={step + 10}", f"--eval_every={step + 5}"]
+    torchrun(2, "--out_dir=stopped", "--resume", *steps)
+    torchrun(2, "--out_dir=whole", *steps)
+    assert same("stopped", "whole") and steps_and_results("stopped") == steps_and_results("whole")
+
+
 def test_gradients_are_exchanged_once_a_step(project):
     """However many forwards a step accumulates: each bucket goes round once, and the sum is that of one process without DDP."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
@@ -233,6 +284,8 @@ def test_another_number_of_processes_keeps_the_rows_of_a_step(project, slip):
     for world, rows in ((2, (3, 2)), (3, (4, 1)), (4, (3, 1)), (6, (2, 1)), (12, (1, 1))):
         batch_size, accumulation, said = settle(world)
         assert (batch_size, accumulation) == rows and "keep the 12 rows of a step" in said and "rows of a step 12" not in said
+    state["config"] |= {"batch_size": 3, "accumulation": 2}  # as it stands in the checkpoint after that: the same words mean the same
+    assert settle(2)[:2] == (3, 2) and settle(1)[:2] == (4, 3) and settle(4)[:2] == (3, 1)
     assert "rows of a step 12 -> 16" in settle(1, "--batch_size=16", "--accumulation=1")[2]
     assert "--nproc_per_node=4" in slip(settle, 5)
 

@@ -236,5 +236,5 @@ def test_checkpoints(home, data):
     Path("out/odd/log.jsonl").write_bytes(damage(Path("out/run/log.jsonl").read_bytes(), data.draw))
     outcome(["sample.py", "--ckpt=out/odd", "--device=cpu", "--steps=1"], "out/odd")
     outcome(["eval.py", "--ckpt=out/odd", "--device=cpu", "--n_eval=4", "--n_mc=1"], "out/odd")
-    outcome(["train.py", *SMALL, "--out_dir=out/odd", "--resume", "--max_steps=2"], "data", "out/run")
+    outcome(["train.py", *SMALL, "--out_dir=out/odd", "--resume", "--max_steps=3"], "data", "out/run")
     assert not Path("boom").exists(), "a pickle was executed"
