@@ -3,6 +3,7 @@ What stays of a run? In its out_dir:
 
     ckpt.STEP.pt   a checkpoint: weights, EMA weights, optimizer state, settings, dataset facts and the step; the newest few
     ckpt.pt        the newest of them, and best.pt that of the lowest validation loss: second names of a file (hard links)
+    ckpt.STEP.pt.ruined   saved after the last good one, when a run gave up; yours to delete
     log.jsonl      a line {"step": ...} a look
     earlier.N/     what a run that was here before left
     lock           held while a run writes here
@@ -28,6 +29,7 @@ from pathlib import Path
 import torch
 
 from diffusion import Masked, Uniform
+from machine import has_memory
 from model import ModelConfig, Transformer
 from settings import die, said
 
@@ -58,7 +60,7 @@ def prune(out_dir, step, keep):
         old.unlink()
 
 
-def last_good(out_dir):
+def fall_back_to_good(out_dir):
     """The newest numbered checkpoint whose validation was finite, or None. Newer ones are set aside as ckpt.STEP.pt.ruined."""
     finite = {r["step"] for r in logged(out_dir) if "val" in r and all(math.isfinite(v) for v in r["val"].values())}
     good = next((f for f in numbered(out_dir) if step_of(f) in finite), None)
@@ -249,6 +251,9 @@ def build(cfg, vocab_size):
     (model, process) for the settings cfg (a TrainConfig) and the dataset's vocabulary. Masked noise adds one id, the mask.
     Uniform noise adds none to the V it predicts: idle symbols would be drawn as noise.
     """
+    need = 4 * (12 * cfg.n_layers * cfg.d_model**2 + 2 * vocab_size * cfg.d_model)
+    if need > (have := has_memory(torch.device("cpu"))):
+        die(f"the weights alone take {need / 2**30:,.0f} GB, and there are {have / 2**30:,.0f}", "--d_model=128 --n_layers=4")
     masked = cfg.process == "masked"
     ar_token = None if masked or cfg.random_ar else vocab_size
     model = Transformer(

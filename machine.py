@@ -33,7 +33,7 @@ def pick_device(name):
     if torch.cuda.is_available() and name in ("auto", "cuda"):
         if (mine := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
             die(f"process {mine} of this machine has no GPU, there are {torch.cuda.device_count()}", "torchrun --nproc_per_node=gpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "one a process"
+        return torch.device("cuda", mine), "one a process"
     if name.startswith("cuda:") and (not name[5:].isdigit() or int(name[5:]) >= torch.cuda.device_count() or "LOCAL_RANK" in os.environ):
         die(f"{name}: there are {torch.cuda.device_count()} GPUs, and under torchrun each process takes its own", "--device=cuda")
     if name != "auto":
@@ -174,12 +174,12 @@ def without_sync(forward):
     if hasattr(forward, "no_sync"):  # DDP
         with forward.no_sync():
             yield
-        return
-    if hasattr(forward, "set_requires_gradient_sync"):  # FSDP2
+    elif hasattr(forward, "set_requires_gradient_sync"):  # FSDP2
         forward.set_requires_gradient_sync(False)
-    yield
-    if hasattr(forward, "set_requires_gradient_sync"):
+        yield
         forward.set_requires_gradient_sync(True)
+    else:
+        yield
 
 
 def whole(tree, keep):
@@ -207,15 +207,17 @@ def leave(code):
 
 class Signals:
     """
-    with Signals() as signals: SIGTERM and SIGINT do not end the process. signals.name is then the last one's name, and the training
-    loop stops after its step and saves. While signals.at_once is set, they raise KeyboardInterrupt.
+    with Signals() as signals: SIGTERM, SIGINT and SIGHUP (unless ignored, as under nohup) do not end the process. signals.name is then the
+    last one's name, and the training loop stops after its step and saves. While signals.at_once is set, they raise KeyboardInterrupt.
     """
 
     name, at_once = None, False
 
     def __enter__(self):
-        main = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
-        self.before = {s: signal.signal(s, self.hear) for s in (signal.SIGTERM, signal.SIGINT)} if main else {}
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            heard = [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+            self.before = {s: signal.signal(s, self.hear) for s in heard}
         return self
 
     def hear(self, number, frame):

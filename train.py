@@ -88,7 +88,9 @@ class TrainConfig:
     timeout: float = 600  # seconds a process waits for another before it ends; writing a checkpoint must take less
     # when something is wrong
     overfit: bool = False  # the first step's batch at every step: a network that can learn at all learns it by heart
-    bad_steps: int = 10  # steps with a loss or gradient that is not finite are skipped; so many in a row end the run
+    bad_steps: int = (
+        10  # steps with a loss or gradient that is not finite are skipped; so many in a row, as a line of the log finds, end the run
+    )
 
     def __post_init__(self):
         """Settle what settings imply for each other, before anything is downloaded or allocated."""
@@ -182,6 +184,8 @@ def trained_with(state):
             raise TypeError(f"no {', '.join(missing)}")  # a default would be a guess
         if wrong := sorted(k for k, v in config.items() if k in kinds and type(v) not in (kinds[k].type, int)):
             raise TypeError(f"{wrong[0]} is {config[wrong[0]]!r}")
+        if config["seq_len"] < 1:
+            raise ValueError(f"seq_len is {config['seq_len']}")
         return TrainConfig(**config)
     except (TypeError, ValueError, AttributeError) as e:
         die(f"this checkpoint's settings are of another version: {e}", "train again, or check out the version that wrote it")
@@ -245,7 +249,7 @@ def curriculum(cfg, step, model, process):
 def train(cfg, loss_at=curriculum, weights=None, facts=None):
     """
     What surrounds the loop: the data is looked at first, then come the other processes and the folder, and the ways in which it may end.
-    For distill.py, which has its own: loss_at(cfg, step, model, process) -> what is called as token_loss is, for a step; weights
+    The last three are for distill.py: loss_at(cfg, step, model, process) -> what is called as token_loss is, for a step; weights
     to begin with; facts to keep in the checkpoint.
     """
     fewer = "a smaller --seq_len, --d_model or --n_layers, or --fsdp on several GPUs"
@@ -281,10 +285,6 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
     warn = lambda text: tqdm.write(f"WARNING: {text}", file=sys.stderr)
 
     # ----- model, EMA, optimizer
-    need = 16 * (12 * cfg.n_layers * cfg.d_model**2 + 2 * data.meta["vocab_size"] * cfg.d_model) / (world if cfg.fsdp else 1)
-    if need > machine.has_memory(device):
-        have = machine.has_memory(device)
-        die(f"weights, EMA and optimizer take {need / 2**30:,.0f} GB, {device} has {have / 2**30:,.0f}", "--d_model=128 --n_layers=4")
     torch.manual_seed(cfg.seed)
     model, process = checkpoint.build(cfg, data.meta["vocab_size"])
     if weights is not None:
@@ -314,7 +314,8 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
             die(f"rank {rank} found a checkpoint of step {first}, others of another", "--out_dir on a disk that all machines share")
         if rank == 0:
             checkpoint.forget_after(cfg.out_dir, first)
-    owed_before, state = state and state["owed"], None  # its tensors would be held twice
+    owed = state is not None and state["owed"]  # a checkpoint and its validation
+    state = None  # its tensors would be held twice
     rows = cfg.batch_size * cfg.accumulation * world
     by = f"{world} process" if world == 1 else f"{world} processes by {'FSDP' if cfg.fsdp else 'DDP'}"
     say(f"{device} ({why_device}), {by}, {str(dtype)[6:]} ({why_dtype}), attention: dense SDPA, {runs_on(device)}")
@@ -325,7 +326,7 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
     forward = torch.compile(model) if cfg.compile else model
     if world > 1 and not cfg.fsdp:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    whole = math.lcm(*cfg.block_sizes)
+    unit = math.lcm(*cfg.block_sizes)
     block_size = next(iter(cfg.block_sizes)) if len(cfg.block_sizes) == 1 else None  # one for all rows: an int
     amp = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
@@ -333,7 +334,7 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
         """Gradients of one optimizer step, and this process's part of its loss, in nats per token."""
         loss = torch.zeros((), device=device)
         for k, (x0, answer, sizes, t, slots) in enumerate(batches):
-            prompt = int(answer.any(0).int().argmax()) // whole * whole  # blocks before it need no noisy copy
+            prompt = int(answer.any(0).int().argmax()) // unit * unit  # blocks before it need no noisy copy
             x0, answer, slots = (x.to(device, non_blocking=True) for x in (x0, answer, slots))
             noise = Noise(cfg.seed, slots, torch.arange(prompt, cfg.seq_len, device=device), step)
             with machine.without_sync(forward) if k + 1 < len(batches) else nullcontext():
@@ -342,13 +343,13 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
                         forward, process, x0, block_size or sizes, t, cfg.objectives(), answer, SCHEDULES[cfg.schedule], prompt, noise
                     )
                 part = summed / n_answers
-                # DDP averages over processes, we want their sum; a loss that is not finite makes a gradient that is not
+                # DDP and FSDP average over processes, we want their sum; a loss that is not finite makes a gradient that is not
                 (part * torch.where(part.isfinite(), float(world), math.nan)).backward()
             loss += part.detach()
         return loss
 
-    def save(done):
-        """Rank 0 writes a checkpoint, the others wait; was it written?"""
+    def save(done, owed):
+        """Rank 0 writes a checkpoint, the others wait; was it written? owed: its validation is to come."""
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
         state = machine.whole(state, rank == 0) if cfg.fsdp else state  # every process gives its share
         state |= {"config": asdict(cfg), "meta": data.meta, "step": done, **facts}
@@ -382,22 +383,26 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
                     checkpoint.prune(cfg.out_dir, done, cfg.keep)
             except OSError as e:
                 warn(f"best.pt is not of step {done}: {e.strerror}")
+            # last: after a kill before this line, --resume validates again
             checkpoint.log(cfg.out_dir, {"step": done, "val": val, "error": error})
-            tqdm.write(f"val step {done} | {show_bounds(result, process)} | saved {cfg.out_dir}/ckpt.pt", file=sys.stdout)
+            tqdm.write(f"val step {done} | {show_bounds(result, process)}{f' | saved {file}' * file.exists()}", file=sys.stdout)
             for text in texts:
                 tqdm.write(f"  sample: {text!r}", file=sys.stdout)
 
     # ----- the loop
-    due = lambda done: done % cfg.eval_every == 0 or done == cfg.max_steps
-    done, saved, stop, owed = first, first, False, False  # steps taken, of them on the disk; a checkpoint and validation are owed
+    done, saved = first, first  # steps taken, and how many of them are on the disk
+    stop = False  # only machine.total may say so: processes that do not stop together wait for each other
     if first >= cfg.max_steps:
         say(f"nothing to do: the checkpoint is at step {first}, max_steps is {cfg.max_steps}")
     bar = tqdm(range(first, cfg.max_steps), initial=first, total=cfg.max_steps, disable=rank > 0, mininterval=0.5)
     try:
-        if owed_before and machine.total(rank == 0 and not checkpoint.validated(cfg.out_dir, first))[0]:
-            validate(first)  # a kill came between the checkpoint and this
+        if owed and skipped[1] == 0:
+            owed = False
+            if machine.total(rank == 0 and not checkpoint.validated(cfg.out_dir, first))[0]:
+                validate(first)  # a kill or a signal came between the checkpoint and this
         if isinstance(forward, DistributedDataParallel):
-            # DDP orders the gradients anew after a first backward, and sums of three or more are rounded by that order: so before any step
+            # DDP orders the gradients anew after a first backward, and sums of three or more are rounded by that order: so before any
+            # step, by whatever loss and batch, always the same, and its gradients are dropped
             backward(step_batches(cfg, data, 0, rank, world)[-1:], 0, token_loss, 1)
             optimizer.zero_grad()
         clock, since = time.time(), 0  # for the time a step took, over the steps since the last look
@@ -417,19 +422,21 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
             if device.type != "mps" or not bad:
                 optimizer.step()
             optimizer.zero_grad()
-            decay = min(cfg.ema, (step + 1) / (step + 10))  # short memory at first; goes on when a step is skipped
+            decay = min(cfg.ema, (step + 1) / (step + 10))  # short memory at first; a skipped step moves it on, towards weights that stayed
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
             skipped = torch.stack((skipped[0] + bad, (skipped[1] + 1) * bad))
 
             if step == 0 and rank == 0:  # not before a step has been taken: a run that cannot must not touch what is there
                 checkpoint.keep_earlier_run(cfg.out_dir)
             done, since = step + 1, since + 1
-            look, owed = done % cfg.log_every == 0 or done == cfg.max_steps, owed or due(done)
+            look, owed = done % cfg.log_every == 0 or done == cfg.max_steps, owed or done % cfg.eval_every == 0 or done == cfg.max_steps
             if look or owed:
                 n_skipped, in_a_row = skipped.int().tolist()  # waits for the device
                 if in_a_row >= cfg.bad_steps:
                     bar.close()
-                    good = checkpoint.last_good(cfg.out_dir) if rank == 0 and saved else None
+                    if rank > 0:
+                        raise SystemExit(2)  # rank 0 says why
+                    good = checkpoint.fall_back_to_good(cfg.out_dir) if saved else None
                     last = f"the last good checkpoint is {good}" if good else "there is no good checkpoint"
                     fix = f"{'--resume ' * bool(good)}--lr={cfg.lr / 4:.2g}"
                     die(f"{in_a_row} steps in a row, up to step {done}, had no finite gradient, and were skipped; {last}", fix)
@@ -446,20 +453,20 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
                     "ms": ms,
                     "peak_mb": machine.total(machine.peak_mb(device), op="MAX")[0],
                 }
-                rate = f"{ms:.0f} ms {1000 * rows * cfg.seq_len / ms:,.0f} tok/s" + f" skipped {n_skipped}" * (n_skipped > 0)
+                rate = f"{ms:.0f} ms {1000 * rows * cfg.seq_len / ms:,.0f} tok/s" + (f" skipped {n_skipped}" if n_skipped else "")
                 bar.set_postfix_str(f"loss {record['loss']:.3f} norm {record['norm']:.2f} {rate}")
                 if rank == 0:
                     checkpoint.log(cfg.out_dir, record)
             if owed and in_a_row and rank == 0:
                 warn(f"step {done} was skipped, its gradient was not finite" + ": the checkpoint waits" * (done < cfg.max_steps))
             if owed and (in_a_row == 0 or done == cfg.max_steps):  # the weights may be ruined: a step they can take comes first
-                saved = done if save(done) else saved
+                saved = done if save(done, owed) else saved
                 if stop := machine.total(signals.name is not None)[0] > 0:
                     break
                 validate(done)
                 clock, since, owed = time.time(), 0, False
         if stop and saved < done:
-            saved = done if save(done) else saved
+            saved = done if save(done, owed) else saved
     except KeyboardInterrupt:  # during a validation: `--resume` begins with it
         stop = True
     bar.close()
