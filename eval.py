@@ -118,7 +118,7 @@ def likelihood(model, process, data, block_sizes, n_eval=512, n_mc=8, seed=0, pr
     if not data.row_len:  # n_eval 0: of the last window, what the one before has not had
         seen = (index[:-1] + data.seq_len - index[1:]).clamp(min=0)
         answer = answer & (torch.arange(data.seq_len) >= torch.cat((seen.new_zeros(1), seen))[:, None])
-    batch_size = max(1, min(64, (1 << 26) // (data.seq_len * process.vocab_size)))  # fewer of a large network
+    batch_size = max(1, min(64, -(-len(index) // share[1]), (1 << 26) // (data.seq_len * process.vocab_size)))  # fewer of a large network
     batches = torch.arange(len(index)).split(batch_size)
     exact = {b for b in block_sizes if b == 1 and process.ar_token is not None}
     halves, draws = (1, 1) if n_mc == 1 else (2, n_mc // 2)

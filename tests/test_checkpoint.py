@@ -1,6 +1,7 @@
 """Why believe checkpoint.py? A run's files after kills, damage, full disks and second runs: nothing is lost, nothing twice."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -38,6 +39,17 @@ def test_the_last_ones_and_the_best_are_kept(project):
     best = min(val, key=val.get)
     assert best < 6, "the learning rate is far too high: the best is not the last"
     assert checkpoint.load("a/best.pt")["step"] == best and not Path(f"a/ckpt.{best}.pt").exists()
+
+
+def test_the_best_is_weighed_as_the_block_sizes_are(project, monkeypatch):
+    """Weights 0.25 and 0.75: step 6 has the lowest mixture, though step 4 has the lowest sum. What is not finite does not count."""
+    found = iter([{1: (math.nan, 0.0), 4: (0.1, 0.0)}, {1: (0.1, 0.0), 4: (1.0, 0.0)}, {1: (0.6, 0.0), 4: (0.8, 0.0)}])
+    monkeypatch.setattr("train.bounds", lambda *_, **__: next(found))
+    run("--out_dir=a", "--eval_every=2", "--max_steps=6")
+    assert checkpoint.load("a/best.pt")["step"] == 6
+    monkeypatch.setattr("train.bounds", lambda *_, **__: {1: (0.59, 0.0), 4: (0.81, 0.0)})
+    run("--out_dir=a", "--eval_every=2", "--max_steps=8", "--resume")
+    assert checkpoint.load("a/best.pt")["step"] == 6
 
 
 def test_a_disk_without_hard_links(project, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import machine
 from dataset import Dataset
 from diffusion import token_loss
 from settings import load_config
-from train import TrainConfig, compare, curriculum, learning_rate, train
+from train import TrainConfig, compare, curriculum, learning_rate, rebuild, train
 
 FLAGS = [*TINY, "--seq_len=8", "--dataset=toy", "--block_sizes=1:0.25,4:0.75", "--max_steps=6", "--warmup=2", "--lr_schedule=constant"]
 
@@ -94,16 +95,17 @@ def test_a_second_signal_does_not_hit_the_clearing_up():
 # ----- numbers that are not finite
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [lambda loss: loss * math.nan, lambda loss: loss * math.inf, lambda loss: loss + math.inf])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(project, bad):
-    run_with(at({2, 4}, lambda loss: loss * bad), "--out_dir=a", "--eval_every=1", "--keep=9", "--ema=0")
+    """The last of the three has a gradient that is finite."""
+    run_with(at({2, 4}, bad), "--out_dir=a", "--eval_every=1", "--keep=9", "--ema=0")
     assert [r["skipped"] for r in log("a") if "loss" in r] == [0, 0, 1, 1, 2, 2]
     assert [r["step"] for r in log("a") if "val" in r] == [1, 2, 4, 6] == [checkpoint.step_of(f) for f in checkpoint.numbered("a")[::-1]]
     state = checkpoint.load("a")
     assert state["skipped"] == [2, 0] and all(s["step"] == 4 for s in state["optimizer"]["state"].values()), "Adam counts what it has taken"
     assert all(v.isfinite().all() for v in weights("a").values())
-    run_with(at({2, 4}, lambda loss: loss * bad), "--out_dir=b", "--max_steps=3", "--eval_every=2", "--ema=0")
-    run_with(at({2, 4}, lambda loss: loss * bad), "--out_dir=b", "--resume", "--eval_every=1", "--ema=0")
+    run_with(at({2, 4}, bad), "--out_dir=b", "--max_steps=3", "--eval_every=2", "--ema=0")
+    run_with(at({2, 4}, bad), "--out_dir=b", "--resume", "--eval_every=1", "--ema=0")
     assert same("a", "b")
 
 
@@ -143,6 +145,9 @@ def test_a_checkpoint_of_ruined_weights_is_no_good_one(project, slip, monkeypatc
         m.setattr("train.learning_rate", rate)
         err = slip(run_with, curriculum, "--out_dir=a", "--eval_every=1", "--keep=1", "--bad_steps=2")
     assert "the last good checkpoint is a/ckpt.3.pt" in err and Path("a/ckpt.4.pt.ruined").exists() and checkpoint.load("a")["step"] == 3
+    os.makedirs("b")
+    shutil.copy("a/ckpt.4.pt.ruined", "b/ckpt.pt")
+    assert "the network has diverged" in slip(rebuild, "b", "cpu")
     run_with(curriculum, "--out_dir=a", "--eval_every=1", "--keep=1", "--resume")
     assert same("a", "whole") and steps_and_results("a") == steps_and_results("whole")
 
@@ -209,7 +214,8 @@ def test_fsdp_takes_the_same_steps_and_its_checkpoints_load_anywhere(project):
     state = checkpoint.load("two")
     assert all(type(v) is torch.Tensor for v in state["model"].values()) and state["optimizer"]["state"][0]["exp_avg"].shape == (4, 16)
     run_with(curriculum, "--out_dir=two", "--resume", "--batch_size=2", "--accumulation=2", "--eval_every=3")
-    assert checkpoint.load("two")["config"]["accumulation"] == 4, "the rows of a step stay as they were"
+    state = checkpoint.load("two")
+    assert state["config"]["accumulation"] == 4 and state["given"] == [2, 2] and state["rows"] == 8, "the rows of a step stay as they were"
     a, b = weights("one"), weights("two")
     assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
     a, b = ({(r["step"], kind): r[kind] for r in log(d) for kind in ("loss", "val") if kind in r} for d in ("one", "two"))

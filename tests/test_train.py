@@ -18,7 +18,7 @@ from dataset import Dataset
 from diffusion import Masked, Uniform, loglinear
 from machine import peak_mb
 from settings import load_config
-from train import TrainConfig, learning_rate, step_batches, train
+from train import TrainConfig, learning_rate, rebuild, step_batches, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -216,6 +216,14 @@ def test_resuming_another_network_is_refused(project, slip):
     state = checkpoint.load("a")
     checkpoint.save("a", {**state, "config": {**state["config"], "n_heaps": 1}})
     assert "n_heaps" in slip(run, "--out_dir=a", "--resume")
+    for key, says in (("n_layers", "no n_layers"), ("block_sizes", "no block_sizes")):  # a default would be a guess
+        checkpoint.save("a", {**state, "config": {k: v for k, v in state["config"].items() if k != key}})
+        assert says in slip(run, "--out_dir=a", "--resume") and says in slip(rebuild, "a", "cpu")
+    checkpoint.save("a", {**state, "config": {k: v for k, v in state["config"].items() if k not in ("keep", "timeout")}})
+    rebuild("a", "cpu")  # what a network is does not hang on it
+    moments = {**state["optimizer"]["state"], 0: {**state["optimizer"]["state"][0], "exp_avg": torch.zeros(3, 3)}}
+    checkpoint.save("a", {**state, "optimizer": {**state["optimizer"], "state": moments}})
+    assert "parameter 0 has other moments" in slip(run, "--out_dir=a", "--resume", "--max_steps=3")
     checkpoint.save("a", {**state, "meta": {**state["meta"], "chars": "abd"}})
     assert "chars is not what" in slip(run, "--out_dir=a", "--resume")
 
@@ -267,7 +275,7 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint(project, monkeypatch):
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save("a", {"step": 2})
-    assert Path("a/ckpt.pt").read_bytes() == before and checkpoint.load("a")["step"] == 1
+    assert Path("a/ckpt.pt").read_bytes() == before and checkpoint.load("a")["step"] == 1 and not Path("a/ckpt.2.pt").exists()
 
 
 def test_peak_memory_counts_what_is_held_now():

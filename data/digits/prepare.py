@@ -42,8 +42,8 @@ def choices(text):
 
 def main():
     cfg, start = load_config(DigitsConfig, sys.argv[1:]), time.time()
-    if min(cfg.n_train, cfg.n_val) < 1 or cfg.seed < 0:
-        die("n_train and n_val must be at least 1, seed at least 0", "python data/digits/prepare.py")
+    if not 1 <= min(cfg.n_train, cfg.n_val) <= max(cfg.n_train, cfg.n_val) <= 10**8 or cfg.seed < 0:
+        die("n_train and n_val must be 1 to 100 million, seed at least 0", "python data/digits/prepare.py")
     rng = np.random.default_rng(cfg.seed)
     a, b = rng.integers(10, size=(2, cfg.n_train + cfg.n_val))
     plus, equals, end = (np.full_like(a, CHARS.index(c)) for c in "+=;")

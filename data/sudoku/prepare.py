@@ -84,8 +84,8 @@ def main():
     cfg, start = load_config(SudokuConfig, sys.argv[1:]), time.time()
     if cfg.side not in (4, 9):
         die(f"side {cfg.side}: a sudoku here has side 4 or 9", "python data/sudoku/prepare.py --side=4")
-    if min(cfg.n_train, cfg.n_val) < 1 or cfg.seed < 0 or cfg.max_clues > cfg.side**2:
-        die("n_train and n_val must be at least 1, seed at least 0, max_clues at most side x side", "python data/sudoku/prepare.py")
+    if not 1 <= min(cfg.n_train, cfg.n_val) <= max(cfg.n_train, cfg.n_val) <= 10**8 or cfg.seed < 0 or cfg.max_clues > cfg.side**2:
+        die("n_train and n_val must be 1 to 100 million, seed at least 0, max_clues at most side x side", "python data/sudoku/prepare.py")
     max_clues = cfg.max_clues if cfg.max_clues >= 0 else {4: 6, 9: 40}[cfg.side]
     rng, n, cells = np.random.default_rng(cfg.seed), cfg.n_train + cfg.n_val, cfg.side**2
     grids = all_4x4()[rng.integers(288, size=n)] if cfg.side == 4 else some_9x9(n, rng)
