@@ -140,7 +140,7 @@ def read(file):
     if bad := zipfile.ZipFile(file).testzip():
         raise ValueError(f"the checksum of {bad} does not match")  # torch would load a flipped bit without a word
     state = torch.load(file, map_location="cpu", weights_only=True)
-    parts = {"model": dict, "ema": dict, "optimizer": dict, "config": dict, "meta": dict, "step": int}
+    parts = {"model": dict, "ema": dict, "config": dict, "meta": dict, "step": int}  # the rest is for going on
     if not isinstance(state, dict) or (lacking := sorted(set(parts) - set(state))):
         raise ValueError(f"it lacks {', '.join(lacking) if isinstance(state, dict) else 'everything'}")
     if odd := sorted(k for k, kind in parts.items() if not isinstance(state[k], kind) or kind is int and not 0 <= state[k] < 1 << 62):
