@@ -6,7 +6,7 @@ What stays of a run? In its out_dir:
     ckpt.STEP.pt.ruined   saved after the last good one, when a run gave up; yours to delete
     log.jsonl      a line {"step": ...} a look
     earlier.N/     what a run that was here before left
-    lock           held while a run writes here
+    lock           held while a run writes here; not empty: one has begun here
 
 There is no random state to keep: every draw is a function of (seed, step, row), see draws.Noise.
 
@@ -152,8 +152,11 @@ def read(file):
 
 
 @contextmanager
-def writing(out_dir):
-    """Hold the folder, which is made if need be: two runs that write to one would ruin both. Two lines if another does, or none can."""
+def writing(out_dir, begin):
+    """
+    Hold the folder, which is made if need be: two runs that write to one would ruin both. Two lines if another does, or none can.
+    begin: a run begins here, and the lock says so, for `begun`.
+    """
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         lock = open(Path(out_dir) / "lock", "a")
@@ -175,7 +178,16 @@ def writing(out_dir):
     with lock:
         for half in Path(out_dir).glob("*.pt.tmp"):
             half.unlink()  # of a kill while saving
+        if begin and lock.tell() == 0:
+            lock.write("a run began here\n")
+            lock.flush()
         yield
+
+
+def begun(out_dir):
+    """Has a run begun here that left no checkpoint? It was killed before its first."""
+    lock = Path(out_dir) / "lock"
+    return os.path.exists(lock) and lock.stat().st_size > 0 and not list(Path(out_dir).glob("*.pt"))
 
 
 UNWRITTEN = {}  # path of a log.jsonl: lines that a full disk has not taken yet

@@ -42,7 +42,7 @@ from settings import die, load_config, parse_dict, said
 class TrainConfig:
     dataset: str = "shakespeare_char"  # a folder under data/ with train.bin, val.bin, meta.json
     out_dir: str = "out/run"  # checkpoints and log.jsonl go here; an earlier run there moves to out_dir/earlier.1
-    resume: bool = False  # go on from the newest checkpoint of out_dir
+    resume: bool = False  # go on from the newest checkpoint of out_dir; from the first step if the run there was killed before it had one
     # what is learned
     process: str = "masked"  # masked or uniform noise; duo: uniform with a Gaussian curriculum, see duo.py
     block_sizes: dict = field(default_factory=lambda: {1: 0.25, 16: 0.75})  # size:weight,...: the share of rows trained with each
@@ -264,7 +264,9 @@ def train(cfg, loss_at=curriculum, weights=None, facts=None):
             rank, world = machine.join(device, cfg.backend, cfg.timeout)
             if cfg.fsdp and world == 1:
                 die("fsdp shares a network out among processes: this is the only one", "torchrun --standalone --nproc_per_node=2 train.py")
-            with machine.Signals() as signals, checkpoint.writing(cfg.out_dir) if rank == 0 else nullcontext():
+            if cfg.resume and not Path(cfg.out_dir).exists():
+                checkpoint.load(cfg.out_dir, "--out_dir")  # says so, before a folder is made for a name that was mistyped
+            with machine.Signals() as signals, checkpoint.writing(cfg.out_dir, not cfg.resume) if rank == 0 else nullcontext():
                 learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights, facts or {})
     except BaseException as e:
         if world == 1:
@@ -291,7 +293,9 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
         model.load_state_dict(weights)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     n_params = sum(p.numel() for p in model.parameters())
-    state = checkpoint.load(cfg.out_dir, "--out_dir") if cfg.resume else None
+    if cfg.resume and checkpoint.begun(cfg.out_dir):
+        say(f"{cfg.out_dir} has no checkpoint yet: from the first step")
+    state = checkpoint.load(cfg.out_dir, "--out_dir") if cfg.resume and not checkpoint.begun(cfg.out_dir) else None
     given = [cfg.batch_size, cfg.accumulation]  # as asked; compare may split the same rows in another way
     if state:
         compare(state, cfg, data, world, say)

@@ -104,7 +104,7 @@ def killed_run(name, world, seconds, kills, seed):
     """
     draw, wrong, hits, writing, before = random.Random(seed), [], 0, 0, -1
     while True:
-        run = start(name, world, *["--resume"] * (before >= 0))
+        run = start(name, world, *["--resume"] * (before >= 0 or checkpoint.begun(name)))
         moment, in_writing = time.time() + draw.random() * seconds, (seed + hits) % 3 == 0
         while hits < kills and run.poll() is None and time.time() < moment:
             time.sleep(0.005)

@@ -113,9 +113,25 @@ def test_a_folder_one_cannot_write_to(project, slip):
 
 
 def test_two_runs_do_not_write_to_one_folder(project, slip):
-    with checkpoint.writing("a"):
+    with checkpoint.writing("a", True):
         assert "another run is writing to a" in slip(run, "--out_dir=a")
     run("--out_dir=a", "--max_steps=1")
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(project, slip, monkeypatch):
+    assert "no checkpoint" in slip(run, "--out_dir=a", "--resume") and not Path("a").exists(), "a mistyped name makes no folder"
+    monkeypatch.setattr(checkpoint, "save", lambda *_: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        run("--out_dir=a", "--max_steps=3")
+    monkeypatch.undo()
+    monkeypatch.chdir(project)
+    run("--out_dir=a", "--resume")
+    run("--out_dir=whole")
+    assert same("a", "whole") and steps_and_results("a") == steps_and_results("whole")
+    for file in Path("a").glob("*.pt"):
+        file.unlink()
+    Path("a/lock").write_text("")
+    assert "no checkpoint" in slip(run, "--out_dir=a", "--resume"), "no run has begun in this folder"
 
 
 def test_half_a_line_of_the_log_does_not_count(project):
