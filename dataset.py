@@ -127,14 +127,13 @@ class Dataset:
             part = tokens[start : start + step]
             if part.max() >= self.meta["vocab_size"]:
                 die(f"{path} holds id {part.max()}, meta.json says vocab_size {self.meta['vocab_size']}", fix)
-            if "separator" in self.meta and self.row_len:
-                prompt = (part.reshape(-1, self.row_len) == self.meta["separator"]).argmax(1)
-                found = part.reshape(-1, self.row_len)[np.arange(len(prompt)), prompt] == self.meta["separator"]
-                if not found.all():
-                    row = start // self.row_len + int(found.argmin())
+            if "separator" in self.meta:
+                found, row = part.reshape(-1, self.row_len) == self.meta["separator"], start // self.row_len
+                if not found.any(1).all():
+                    row += int(found.any(1).argmin())
                     die(f"{path}: row {row} is without the separator {self.meta['separator']}", f"check {self.folder}/meta.json")
-                if prompt.max() == self.row_len - 1:
-                    row = start // self.row_len + int(prompt.argmax())
+                if (prompt := found.argmax(1)).max() == self.row_len - 1:
+                    row += int(prompt.argmax())
                     die(f"{path}: row {row} ends with its prompt, nothing is left to learn", f"check {self.folder}/meta.json")
         return tokens
 

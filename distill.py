@@ -128,7 +128,7 @@ def main():
         die(f"{cfg.ckpt} does not see the noise level, and DCD compares two", "train with --time_conditioning=true")
     out_dir = cfg.out_dir or cfg.ckpt.rstrip("/").removesuffix("/best.pt") + ("_sdtt" if run.process == "masked" else "_dcd")
     facts = {"distilled": {name: getattr(cfg, name) for name in ("ckpt", "teacher_steps", "round_steps")}}
-    if cfg.resume:
+    if cfg.resume and not checkpoint.begun(out_dir):
         before = checkpoint.load(out_dir)
         for name, value in before.get("distilled", {}).items():
             if value != facts["distilled"].get(name):

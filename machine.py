@@ -194,9 +194,8 @@ def share(tensor, like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(
-        tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
-    ).clone()  # all have read the file
+    # no rank sends: all have read the file. clone: a share that is a view would keep the whole
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None).clone()
 
 
 def leave(code):

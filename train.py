@@ -88,9 +88,7 @@ class TrainConfig:
     timeout: float = 600  # seconds a process waits for another before it ends; writing a checkpoint must take less
     # when something is wrong
     overfit: bool = False  # the first step's batch at every step: a network that can learn at all learns it by heart
-    bad_steps: int = (
-        10  # steps with a loss or gradient that is not finite are skipped; so many in a row, as a line of the log finds, end the run
-    )
+    bad_steps: int = 10  # a step that is not finite is skipped; so many in a row, when the log looks, end the run
 
     def __post_init__(self):
         """Settle what settings imply for each other, before anything is downloaded or allocated."""
@@ -103,8 +101,8 @@ class TrainConfig:
         ):
             if getattr(self, name) not in allowed:
                 die(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}", f"--{name}={allowed[0]}")
-        sizes = ("n_layers", "n_heads", "d_model", "batch_size", "accumulation")
-        for name in (*sizes, "max_steps", "eval_every", "n_eval", "log_every", "keep", "bad_steps"):
+        counts = "n_layers n_heads d_model batch_size accumulation max_steps eval_every n_eval log_every keep bad_steps"
+        for name in counts.split():
             if getattr(self, name) < 1:
                 die(f"{name} is {getattr(self, name)}, it must be at least 1", f"--{name}={type(self).__dataclass_fields__[name].default}")
         for name, low, high in (
@@ -293,9 +291,10 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
         model.load_state_dict(weights)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     n_params = sum(p.numel() for p in model.parameters())
-    if cfg.resume and checkpoint.begun(cfg.out_dir):
+    resume = cfg.resume and not checkpoint.begun(cfg.out_dir)
+    if resume != cfg.resume:
         say(f"{cfg.out_dir} has no checkpoint yet: from the first step")
-    state = checkpoint.load(cfg.out_dir, "--out_dir") if cfg.resume and not checkpoint.begun(cfg.out_dir) else None
+    state = checkpoint.load(cfg.out_dir, "--out_dir") if resume else None
     given = [cfg.batch_size, cfg.accumulation]  # as asked; compare may split the same rows in another way
     if state:
         compare(state, cfg, data, world, say)

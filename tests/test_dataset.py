@@ -126,9 +126,9 @@ def test_the_separator_ends_the_prompt(project, slip):
         assert 2 <= at < 6 and keep == [False] * (at + 1) + [True] * (11 - at)
     bad = np.fromfile("data/pairs/val.bin", dtype=np.uint16)
     for end, says in (([0], "ends with its prompt"), ([1], "is without the separator")):
-        bad[:12] = [1] * 11 + end
+        bad[36:48] = [1] * 11 + end
         bad.tofile("data/pairs/val.bin")
-        assert f"val.bin: row 0 {says}" in slip(Dataset, "pairs"), "before training, not on its third day"
+        assert f"val.bin: row 3 {says}" in slip(Dataset, "pairs"), "before training, not on its third day"
 
 
 def test_damaged_data_is_refused(project, slip):

@@ -222,6 +222,11 @@ def test_rounds_take_the_student_for_the_teacher_and_resume(project, monkeypatch
     assert checkpoint.load("stopped")["step"] == 5
     go("--rounds=3", "--out_dir=stopped", "--resume")
     assert same(weights("stopped"), weights("whole")), "the teacher of a round that was broken off is kept"
+    for file in Path("stopped").glob("*.pt"):
+        file.unlink()  # as after a kill before the first checkpoint
+    monkeypatch.setattr(distill, "distill_loss", original)
+    go("--rounds=3", "--out_dir=stopped", "--resume")
+    assert same(weights("stopped"), weights("whole"))
     assert "not a run of distill.py" in slip(go, "--rounds=3", "--out_dir=t", "--resume")
     go("--rounds=1", "--round_steps=2")
     assert Path("t_sdtt/ckpt.pt" if process == "masked" else "t_dcd/ckpt.pt").exists()

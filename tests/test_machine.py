@@ -92,6 +92,18 @@ def test_a_second_signal_does_not_hit_the_clearing_up():
     assert signals.name == "SIGINT"
 
 
+def test_a_lost_terminal_is_heard_unless_that_is_to_be_ignored():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, heard in ((signal.SIG_DFL, "SIGHUP"), (signal.SIG_IGN, None)):  # the second as under nohup
+            signal.signal(signal.SIGHUP, handler)
+            with machine.Signals() as signals:
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.name == heard and signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 # ----- numbers that are not finite
 
 
