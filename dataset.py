@@ -3,15 +3,18 @@ What is the data? A folder data/NAME with nanoGPT's train.bin and val.bin (flat 
 it) and a meta.json. The least that meta.json may say is {"vocab_size": 50257, "tokenizer": "gpt2"}. All its keys:
 
     vocab_size   number of ids
-    tokenizer    "char" (with "chars": every character in id order), "gpt2", or "none" (ids are shown as numbers)
+    tokenizer    "char" (with "chars": every character in id order), "gpt2", "smollm", "bert", or "none" (ids are shown as numbers)
+    bos_id       every row, and every prompt, begins with it: no loss on it
     eos_id       generation of a row ends here
+    pad_id       behind the end of a row: no loss on it. Padding that is to be learned is no pad_id
     row_len      the file is rows of this length, not one stream; windows are then whole rows
     prompt_len   of a row, so many first tokens are the prompt: no loss on them
     separator    or: the prompt ends with the first such id
+    prompt_lens  or: 1, and SPLIT.prompts.bin (uint16) says for each row how many
+    prompt_end   text between a prompt and its answer
     width        break a sample into lines of so many characters when showing it
 """
 
-import base64
 import json
 import os
 import shutil
@@ -24,67 +27,11 @@ import torch
 from tqdm import tqdm
 
 from settings import die
+from tokens import Tokenizer
 
-KEYS = {"vocab_size", "tokenizer", "chars", "eos_id", "row_len", "prompt_len", "separator", "width"}
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-
-
-class Tokenizer:
-    """Text to ids and back, by meta["tokenizer"]. folder: where a local gpt2.tiktoken may lie. Exits if GPT-2's pairs cannot be had."""
-
-    def __init__(self, meta, folder):
-        self.kind, self.chars = meta["tokenizer"], meta.get("chars")
-        self.ids = {c: i for i, c in enumerate(self.chars)} if self.kind == "char" else None
-        self.bpe = gpt2(Path(folder) / "gpt2.tiktoken") if self.kind == "gpt2" else None
-
-    def encode(self, text):
-        if self.kind == "char":
-            unknown = sorted(set(text) - set(self.ids))
-            if unknown:
-                die(f"character {unknown[0]!r} is not in the vocabulary", f"use only {''.join(self.chars)!r}")
-            return [self.ids[c] for c in text]
-        if self.kind == "gpt2":
-            return self.bpe.encode_ordinary(text)
-        if not all(w.isdigit() for w in text.split()):
-            die("this dataset has no tokenizer: a prompt is a list of ids", "--prompt '17 4 256'")
-        return [int(w) for w in text.split()]
-
-    def decode(self, ids):
-        if self.kind == "char":
-            return "".join(self.chars[i] if i < len(self.chars) else "_" for i in ids)
-        if self.kind == "gpt2":
-            return self.bpe.decode([i for i in ids if i < self.bpe.n_vocab])
-        return " ".join(map(str, ids))
-
-    def n_bytes(self, vocab_size):
-        """How many bytes of UTF-8 each id stands for, (vocab_size,) float64: 0 for what is no text. None without a tokenizer."""
-        if self.kind == "none":
-            return None
-        if self.kind == "char":
-            sizes = [len(c.encode()) for c in self.chars]
-        else:
-            special = {self.bpe.encode_single_token(s) for s in self.bpe.special_tokens_set}
-            sizes = [0 if i in special else len(self.bpe.decode_single_token_bytes(i)) for i in range(min(vocab_size, self.bpe.n_vocab))]
-        return torch.tensor(sizes + [0] * (vocab_size - len(sizes)), dtype=torch.float64)
-
-
-def gpt2(path):
-    """GPT-2's byte pair encoding, from the .tiktoken file `path` if it is there, else through tiktoken's download."""
-    import tiktoken
-
-    try:
-        if not Path(path).exists():
-            return tiktoken.get_encoding("gpt2")
-        lines = Path(path).read_bytes().splitlines()  # not tiktoken's loader: it caches local files by name, stale ones too
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-        return tiktoken.Encoding(
-            "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}, explicit_n_vocab=50257
-        )
-    except Exception as e:  # a refused download and a broken file have many names
-        die(
-            f"no GPT-2 byte pairs: {type(e).__name__}: {str(e)[:120]}",
-            f"get a gpt2.tiktoken file and run prepare.py --bpe FILE, or copy it to {path}",
-        )
+IDS = ("bos_id", "eos_id", "pad_id", "separator")
+NUMBERS = {"vocab_size", "row_len", "prompt_len", "prompt_lens", "width", *IDS}
+KEYS = {"tokenizer", "chars", "prompt_end", *NUMBERS}
 
 
 class Dataset:
@@ -103,6 +50,8 @@ class Dataset:
             die(f"{name} is one stream: how long is a window?", "--seq_len=256")
         self.row_len, self.seq_len = row_len, seq_len or row_len
         self.tokens = {split: self.open(split, fix) for split in ("train", "val")}
+        self.prompts = {split: self.open_prompts(split, fix) for split in ("train", "val") if self.meta.get("prompt_lens")}
+        self.given = row_len > 0 and any(self.meta.get(k) is not None for k in ("bos_id", "prompt_len", "prompt_lens", "separator"))
 
     @cached_property
     def tokenizer(self):
@@ -137,8 +86,24 @@ class Dataset:
                     die(f"{path}: row {row} ends with its prompt, nothing is left to learn", f"check {self.folder}/meta.json")
         return tokens
 
-    def same_as(self, meta):
-        """Exit unless a checkpoint's meta is this folder's: other characters under the same ids would be nonsense."""
+    def open_prompts(self, split, fix):
+        """How many tokens of each row are its prompt, (rows,) uint16."""
+        path = self.folder / f"{split}.prompts.bin"
+        try:
+            lens = np.fromfile(path, np.uint16)
+        except OSError as e:
+            die(f"cannot read {path}: {e.strerror}", fix)
+        if len(lens) != len(self.tokens[split]) // self.row_len or lens.max() >= self.row_len:
+            die(f"{path}: {len(lens)} prompts of up to {lens.max(initial=0)} tokens, for rows of {self.row_len}", fix)
+        return lens
+
+    def same_as(self, meta, only_tokens=False):
+        """
+        Exit unless a checkpoint's meta is this folder's: other characters under the same ids would be nonsense. only_tokens: it was
+        trained on other data, or elsewhere, and has to know these tokens, no more.
+        """
+        if only_tokens and self.meta["vocab_size"] <= meta["vocab_size"]:
+            meta = {**self.meta, "chars": None, **{k: meta[k] for k in ("tokenizer", "chars") if k in meta}}
         for key in sorted(set(meta) | set(self.meta)):
             if meta.get(key) != self.meta.get(key):
                 die(
@@ -154,10 +119,16 @@ class Dataset:
         """index: integers (B,) below n_windows -> x0 (B, T) int64 and answer (B, T) bool: the tokens that carry loss."""
         starts = [int(i) * (self.row_len or 1) for i in index]
         x0 = torch.from_numpy(np.stack([self.tokens[split][i : i + self.seq_len] for i in starts]).astype(np.int64))
-        answer = torch.arange(self.seq_len).expand_as(x0) >= self.meta.get("prompt_len", 0)
-        if "separator" in self.meta:
-            found = x0 == self.meta["separator"]
-            answer = torch.arange(self.seq_len) > found.int().argmax(1, keepdim=True)
+        at, meta = torch.arange(self.seq_len), self.meta
+        answer = at.expand_as(x0) >= meta.get("prompt_len", 0)
+        if "separator" in meta:
+            answer = at > (x0 == meta["separator"]).int().argmax(1, keepdim=True)
+        if meta.get("prompt_lens"):
+            answer = at >= torch.from_numpy(self.prompts[split][np.asarray(index)].astype(np.int64))[:, None]
+        if "bos_id" in meta and self.row_len:
+            answer = answer & (at > 0)
+        if "pad_id" in meta:
+            answer = answer & (x0 != meta["pad_id"])
         return x0, answer
 
     def spread(self, split, n):
@@ -185,12 +156,14 @@ def check_meta(meta, path):
         if unknown := sorted(set(meta) - KEYS):
             raise ValueError(f"no key named {unknown[0]!r}, only {', '.join(sorted(KEYS))}")
         vocab_size, tokenizer = meta["vocab_size"], meta["tokenizer"]
-        numbers = {k: meta[k] for k in KEYS - {"tokenizer", "chars"} if k in meta}
+        numbers = {k: meta[k] for k in NUMBERS if k in meta}
         if bad := sorted(k for k, v in numbers.items() if type(v) is not int or not 0 <= v < 1 << 31):
             raise ValueError(f"{bad[0]} is {numbers[bad[0]]!r}, not a number of tokens")
-        if vocab_size < 1 or tokenizer not in ("char", "gpt2", "none"):
-            raise ValueError(f"vocab_size {vocab_size} must be at least 1, tokenizer {tokenizer!r} one of char, gpt2, none")
-        if outside := [k for k in ("eos_id", "separator") if meta.get(k, 0) >= vocab_size]:
+        if vocab_size < 1 or tokenizer not in ("char", "gpt2", "smollm", "bert", "none"):
+            raise ValueError(f"vocab_size {vocab_size} must be at least 1, tokenizer {tokenizer!r} one of char, gpt2, smollm, bert, none")
+        if not isinstance(meta.get("prompt_end", ""), str):
+            raise ValueError(f"prompt_end is {meta['prompt_end']!r}, not a text")
+        if outside := [k for k in IDS if meta.get(k, 0) >= vocab_size]:
             raise ValueError(f"{outside[0]} {meta[outside[0]]} is not below vocab_size {vocab_size}")
         if tokenizer == "char" and (not isinstance(meta["chars"], (str, list)) or len(set(meta["chars"])) != vocab_size):
             raise ValueError(f"{len(set(meta['chars']))} different chars, vocab_size {vocab_size}")
@@ -198,8 +171,8 @@ def check_meta(meta, path):
             raise ValueError("chars must be characters")
         if meta.get("prompt_len", 0) >= (meta.get("row_len") or 1 << 62):
             raise ValueError(f"prompt_len {meta['prompt_len']} leaves nothing of row_len {meta['row_len']}")
-        if "separator" in meta and not meta.get("row_len"):
-            raise ValueError("a separator ends the prompt of a row: row_len must say how long a row is")
+        if ("separator" in meta or meta.get("prompt_lens")) and not meta.get("row_len"):
+            raise ValueError("a row has a prompt: row_len must say how long a row is")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         die(f"{path}: {type(e).__name__}: {e}", '{"vocab_size": 50257, "tokenizer": "gpt2"}')
     return meta

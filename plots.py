@@ -100,9 +100,9 @@ def film(strips, path):
 
 def strip(ckpt, steps, max_new_tokens, seed, device):
     """(title, frames) for film: one text of a checkpoint, by its largest block size, from nothing (or from blanks)."""
-    from dataset import Tokenizer
     from diffusion import SCHEDULES
     from generate import NOTHING, generate
+    from tokens import Tokenizer
     from train import restore
 
     run, meta, _, model, process = restore(ckpt, device)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def prepare(tmp_path, monkeypatch):
     """prepare(name, *flags): run data/NAME/prepare.py in a copy of the project, as a user does."""
-    for f in ("dataset.py", "settings.py"):
+    for f in ("dataset.py", "settings.py", "tokens.py"):
         shutil.copy(ROOT / f, tmp_path)
     shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("*.bin", "meta.json", "*.tiktoken", "input.txt"))
     monkeypatch.chdir(tmp_path)
@@ -145,7 +145,7 @@ def test_damaged_data_is_refused(project, slip):
         b"[]",
         b'{"vocab_size": 3}',
         b'{"vocab_size": "3", "tokenizer": "none"}',
-        b'{"vocab_size": 3, "tokenizer": "bert"}',
+        b'{"vocab_size": 3, "tokenizer": "word2vec"}',
         b"\xff",
     ):
         assert "meta.json" in write(meta_json=bad)

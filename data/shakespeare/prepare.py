@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-from dataset import gpt2, text_file, write_dataset
+from dataset import text_file, write_dataset
 from settings import die, load_config
+from tokens import gpt2
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 

@@ -1,0 +1,74 @@
+r"""
+WikiText in GPT-2's byte pairs, for zero-shot evaluation. The text of a split is one document without an EOS inside, cut into rows
+[BOS] + 1022 tokens + [EOS], both 50256, as the public code of MDLM and Duo has it for zero-shot numbers (insert_valid_eos=False). The
+corpus's own tokenization, " @-@ ", " , " and the like, is undone first, as there; --detokenize=false leaves it.
+
+    python data/wikitext/prepare.py [--version 2] [--split test]                       downloads; version 103 without the flag
+    python data/wikitext/prepare.py --input wiki.train.raw.txt --val_input FILE.txt    if only val.bin matters: FILE.txt for both
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from corpus import Stream, build
+from hub import listing
+from settings import die, load_config
+from shards import inputs
+
+END = r"(?: |(?=\n|\Z))"  # a space, or the end of a line
+SPACES = [  # (what the corpus did, what was there before), in this order; none reaches beyond a line, so a text may be cut at its lines
+    (rf" @([-,.])@{END}", r"\1"),
+    *[(rf" ([{mark}])( |(?=\n|\Z))", r"\1\2") for mark in ":;.!?,"],
+    (r"\( *([^()\n]*?) *\)", r"(\1)"),
+    (r"\[ *([^\[\]\n]*?) *\]", r"[\1]"),
+    (r'" *([^"\n]*?) *"', r'"\1"'),
+    (r"s '( |(?=\n|\Z))", r"s'\1"),
+    (r" '(s|t|d|m|ll|re|ve)\b", r"'\1"),
+    (rf" °{END}", "°"),
+    (r"= (?==)", "="),  # = = a heading = =
+    (r" *\n *", "\n"),
+]
+
+
+@dataclass
+class WikiTextConfig:
+    version: int = 103  # or 2, the small one: which to download
+    split: str = "validation"  # or test: which becomes val.bin
+    input: str = ""  # a local .txt of the training split. Empty: download
+    val_input: str = ""  # a local .txt of the split that becomes val.bin
+    detokenize: bool = True  # undo the corpus's tokenization
+    bpe: str = ""  # a local file of GPT-2 ranks, "base64 rank" a line; kept beside the data. Empty: tiktoken downloads them
+    seq_len: int = 1024  # tokens of a row, BOS and EOS included
+    workers: int = 0  # processes that tokenize; 0: one a core
+    chunk: int = 100  # pieces of 64k characters between two commits to the disk
+
+
+def encode(tokenizer, text, detokenize):
+    for pattern, as_before in SPACES if detokenize else ():
+        text = re.sub(pattern, as_before, text)
+    return tokenizer.encode(text)
+
+
+def main():
+    cfg = load_config(WikiTextConfig, sys.argv[1:])
+    if cfg.version not in (2, 103) or cfg.split not in ("validation", "test"):
+        die("version is 2 or 103, split validation or test", "--version=2 --split=test")
+    if bool(cfg.input) != bool(cfg.val_input):
+        die("local files are needed for both splits, or for none", "--input TRAIN.txt --val_input VALID.txt, or the latter twice")
+    if cfg.input:
+        shards = [("train", name) for name in inputs(cfg.input)] + [("val", name) for name in inputs(cfg.val_input, "--val_input")]
+    else:
+        urls = listing("Salesforce/wikitext", f"wikitext-{cfg.version}-raw-v1")
+        kinds = (("train", "train-"), ("val", f"{cfg.split}-"))
+        shards = [(split, url) for split, begin in kinds for url in urls if url.rsplit("/", 1)[1].startswith(begin)]
+    meta = {"vocab_size": 50257, "tokenizer": "gpt2", "bos_id": 50256, "row_len": cfg.seq_len}
+    form = Stream(bos=50256, eos=50256, after_document=False)
+    build(cfg, Path(__file__).parent, meta, shards, ["text"], partial(encode, detokenize=cfg.detokenize), form, layout="one")
+
+
+if __name__ == "__main__":
+    main()
