@@ -1,12 +1,17 @@
 """Why believe settings.py? Both doors, flags and TOML, refuse what nobody declared and what has the wrong type."""
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from settings import load_config, parse_dict
+from train import TrainConfig
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass
@@ -75,3 +80,21 @@ def test_help_prints_the_commented_dataclass(capsys):
     with pytest.raises(SystemExit) as e:
         load("--help")
     assert e.value.code is None and "a comment that --help shows" in capsys.readouterr().out
+
+
+def test_the_published_presets_cost_what_their_comments_say():
+    """12 layers, 768 wide: 6 FLOP a token and weight, forward and backward; two streams unless one would not be read."""
+    vocabulary = {"openwebtext": 50258, "lm1b": 30522, "tinygsm": 49153}
+    rows = {"openwebtext": 1024, "lm1b": 128, "tinygsm": 512}
+    presets = sorted((ROOT / "config/blockgen").glob("*.toml"))
+    assert len(presets) == 19
+    for path in presets:
+        cfg, text = load_config(TrainConfig, [str(path)]), path.read_text()
+        T, D = rows[cfg.dataset], cfg.d_model
+        S = T if cfg.next_token or T in cfg.block_sizes else 2 * T
+        row = S * 6 * 12 * cfg.n_layers * D * D + T * 6 * vocabulary[cfg.dataset] * D + 12 * cfg.n_layers * D * S * S
+        hours = 512 * cfg.max_steps * row / 4e14 / 3600
+        said, tflop = float(re.search(r"= (\d+) GPU-hours", text)[1]), float(re.search(r"([\d.]+) TFLOP", text)[1])
+        assert abs(said - hours) < 0.5 + 0.002 * hours and abs(tflop / (row / 1e12) - 1) < 0.01, path.name
+        assert path.name in text and 512 % cfg.batch_size == 0 and cfg.lr == 3e-4 and cfg.ema == 0.9999 and cfg.dropout == 0.1
+        assert cfg.random_ar == (cfg.process == "uniform" and 1 in cfg.block_sizes)
