@@ -6,7 +6,7 @@
 
 PY := .venv/bin/python
 PYTHON ?= python3
-SECOND := tests/test_samplers.py tests/test_eval.py
+SECOND := tests/test_samplers.py tests/test_eval.py tests/test_corpus.py
 
 .PHONY: demo paper test faults lint
 .DELETE_ON_ERROR:

@@ -31,6 +31,7 @@ import torch
 from diffusion import Masked, Uniform
 from machine import has_memory
 from model import ModelConfig, Transformer
+from published import is_published, published
 from settings import die, said
 
 # ----- checkpoints
@@ -107,9 +108,12 @@ def step_of(file):
 
 def load(path, flag="--ckpt"):
     """
-    The dict that was saved, on the CPU. path: an out_dir, whose newest checkpoint is meant, or one file, out_dir/best.pt. If the newest
+    The dict that was saved, on the CPU. path: an out_dir, whose newest checkpoint is meant, or one file, out_dir/best.pt; or published
+    weights, hf:OWNER/REPO/SUBFOLDER or a folder, which published.py reads. If the newest
     is damaged the one before it takes its place, and stderr says so. Two lines if there is none; flag: what gave the path.
     """
+    if is_published(path):
+        return published(path, flag)
     path = Path(path)
     files = [path] if os.path.isfile(path) else [f for f in (path / "ckpt.pt", *numbered(path), path / "best.pt") if os.path.isfile(f)]
     if not files:
@@ -258,11 +262,22 @@ def fingerprint(model):
     return hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())).hexdigest()[:12]
 
 
-def build(cfg, vocab_size):
+def build(cfg, vocab_size, network=None):
     """
     (model, process) for the settings cfg (a TrainConfig) and the dataset's vocabulary. Masked noise adds one id, the mask.
     Uniform noise adds none to the V it predicts: idle symbols would be drawn as noise.
+    network: a dict, of weights that began elsewhere: what they are (ModelConfig) and their mask_id. The model is then on the device meta,
+    without weights, and `load_state_dict(..., assign=True)` gives it some.
     """
+    if network is not None:
+        with torch.device("meta"):
+            model = Transformer(
+                ModelConfig(
+                    **{k: v for k, v in network.items() if k != "mask_id"},
+                )
+            )
+        V = model.cfg.vocab_size
+        return model, Uniform(V, cfg.predicts) if network["mask_id"] is None else Masked(V, network["mask_id"])
     need = 4 * (12 * cfg.n_layers * cfg.d_model**2 + 2 * vocab_size * cfg.d_model)
     if need > (have := has_memory(torch.device("cpu"))):
         die(f"the weights alone take {need / 2**30:,.0f} GB, and there are {have / 2**30:,.0f}", "--d_model=128 --n_layers=4")
@@ -277,6 +292,9 @@ def build(cfg, vocab_size):
             d_model=cfg.d_model,
             time_conditioning=cfg.time_conditioning == "true",
             n_extra_tokens=int(ar_token is not None),
+            clean_causal=cfg.clean_causal,
+            next_token=cfg.next_token,
+            dropout=cfg.dropout,
         )
     )
     process = Masked(vocab_size + 1, vocab_size) if masked else Uniform(vocab_size, cfg.predicts, ar_token)

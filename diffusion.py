@@ -43,6 +43,11 @@ def sigma(alpha):
     return -alpha.clamp(min=1e-3).log()
 
 
+def sigma_for(model, alpha):
+    """sigma(alpha), or None where the network is not to see it: it has no such input, or one that was 0 throughout (published weights)."""
+    return None if getattr(getattr(model, "module", model), "timeless", False) else sigma(alpha)  # DDP keeps it in .module
+
+
 # ----- noise processes
 
 
@@ -299,7 +304,7 @@ def token_loss(model, process, x0, block_size, t, objective, answer=None, schedu
     read = torch.where(ar & open, process.ar_input(x.shape, noise, x.device), xt)  # what the network is fed
     if relaxation is not None:
         read = relaxation.harden(soft, read, ar | ~open)
-    level = sigma(torch.where(sizes.view(-1, *[1] * (t.dim() - 1)) == 1, 0.0, alpha))  # block size 1 is pure noise: alpha 0
+    level = sigma_for(model, torch.where(sizes.view(-1, *[1] * (t.dim() - 1)) == 1, 0.0, alpha))  # block size 1 is pure noise: alpha 0
 
     # which token costs what
     taught = lambda name: torch.isin(sizes, torch.tensor([s for s in names if names[s] == name])).to(x.device)[:, None]  # (B, 1)

@@ -19,7 +19,7 @@ import torch
 
 import checkpoint
 import machine
-from diffusion import sigma
+from diffusion import sigma_for
 from settings import die, load_config
 from train import take_up, train, trained_with
 
@@ -94,11 +94,11 @@ def distill_loss(forward, process, x0, block_size, t, objective, answer, schedul
 
     def ask(xt, alpha):
         with torch.no_grad():
-            return teacher(x0, torch.where(open, xt, x), block_size, start, sigma(alpha))
+            return teacher(x0, torch.where(open, xt, x), block_size, start, sigma_for(teacher, alpha))
 
     target = (dcd if process.mask_id is None else sdtt)(ask, process, x, xt, alpha_t, alpha_s, noise if process.mask_id is None else here)
     read = torch.where(ar & open, process.ar_input(x.shape, here, x.device), xt)
-    logits = forward(x0, read, block_size, start, sigma(torch.where(ar[:, 0].cpu(), 0.0, alpha_t)))
+    logits = forward(x0, read, block_size, start, sigma_for(forward, torch.where(ar[:, 0].cpu(), 0.0, alpha_t)))
     log_q = log_p(process, logits, xt, alpha_t)
     kl = (log_q.exp() * (log_q - target)).sum(-1)
     noisy = open if process.mask_id is None else open & (xt == process.mask_id)
@@ -127,7 +127,8 @@ def main():
     if run.process != "masked" and run.time_conditioning != "true":
         die(f"{cfg.ckpt} does not see the noise level, and DCD compares two", "train with --time_conditioning=true")
     out_dir = cfg.out_dir or cfg.ckpt.rstrip("/").removesuffix("/best.pt") + ("_sdtt" if run.process == "masked" else "_dcd")
-    facts = {"distilled": {name: getattr(cfg, name) for name in ("ckpt", "teacher_steps", "round_steps")}}
+    facts = {"network": state["network"]} if "network" in state else {}
+    facts |= {"distilled": {name: getattr(cfg, name) for name in ("ckpt", "teacher_steps", "round_steps")}}
     if cfg.resume and not checkpoint.begun(out_dir):
         before = checkpoint.load(out_dir)
         for name, value in before.get("distilled", {}).items():

@@ -5,6 +5,7 @@ How good is it? The likelihood on the validation split, the quality of its texts
     python eval.py --ckpt out/sudoku --samples                 accuracy or generative perplexity: AR, ancestral and ARPC, 1, 2, 4, ... steps
     python eval.py --ckpt out/sudoku --samples --sampler psi --kappa pc --steps 8       any sampler, with its own options
     python eval.py --ckpt out/sudoku --sweep                   samplers x steps x temperatures: a table and a plot; sweep.py says more
+    python eval.py --ckpt out/tinygsm --gsm8k                  grade-school sums by the programs it writes; gsm8k.py says more
 """
 
 import json
@@ -19,10 +20,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import machine
-from dataset import Dataset
 from diffusion import SCHEDULES, stratified_draw, token_loss
 from draws import Noise
 from generate import OWN_PACE, SAMPLERS
+from published import is_published
 from quality import NGRAMS, checker, generated, judge, prompts_of, quality, real_rows
 from settings import die, writable
 
@@ -30,8 +31,11 @@ from settings import die, writable
 @dataclass
 class EvalConfig:
     ckpt: str = "out/sudoku"  # a training run's out_dir
+    init_from: str = ""  # or published weights: hf:OWNER/REPO/SUBFOLDER, or a folder (published.py)
+    dataset: str = ""  # another than it was trained on, in the same tokens
     samples: bool = False  # the quality of texts instead of the likelihood
     sweep: bool = False  # speed against quality; it has settings of its own: --sweep --help
+    gsm8k: bool = False  # GSM8K by execution; it has settings of its own: --gsm8k --help
     block_size: int = 0  # one of those it was trained with; 0: all
     n_eval: int = 512  # windows of the validation split; 0: all of it. With --samples: texts a line
     n_mc: int = 8  # draws of noise a window for a bound: even, half of them check the other half; or 1, without a Monte Carlo error
@@ -74,7 +78,7 @@ def one_draw(model, process, x0, answer, b, u, noise):
     how = {"answer": answer, "start": start, "noise": noise}
     if b == 1:
         return token_loss(model, process, x0, 1, u, "elbo", **how)[1]
-    if process.mask_id is not None and model.time is None:
+    if process.mask_id is not None and model.timeless:
         open = answer[:, start:].unflatten(1, (-1, b))  # (B, N, b)
         n = open.sum(-1, keepdim=True).clamp(min=1)
         m = (u[:, None, None] * n.cpu()).ceil()  # times stay on the CPU: some devices have no float64
@@ -334,8 +338,12 @@ def main():
         from sweep import main as sweep  # a command of its own; here, because most runs do not want it
 
         return sweep([word for word in sys.argv[1:] if word not in asked])
+    if asked := {"--gsm8k", "--gsm8k=true"} & set(sys.argv[1:]):
+        from gsm8k import main as gsm8k
+
+        return gsm8k([word for word in sys.argv[1:] if word not in asked])
     from sample import load_with_sampler  # here: it imports train.py, which imports this file
-    from train import restore
+    from train import dataset_for, restore
 
     cfg, sampler, own = load_with_sampler(EvalConfig, sys.argv[1:])
     for name, fine, least in (
@@ -349,8 +357,9 @@ def main():
     ):
         if not fine:
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {least}")
-    if cfg.sweep:
-        die("a sweep has settings of its own, which a file for eval.py does not hold", f"python eval.py --sweep --ckpt {cfg.ckpt}")
+    for name in ("sweep", "gsm8k"):
+        if getattr(cfg, name):
+            die(f"{name} has settings of its own, which a file for eval.py does not hold", f"python eval.py --{name} --ckpt {cfg.ckpt}")
     if cfg.json:
         writable(cfg.json, "json")
     usual, of_texts = EvalConfig(), ("sampler", "steps", "judge", "clues", "max_new_tokens", "temperature")
@@ -360,12 +369,12 @@ def main():
             die(f"--{name} is about the likelihood, and this asks for samples", f"--{name} {value} without --samples")
         if value != getattr(usual, name):
             die(f"--{name} is about samples, and this asks for the likelihood", f"--samples --{name} {value}")
+    cfg.ckpt = cfg.init_from or cfg.ckpt
     run, meta, step, model, process = restore(cfg.ckpt, cfg.device)
-    data, trained = Dataset(run.dataset, run.seq_len), sorted(run.block_sizes)
-    data.same_as(meta)
+    data, trained = dataset_for(cfg.ckpt, run, meta, cfg.dataset), sorted(run.block_sizes)
     if cfg.block_size and cfg.block_size not in trained:
         die(f"{cfg.ckpt} was trained on block sizes {', '.join(map(str, trained))}, not {cfg.block_size}", f"--block_size {trained[-1]}")
-    print(f"{run.dataset}, {run.process}, EMA weights of step {step}")
+    print(f"{data.folder.name}, {run.process}, " + ("published weights" if is_published(cfg.ckpt) else f"EMA weights of step {step}"))
     if cfg.samples:
         lines = samples(cfg, sampler, own, run, data, model, process, trained)
     else:
@@ -382,7 +391,8 @@ def main():
         lines = likelihood_table(found, process, weights, n_bytes, cfg.seed)
         show_likelihood(lines, weights)
     if cfg.json:
-        facts = {"ckpt": cfg.ckpt, "dataset": run.dataset, "process": run.process, "step": step, "n_eval": cfg.n_eval, "seed": cfg.seed}
+        facts = {"ckpt": cfg.ckpt, "dataset": data.folder.name, "process": run.process, "step": step}
+        facts |= {"n_eval": cfg.n_eval, "seed": cfg.seed}
         if cfg.samples:
             facts |= {"temperature": cfg.temperature, "clues": cfg.clues, "max_new_tokens": cfg.max_new_tokens, "options": own}
         else:

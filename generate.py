@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffusion import loglinear, sigma
+from diffusion import loglinear, sigma_for
 from draws import Noise, sample, sharpen
 from guided import agreement, arpc, edlm, speculation
 from model import KVCache
@@ -66,7 +66,6 @@ class Block:
         self.x = torch.where(self.open, self.prior(self.noise(-1)), self.given.clamp(min=0))
         self.subset = (None, None)  # rows, and the cache of these rows alone
         self.read = self.logits = None  # what the last predict read, and said
-        self.timeless = model.time is None or model.cfg.condition_clean  # the latter: published weights, whose sigma was 0 throughout
 
     # ----- what a sampler may do
 
@@ -92,7 +91,7 @@ class Block:
         for a network that does not see alpha only of those whose tokens changed since its last prediction: no pass if none did.
         """
         x, need = self.x if x is None else x, self.live
-        if self.timeless and self.read is not None:
+        if self.model.timeless and self.read is not None:
             need = need & (x != self.read).any(1)
         if need.any():
             logits = self._forward(need, None, x, len(self.positions), alpha, int(self.positions[0]))
@@ -168,9 +167,8 @@ class Block:
         clean = self.text[self.rows[index], have:begin].clamp(min=0)  # NOTHING only in rows that wait: rolled back in generate
         if gen is not None:
             clean = torch.cat((clean, gen[index]), dim=1)
-        level = None
-        if not self.model.cfg.condition_clean:
-            level = sigma(torch.as_tensor(alpha, dtype=torch.float64, device=self.x.device))
+        level = sigma_for(self.model, torch.as_tensor(alpha, dtype=torch.float64, device=self.x.device))
+        if level is not None:
             level = level[index] if level.dim() else level.expand(len(index))
         logits = self.model(clean.to(device), noisy[index].to(device), block_size, start, level, cache).to(self.x.device)
         if cache is not None:

@@ -16,6 +16,9 @@ That rule is the whole model. Training, generating, verifying, AR and full diffu
     autoregressive    the last token                               one pure-noise token              1
     full diffusion    none (nobody would read them)                positions 0..T-1                  T
 
+An ordinary AR transformer (cfg.next_token, the AR baseline of the papers) has a clean stream only: block size 1, where what it says of
+position i is read off the clean token at i - 1.
+
 The layers are BlockGen's (arXiv 2606.02241), a pre-LN DiT (arXiv 2212.09748): LayerNorm with a gain only, rotary positions,
 GELU-tanh MLP, untied head with bias, and adaLN time conditioning if asked for.
 
@@ -46,6 +49,8 @@ class ModelConfig:
     condition_clean: bool = False  # published BlockGen weights: both streams see sigma, and sigma was 0 throughout
     cond_dim: int = 128
     rope_base: float = 10000.0
+    next_token: bool = False  # no noisy stream: an ordinary AR transformer
+    dropout: float = 0.0  # of what attention and the MLP add, in training
 
 
 # ----- the attention rule
@@ -90,6 +95,8 @@ class KVCache:
     def __init__(self, cfg, batch_size, max_len=None, device=None, dtype=torch.float32):
         shape = (cfg.n_layers, batch_size, cfg.n_heads, max_len or 2 * cfg.seq_len, cfg.d_model // cfg.n_heads)
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        # what the last layer made of each clean token: for a next-token network, the prediction of the one behind it
+        self.out = torch.zeros(batch_size, shape[3] if cfg.next_token else 0, cfg.d_model, device=device, dtype=dtype)
         self.length = 0
 
     def extend(self, layer, k, v):
@@ -102,7 +109,7 @@ class KVCache:
 
     def keep(self, rows):
         """Drop the batch rows not in `rows` (bool or indices): a finished row costs nothing more."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.k, self.v, self.out = self.k[:, rows], self.v[:, rows], self.out[rows]
 
     def select(self, rows):
         """A copy with these batch rows only."""
@@ -147,6 +154,7 @@ class Layer(nn.Module):
         self.out = nn.Linear(D, D, bias=False)
         self.mlp = nn.Sequential(nn.Linear(D, cfg.mlp_ratio * D), nn.GELU("tanh"), nn.Linear(cfg.mlp_ratio * D, D))
         self.modulation = nn.Linear(cfg.cond_dim, 6 * D) if cfg.time_conditioning else None
+        self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x, n_clean, skip, rope, mask, cond, cache, index):
         """
@@ -169,9 +177,9 @@ class Layer(nn.Module):
         if cache is not None:
             k, v = (y.to(q.dtype) for y in cache.extend(index, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        y = self.out(y.transpose(1, 2).reshape(B, S - skip, D))
+        y = self.dropout(self.out(y.transpose(1, 2).reshape(B, S - skip, D)))
         x = x[:, skip:] + (y if gate1 is None else gate1 * y)
-        y = self.mlp(modulate(self.norm2(x), shift2, scale2))
+        y = self.dropout(self.mlp(modulate(self.norm2(x), shift2, scale2)))
         return x + (y if gate2 is None else gate2 * y)
 
 
@@ -181,6 +189,7 @@ class Transformer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         assert cfg.d_model % (2 * cfg.n_heads) == 0, f"d_model {cfg.d_model} needs an even width for each of {cfg.n_heads} heads"
+        assert not (cfg.next_token and cfg.time_conditioning), "a next-token network sees no noise"
         self.cfg, D = cfg, cfg.d_model
         self.embed = nn.Embedding(cfg.vocab_size + cfg.n_extra_tokens, D)
         self.time = (
@@ -215,6 +224,8 @@ class Transformer(nn.Module):
         N = 0 if noisy is None else noisy[0].size(1) if isinstance(noisy, tuple) else noisy.size(1)
         one_start = not getattr(start, "ndim", 0)
         end = int(start) + N if one_start else int(start.max()) + 1
+        if self.cfg.next_token:
+            return self._next_token(clean, N, block_size, start, cache, readout)
         if cache is None and isinstance(block_size, int) and N and end <= block_size:
             clean = None  # every noisy token is in the first block: no one would read the clean stream
         x = torch.cat([self._read(s) for s in (clean, noisy) if s is not None], dim=1)  # (B, S, D)
@@ -240,7 +251,41 @@ class Transformer(nn.Module):
             cache.length += C
         per_token = sigma is not None and sigma.dim() == 2
         shift, scale = self.modulation(cond[:, -N if per_token else -1 :]).chunk(2, dim=-1) if cond is not None else (None, None)
-        with torch.autocast(x.device.type, enabled=False):  # a bfloat16 logit keeps 3 digits: the uniform bound needs 7
+        return self._say(x, readout, shift, scale)
+
+    @property
+    def timeless(self):
+        """Is a prediction the same at every noise level? No input for it, or one that was 0 throughout training (published weights)."""
+        return self.time is None or self.cfg.condition_clean
+
+    def _next_token(self, clean, N, block_size, start, cache, readout):
+        """forward of a network without a noisy stream: logits (B, N, V) of positions start..start+N-1, each from the clean token before."""
+        if N and (not isinstance(block_size, int) or block_size != 1 or getattr(start, "ndim", 0)):
+            raise ValueError(f"a next-token network is autoregressive: it has block size 1, not {block_size}")
+        if N and start == 0:
+            raise ValueError("a next-token network says nothing of the first token: a text must begin with a given one (bos_id)")
+        n_past = cache.length if cache is not None else 0
+        C = 0 if clean is None else clean.size(1)
+        if max(n_past + C, start + N) > self.cfg.seq_len:
+            raise ValueError(f"positions up to {max(n_past + C, start + N)}, but the model has seq_len {self.cfg.seq_len}")
+        out = cache.out[:, :n_past] if cache is not None else None
+        if C:
+            x = self._read(clean)
+            rope = self._rope(torch.arange(n_past, n_past + C, device=x.device))
+            mask = attention_mask(1, n_past, C, 0, 0, device=x.device)[:, None]
+            mask = torch.zeros(mask.shape, device=x.device, dtype=self._dtype(x)).masked_fill_(~mask, -math.inf)
+            for i, layer in enumerate(self.layers):
+                x = layer(x, C, 0, rope, mask, None, cache, i)
+            if cache is not None:
+                cache.out[:, n_past : n_past + C] = x
+                out, cache.length = cache.out[:, : n_past + C], n_past + C
+            else:
+                out = x
+        return self._say(out[:, start - 1 : start - 1 + N] if N else out[:, :0], readout)
+
+    def _say(self, x, readout, shift=None, scale=None):
+        """The head: a norm and the logits, in float32 or better: a bfloat16 logit keeps 3 digits, and the uniform bound needs 7."""
+        with torch.autocast(x.device.type, enabled=False):
             x = F.layer_norm(precise(x), x.shape[-1:], precise(self.norm.weight))
             return (readout or F.linear)(modulate(x, shift, scale), precise(self.head.weight), precise(self.head.bias))
 
@@ -283,25 +328,48 @@ class Transformer(nn.Module):
 
 def from_reference(weights, cfg):
     """
-    A Transformer from the state dict of the public BlockGen / Duo code and its settings.
-    weights: name -> array or tensor; prefixes `w.`, `backbone.`, `_orig_mod.` are dropped, `rotary_emb.inv_freq` is implied.
-    cfg: hidden_size, n_heads, n_blocks, cond_dim, vocab_size, length, mlp_ratio, adaLN, x0_causal, rope_base
-    (with or without `cfg.` in front). BlockGen's code conditions both streams on sigma, so its weights do here.
+    A Transformer from the state dict of the public BlockGen / Duo code and its settings, see `translated`.
     Raises RuntimeError, naming them, for weights that are missing or left over.
     """
+    ours, state = translated(weights, cfg)
+    with torch.device("meta"):  # no time for initial weights that nobody will see
+        model = Transformer(ours)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def translated(weights, cfg):
+    """
+    (ModelConfig, state dict) in our words.
+    weights: name -> array or tensor; prefixes `w.`, `backbone.`, `_orig_mod.` are dropped, `rotary_emb.inv_freq` is implied.
+    cfg: hidden_size, n_heads, n_blocks, length, and cond_dim, mlp_ratio, x0_causal, rope_base where they differ from the published ones
+    (with or without `cfg.` in front). With type block-dit, or without a type and with x0_causal, it is a BlockDiT, which conditions both
+    streams on sigma; else a DiT of one stream: full diffusion, or without adaLN the causal next-token one. The vocabulary and adaLN are
+    as the weights say.
+    Raises KeyError for a setting or a weight without which nothing can be said.
+    """
     cfg = {k.removeprefix("cfg."): v for k, v in cfg.items()}
+    names = {}
+    for name, value in weights.items():
+        for prefix in ("w.", "backbone."):
+            name = name.removeprefix(prefix)
+        names[name.replace("_orig_mod.", "")] = torch.as_tensor(value)
+    names.pop("rotary_emb.inv_freq", None)
+    timed = "sigma_map.mlp.0.weight" in names
+    block_dit = cfg["type"] == "block-dit" if "type" in cfg else "x0_causal" in cfg
     ours = ModelConfig(
-        vocab_size=int(cfg["vocab_size"]),
+        vocab_size=names["vocab_embed.embedding"].size(0),
         seq_len=int(cfg["length"]),
         n_layers=int(cfg["n_blocks"]),
         n_heads=int(cfg["n_heads"]),
         d_model=int(cfg["hidden_size"]),
         mlp_ratio=int(cfg.get("mlp_ratio", 4)),
-        clean_causal=bool(cfg.get("x0_causal", True)),
-        time_conditioning=bool(cfg.get("adaLN", True)),
-        condition_clean="x0_causal" in cfg,
+        clean_causal=bool(cfg.get("x0_causal", False)) if block_dit else True,
+        time_conditioning=timed,
+        condition_clean=timed and block_dit,
         cond_dim=int(cfg.get("cond_dim", 128)),
         rope_base=float(cfg.get("rope_base", 10000)),
+        next_token=not timed and not block_dit,
     )
     theirs_to_ours = {
         "vocab_embed.embedding": "embed.weight",
@@ -315,15 +383,8 @@ def from_reference(weights, cfg):
         "adaLN_modulation": "modulation",
     }
     state = {}
-    for name, value in weights.items():
-        for prefix in ("w.", "backbone."):
-            name = name.removeprefix(prefix)
-        name = name.replace("_orig_mod.", "")
-        if name == "rotary_emb.inv_freq":
-            continue
+    for name, value in names.items():
         for old, new in theirs_to_ours.items():
             name = name.replace(old, new)
-        state[name] = torch.as_tensor(value)
-    model = Transformer(ours)
-    model.load_state_dict(state)
-    return model
+        state[name] = value
+    return ours, state

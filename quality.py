@@ -21,11 +21,11 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from dataset import Tokenizer, gpt2
 from diffusion import token_loss
 from draws import Noise
 from generate import NOTHING, generate
 from settings import die
+from tokens import Tokenizer, gpt2
 
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 NGRAMS = (2, 4)
@@ -34,7 +34,7 @@ NGRAMS = (2, 4)
 def prompts_of(data, n, clues=True):
     """n prompts of the validation split; without clues the same rows, blank."""
     x0, answer = data.windows("val", data.spread("val", n))
-    prompts = [row[~keep] for row, keep in zip(x0, answer, strict=True)]
+    prompts = [row[: int(keep.int().argmax())] for row, keep in zip(x0, answer, strict=True)]
     if answer.all():
         prompts = [x0.new_zeros(0)] * n  # nothing to go on from: as many as asked
     if not clues and not any(len(p) for p in prompts):
@@ -173,7 +173,13 @@ def judge(name, own, tokenizer, device):
                 f"{name} has no AR mode to judge with: it was trained on block sizes {', '.join(map(str, run.block_sizes))}", "--judge gpt2"
             )
         label = f"{name} ({checkpoint.fingerprint(model)}){_bound(process)}"  # a run trained again is another judge
-        reader, theirs = lambda rows, starts: _by_ours(model, process, rows, starts), Tokenizer(meta, Path("data") / run.dataset)
+        bos, theirs = meta.get("bos_id"), Tokenizer(meta, Path("data") / run.dataset)
+
+        def reader(rows, starts):
+            behind = [bos is None or row[:1] == [bos] for row in rows]  # it knows texts that begin with it
+            rows = [row if so else [bos, *row] for row, so in zip(rows, behind, strict=True)]
+            return _by_ours(model, process, rows, [start + (not so) for start, so in zip(starts, behind, strict=True)])
+
         encode = None if (theirs.kind, theirs.chars) == (tokenizer.kind, tokenizer.chars) else theirs.encode
         other = "none" in (theirs.kind, tokenizer.kind) and encode is not None
     if other:
@@ -202,14 +208,15 @@ def _by_ours(model, process, rows, starts):
         die(f"a text has the id {most}, the judge knows ids below {known}", "--judge self")
     pieces = [(i, row[k : k + context], max(0, starts[i] - k)) for i, row in enumerate(rows) for k in range(0, len(row), context)]
     pieces = [(i, piece, start) for i, piece, start in pieces if start < len(piece)]
-    size = max(1, min(64, (1 << 26) // (context * process.vocab_size)))
+    size, first = max(1, min(64, (1 << 26) // (context * process.vocab_size))), int(model.cfg.next_token)
     for some in (pieces[i : i + size] for i in range(0, len(pieces), size)):
         x0 = torch.nn.utils.rnn.pad_sequence([torch.tensor(piece) for _, piece, _ in some], True).to(device)
         at = torch.arange(x0.size(1))
-        asked = torch.stack([(at >= start) & (at < len(piece)) for _, piece, start in some]).to(device)
+        asked = torch.stack([(at >= max(start, first)) & (at < len(piece)) for _, piece, start in some]).to(device)
         owner = torch.tensor([i for i, *_ in some])
-        noise = Noise(0, owner.to(device), at.to(device))  # read where block size 1 sees random tokens
-        _, each = token_loss(model, process, x0, 1, torch.full((len(some),), 0.5, dtype=torch.float64), "elbo", asked, noise=noise)
+        noise = Noise(0, owner.to(device), at[first:].to(device))  # read where block size 1 sees random tokens
+        t = torch.full((len(some),), 0.5, dtype=torch.float64)
+        _, each = token_loss(model, process, x0, 1, t, "elbo", asked, start=first, noise=noise)
         nats.index_add_(0, owner, each.cpu().double().sum(1)), tokens.index_add_(0, owner, asked.sum(1).cpu().double())
     return nats, tokens
 

@@ -5,6 +5,7 @@ How does it write? Text from a checkpoint, block by block.
     python sample.py --ckpt out/sudoku --animate                       watch noise become text
     python sample.py --ckpt out/sudoku --sampler arpc --guide_every 2  a sampler with an option of its own
     python sample.py --sampler arpc --help                             what it does, its options, its paper
+    python sample.py --init_from hf:jdeschena/blockgen/baselines/owt/mdlm --max_new_tokens 64 --steps 32       published weights
 
 Block size 1 is autoregressive. What training decided (tokenizer, noise, sizes) comes from the checkpoint.
 """
@@ -19,16 +20,17 @@ from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
 import machine
-from dataset import Tokenizer
 from diffusion import SCHEDULES
 from generate import MASKED_ONLY, NOTHING, OWN_PACE, READS_AR, SAMPLERS, UNIFORM_ONLY, generate
 from settings import die, load_config, read_toml
+from tokens import Tokenizer
 from train import restore
 
 
 @dataclass
 class SampleConfig:
     ckpt: str = "out/run"  # a training run's out_dir
+    init_from: str = ""  # or published weights: hf:OWNER/REPO/SUBFOLDER, or a folder (published.py)
     prompt: str = ""  # the text to go on from; for rows like sudoku's nothing means blanks
     prompt_file: str = ""  # or one prompt a line, of any lengths, each with n_samples
     sampler: str = "ancestral"  # or ar, arpc, psi, confidence, speculation, ...; --sampler NAME --help explains one and lists all
@@ -187,11 +189,23 @@ def stream(states, tokenizer, prompt):
 # ----- the command
 
 
+def tokenizer_of(meta, run, asked):
+    """The Tokenizer; without its files ids are shown, unless there is a prompt to be read."""
+    try:
+        return Tokenizer(meta, Path("data") / run.dataset)
+    except SystemExit:  # it has said what is missing
+        if asked:
+            raise
+        print("WARNING: tokens are shown as numbers", file=sys.stderr, flush=True)
+        return Tokenizer({**meta, "tokenizer": "none", "prompt_end": ""}, "")
+
+
 @machine.guard("a smaller --n_samples")
 def main():
     cfg, sampler, own = load_with_sampler(SampleConfig, sys.argv[1:])
+    cfg.ckpt = cfg.init_from or cfg.ckpt
     run, meta, _, model, process = restore(cfg.ckpt, cfg.device)
-    tokenizer = Tokenizer(meta, Path("data") / run.dataset)
+    tokenizer = tokenizer_of(meta, run, asked=cfg.prompt or cfg.prompt_file)
 
     trained = sorted(run.block_sizes)
     if cfg.sampler == "ar" and cfg.block_size not in (0, 1):
@@ -224,7 +238,7 @@ def main():
     if cfg.steps and sampler in OWN_PACE:
         die(f"{cfg.sampler} takes as many passes as it needs: --steps means nothing", "leave it out")
 
-    prompts = [(cfg.prompt, tokenizer.encode(cfg.prompt))]
+    prompts = [(cfg.prompt, tokenizer.prompt(cfg.prompt))]
     if cfg.prompt_file:
         if cfg.prompt or not Path(cfg.prompt_file).is_file():
             die(
@@ -234,7 +248,7 @@ def main():
         lines = Path(cfg.prompt_file).read_text(errors="replace").splitlines()
         if not lines:
             die(f"{cfg.prompt_file} is empty", "one prompt a line; a blank line is an empty prompt")
-        prompts = [(line, tokenizer.encode(line)) for line in lines]
+        prompts = [(line, tokenizer.prompt(line)) for line in lines]
     elif "prompt_len" in meta and not cfg.prompt:
         prompts = [("", [0] * meta["prompt_len"])]  # id 0 is the blank
     for text, ids in prompts:

@@ -45,8 +45,11 @@ def writable(path, flag):
         die(f"cannot write {path}: {e.strerror}", f"--{flag} FILE, in a folder of yours")
 
 
-def load_config(cls, argv, help="--help"):
-    """An instance of the dataclass `cls` from command-line words; exits with two lines, `help` in them, on anything it does not know."""
+def load_config(cls, argv, help="--help", given_names=None):
+    """
+    An instance of the dataclass `cls` from command-line words; exits with two lines, `help` in them, on anything it does not know.
+    given_names: a set, which gets the names that somebody chose.
+    """
     declared, from_file, from_flags, words = {f.name: f for f in fields(cls)}, {}, {}, list(argv)
     script = os.path.basename(sys.argv[0])
     while words:
@@ -83,6 +86,8 @@ def load_config(cls, argv, help="--help"):
                     f"{where}: '{name}' wants {declared[name].type.__name__}, got {value!r}",
                     f"python {script} {help}, or --{name}={example}",
                 )
+    if given_names is not None:
+        given_names |= {*from_file, *from_flags}
     return cls(**{**from_file, **from_flags})
 
 

@@ -24,12 +24,11 @@ from tqdm import tqdm
 
 import checkpoint
 import plots
-from dataset import Dataset
 from diffusion import SCHEDULES
 from generate import MASKED_ONLY, OWN_PACE, READS_AR, SAMPLERS, UNIFORM_ONLY
 from quality import NGRAMS, checker, generated, judge, prompts_of, quality, real_rows
 from settings import die, load_config, writable
-from train import restore
+from train import dataset_for, restore
 
 LINES = [  # a sampler and the options that differ from its defaults
     ("ar", {}),
@@ -77,7 +76,7 @@ the right-most cell, different correct answers / how many as many uniform draws 
 
 @dataclass
 class SweepConfig:
-    ckpt: str = "out/sudoku"  # a training run's out_dir
+    ckpt: str = "out/sudoku"  # a training run's out_dir, or published weights (and --out then)
     out: str = ""  # where the lines go; the table and the plot lie beside it. Empty: sweep.jsonl in the checkpoint's folder
     samplers: str = ""  # these alone, as in ar,speculation; empty: all that the checkpoint serves
     steps: str = "1,2,4,8,16"  # a block
@@ -215,8 +214,7 @@ def main(argv=None):
     run, meta, step, model, process = restore(cfg.ckpt, cfg.device)
     stem = cfg.out.removesuffix(".jsonl")
     writable(cfg.out, "out"), page_of(stem), plots.pyplot()  # now, not after hours
-    data = Dataset(run.dataset, run.seq_len)
-    data.same_as(meta)
+    data = dataset_for(cfg.ckpt, run, meta)
     trained = sorted(run.block_sizes)
     prompts = prompts_of(data, cfg.n_eval, cfg.clues)
     rows, starts = real_rows(data, prompts, cfg.max_new_tokens), [len(p) for p in prompts]

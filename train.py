@@ -14,6 +14,7 @@ import functools
 import gc
 import json
 import math
+import os
 import sys
 import time
 import traceback
@@ -29,12 +30,13 @@ from tqdm import tqdm
 import checkpoint
 import duo
 import machine
-from dataset import Dataset, check_meta
+from dataset import Dataset, check_meta, read_meta
 from diffusion import SCHEDULES, stratified_draw, token_loss
 from draws import Noise
 from eval import bounds, show_bounds
 from generate import NOTHING, generate
 from machine import pick_device, pick_dtype, runs_on
+from published import is_published
 from settings import die, load_config, parse_dict, said
 
 
@@ -42,6 +44,7 @@ from settings import die, load_config, parse_dict, said
 class TrainConfig:
     dataset: str = "shakespeare_char"  # a folder under data/ with train.bin, val.bin, meta.json
     out_dir: str = "out/run"  # checkpoints and log.jsonl go here; an earlier run there moves to out_dir/earlier.1
+    init_from: str = ""  # weights to begin with: a run's out_dir, or published ones, hf:OWNER/REPO/SUBFOLDER or a folder (published.py)
     resume: bool = False  # go on from the newest checkpoint of out_dir; from the first step if the run there was killed before it had one
     # what is learned
     process: str = "masked"  # masked or uniform noise; duo: uniform with a Gaussian curriculum, see duo.py
@@ -60,6 +63,11 @@ class TrainConfig:
     n_layers: int = 4
     n_heads: int = 4
     d_model: int = 128
+    dropout: float = 0.0  # of what a layer adds, in training
+    clean_causal: bool = (
+        True  # false: clean blocks read themselves in both directions. Only with one block size, above 1; its cache serves no other
+    )
+    next_token: bool = False  # block_sizes 1:1 as an ordinary AR transformer, one stream instead of two
     # optimisation
     max_steps: int = 1500  # optimizer steps
     batch_size: int = 64  # rows of one forward of one process
@@ -113,6 +121,7 @@ class TrainConfig:
             ("beta1", 0, 1),
             ("beta2", 0, 1),
             ("ema", 0, 1),
+            ("dropout", 0, 1),
             ("soft_k", 0, math.inf),
             ("n_samples", 0, math.inf),
             ("seed", 0, 2**62),
@@ -145,6 +154,10 @@ class TrainConfig:
             die("uniform noise: ce teaches p(x0 | x_t), elbo the leave-one-out posterior; a network predicts one", "--objective=ce")
         if self.process == "duo" and not names:
             die("block size 1 reads pure noise: Duo has nothing to soften", "--block_sizes=1:0.25,16:0.75")
+        if self.next_token and (set(self.block_sizes) != {1} or self.process != "masked" or self.time_conditioning == "true"):
+            die("next_token is an AR transformer: no noise, no larger blocks", "--next_token --block_sizes=1:1 --process=masked")
+        if not self.clean_causal and (len(self.block_sizes) > 1 or 1 in self.block_sizes):
+            die("clean_causal=false ties the clean stream to one block size above 1", "--block_sizes=16:1, or --clean_causal=true")
         if self.random_ar and self.process == "masked":
             die("random_ar is for uniform noise: a masked model reads the mask", "--random_ar=false")
         taught = "denoiser" if self.process == "masked" or set(names.values()) <= {"ce"} else "loo"  # masked: they are one
@@ -168,6 +181,11 @@ class TrainConfig:
     def fit(self, data):
         """Settle the context length with the dataset's."""
         self.seq_len = data.seq_len
+        if self.next_token and not data.given:
+            die(
+                f"next_token: nothing stands before the first token of {self.dataset}'s windows",
+                "a dataset with a bos_id, or --next_token=false",
+            )
         for b in self.block_sizes:
             if self.seq_len % b:
                 near = max(k for k in range(1, min(b, self.seq_len + 1)) if self.seq_len % k == 0)
@@ -178,7 +196,7 @@ def trained_with(state):
     """The TrainConfig of a loaded checkpoint."""
     try:
         config, kinds = state["config"], TrainConfig.__dataclass_fields__
-        if missing := sorted({*SHAPES, "block_sizes", "objective", "schedule"} - set(config)):
+        if missing := sorted({*SHAPES, "block_sizes", "objective", "schedule"} - {"clean_causal", "next_token"} - set(config)):
             raise TypeError(f"no {', '.join(missing)}")  # a default would be a guess
         if wrong := sorted(k for k, v in config.items() if k in kinds and type(v) not in (kinds[k].type, int)):
             raise TypeError(f"{wrong[0]} is {config[wrong[0]]!r}")
@@ -201,15 +219,34 @@ def rebuild(ckpt, device, state=None):
     """(settings, dataset facts, step, model with EMA weights on the device, process) of a run's out_dir, ready to sample."""
     state = state or checkpoint.load(ckpt)
     run = trained_with(state)
-    model, process = checkpoint.build(run, check_meta(state["meta"], ckpt)["vocab_size"])
+    model, process = checkpoint.build(run, check_meta(state["meta"], ckpt)["vocab_size"], state.get("network"))
     take_up(ckpt, {"weights": state["ema"]}, weights=model)
     with torch.no_grad():
-        if not model(None, torch.zeros(1, 1, dtype=torch.long), 1).isfinite().all():
+        first = torch.zeros(1, 1, dtype=torch.long)
+        if not model(first, first, 1, start=int(run.seq_len > 1)).isfinite().all():
             die(
                 f"{ckpt}: the network has diverged, its logits are not finite",
                 f"--ckpt {Path(ckpt) / 'best.pt'}, or train with a lower --lr",
             )
     return run, state["meta"], state["step"], model.to(device).eval(), process
+
+
+def dataset_for(ckpt, run, meta, name=""):
+    """The Dataset a checkpoint is evaluated on: the one of its run, or another in the same tokens; rows may be shorter than its context."""
+    published, name = is_published(ckpt), name or run.dataset
+    if not published and name == run.dataset:
+        data = Dataset(name, run.seq_len)
+        data.same_as(meta)
+        return data
+    path = Path("data") / name / "meta.json"
+    data = Dataset(name, 0 if path.exists() and read_meta(path).get("row_len") else run.seq_len)
+    data.same_as(meta, only_tokens=True)
+    if data.seq_len > run.seq_len or any(data.seq_len % b for b in run.block_sizes if b < run.seq_len):
+        sizes = ", ".join(map(str, sorted(run.block_sizes)))
+        die(f"{name} has rows of {data.seq_len} tokens, {ckpt} a context of {run.seq_len} and blocks of {sizes}", "--dataset of other rows")
+    if run.next_token and not data.given:
+        die(f"{ckpt} says nothing of a text's first token, and {name} gives it none", "--dataset NAME, of one with a bos_id")
+    return data
 
 
 def learning_rate(cfg, step):
@@ -285,16 +322,18 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
     warn = lambda text: tqdm.write(f"WARNING: {text}", file=sys.stderr)
 
     # ----- model, EMA, optimizer
-    torch.manual_seed(cfg.seed)
-    model, process = checkpoint.build(cfg, data.meta["vocab_size"])
-    if weights is not None:
-        model.load_state_dict(weights)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    n_params = sum(p.numel() for p in model.parameters())
     resume = cfg.resume and not checkpoint.begun(cfg.out_dir)
     if resume != cfg.resume:
         say(f"{cfg.out_dir} has no checkpoint yet: from the first step")
     state = checkpoint.load(cfg.out_dir, "--out_dir") if resume else None
+    if state and "network" in state:
+        facts = {**facts, "network": state["network"]}
+    torch.manual_seed(cfg.seed)
+    model, process = checkpoint.build(cfg, data.meta["vocab_size"], facts.get("network"))
+    if weights is not None:
+        take_up(cfg.init_from or cfg.out_dir, {"weights": weights}, weights=model)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    n_params = sum(p.numel() for p in model.parameters())
     given = [cfg.batch_size, cfg.accumulation]  # as asked; compare may split the same rows in another way
     if state:
         compare(state, cfg, data, world, say)
@@ -417,6 +456,8 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
                 break
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(cfg, step)
+            if cfg.dropout:  # so that a resumed run drops what it would have; other numbers of processes drop other things
+                torch.manual_seed(cfg.seed + 1_000_003 * (step * world + rank + 1))
             loss = backward(batches, seen, loss_of, n_answers)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
             norm = norm.full_tensor() if cfg.fsdp else norm
@@ -493,7 +534,8 @@ def take_up(ckpt, state, **parts):
                         raise ValueError(f"parameter {i} has other moments")
                     each[i] = {k: machine.share(v.float(), p) for k, v in saved["state"][i].items()}
                 saved = {"state": each, "param_groups": part.state_dict()["param_groups"]}
-            part.load_state_dict(saved)
+            empty = name != "optimizer" and next(part.parameters()).is_meta  # see checkpoint.build: it becomes what was saved
+            part.load_state_dict(saved, **({"assign": True} if empty else {}))
     except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as e:
         die(f"{ckpt}: its {name} does not fit its settings: {said(e)}", f"train again: --out_dir={ckpt}")
 
@@ -522,7 +564,44 @@ def sample_lines(model, process, data, cfg):
     return [decode([i for i in row if i != NOTHING]) for row in state.x.tolist()]
 
 
-SHAPES = ("dataset", "process", "predicts", "random_ar", "time_conditioning", "seq_len", "n_layers", "n_heads", "d_model")
+SHAPES = (  # what the weights cannot follow
+    "dataset", "process", "predicts", "random_ar", "time_conditioning", "seq_len", "n_layers", "n_heads", "d_model",
+    "clean_causal", "next_token",
+)  # fmt: skip
+
+
+def begin_from(cfg, asked=()):
+    """
+    (weights, facts) for train, of the checkpoint or the published weights cfg.init_from. asked: the settings that somebody chose. The
+    others are as they were there, in cfg too; what is asked of the network must be so. When resuming, the run's own checkpoint says it.
+    """
+    resume = cfg.resume and not checkpoint.begun(cfg.out_dir)
+    source = cfg.out_dir if resume else cfg.init_from
+    state = checkpoint.load(source, "--out_dir" if resume else "--init_from")
+    run = trained_with(state)
+    for name in (*SHAPES, "block_sizes", "objective", "schedule"):
+        mine, theirs = getattr(cfg, name), getattr(run, name)
+        fixed = name not in ("dataset", "seq_len", "block_sizes", "objective", "schedule", "predicts")
+        if name == "process" and "masked" not in (mine, theirs):
+            fixed = False  # uniform noise, with Duo's curriculum or without
+        if name == "next_token" and theirs:
+            fixed = False  # an AR transformer may learn to read noise: it gets a noisy stream through the same layers
+        if name not in asked:
+            setattr(cfg, name, theirs)
+        elif fixed and mine != theirs:
+            die(f"{source} has {name} {theirs}, not {mine}", f"leave --{name} out")
+    cfg.__post_init__()
+    if cfg.predicts != run.predicts:
+        die(f"{source} predicts {run.predicts}, and {cfg.objective} teaches another output", f"--objective={run.objective}")
+    meta, theirs = read_meta(Path("data") / cfg.dataset / "meta.json"), check_meta(state["meta"], source)
+    fits = meta["vocab_size"] == theirs["vocab_size"] or "network" in state and meta["vocab_size"] < theirs["vocab_size"]
+    if (meta["tokenizer"], meta.get("chars")) != (theirs["tokenizer"], theirs.get("chars")) or not fits:
+        other = f"{meta['tokenizer']}, {meta['vocab_size']} ids, not {theirs['tokenizer']}, {theirs['vocab_size']}"
+        die(f"{cfg.dataset} is not in the tokens of {source}: {other}", "--dataset=NAME, of one in the same tokens")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"from {source}: " + ", ".join(f"{name} {getattr(cfg, name)}" for name in SHAPES))
+    facts = {"network": {**state["network"], "next_token": cfg.next_token}} if "network" in state else {}
+    return None if resume else state["ema"], facts
 
 
 def compare(state, cfg, data, world, say):
@@ -552,5 +631,13 @@ def compare(state, cfg, data, world, say):
         say(f"changed since the checkpoint: rows of a step {rows} -> {now}")
 
 
+@machine.guard("a smaller --batch_size")
+def main():
+    asked = set()
+    cfg = load_config(TrainConfig, sys.argv[1:], given_names=asked)
+    weights, facts = begin_from(cfg, asked) if cfg.init_from else (None, None)
+    train(cfg, weights=weights, facts=facts)
+
+
 if __name__ == "__main__":
-    train(load_config(TrainConfig, sys.argv[1:]))
+    main()

@@ -1,0 +1,195 @@
+"""
+How are others' weights read? The public BlockGen, MDLM, Duo and AR layouts become checkpoints of ours, to sample, judge or go on from.
+
+    python sample.py --init_from hf:jdeschena/blockgen/blockgen/multi_block_size/16/owt/0.05_0.95/absorb --max_new_tokens 64
+    python sample.py --init_from DIR     a local copy: config.json and model.safetensors, or a Lightning .ckpt beside a config.json
+"""
+
+import json
+import os
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from hub import fetch, url
+from model import Transformer, translated
+from settings import die, said
+
+LAYOUTS = """hf:OWNER/REPO/SUBFOLDER or a folder with config.json and model.safetensors, its path ending as in the BlockGen collection:
+baselines/DATA/{ar,mdlm,duo}, blockgen/single_block_size/B/DATA/{absorb,uniform}, blockgen/multi_block_size/B/DATA/WEIGHTS/{absorb,uniform};
+or with "process" (one of these last names) and "block_sizes" ({"1": 0.05, "16": 0.95}) in config.json"""
+NOISE = {"ar": "masked", "mdlm": "masked", "duo": "uniform", "absorb": "masked", "uniform": "uniform"}
+TOKENIZERS = {  # by the tokens a vocabulary has, the mask or the padding besides: what a dataset's meta.json would say
+    50257: ("openwebtext", {"vocab_size": 50257, "tokenizer": "gpt2", "bos_id": 50256}),
+    49152: ("tinygsm", {"vocab_size": 49152, "tokenizer": "smollm", "bos_id": 0, "eos_id": 0, "prompt_end": "\\n"}),
+    30522: ("lm1b", {"vocab_size": 30522, "tokenizer": "bert", "bos_id": 101, "eos_id": 102, "pad_id": 0}),
+}
+BERT_MASK = 103  # the one of these tokenizers that has a mask of its own
+
+
+def is_published(path):
+    """Are these published weights, and not a run of ours?"""
+    path = str(path)
+    if path.startswith(("hf:", "http://", "https://")) or path.endswith((".safetensors", ".ckpt")):
+        return True
+    return os.path.isfile(os.path.join(path, "config.json")) and not os.path.exists(os.path.join(path, "ckpt.pt"))
+
+
+def published(spec, flag="--init_from"):
+    """
+    A dict as checkpoint.load gives it, of published weights: the EMA ones. spec: see LAYOUTS; or https://HOST/FOLDER, a .safetensors or a
+    Lightning .ckpt file beside its config.json. Which noise, block sizes, mask and tokenizer: as config.json and the path say. "network"
+    in the dict says what the network is (model.ModelConfig) and which id is the mask, in place of the settings of a training run.
+    Exits with two lines if something is lacking.
+    """
+    from train import TrainConfig  # here: it imports checkpoint.py, which imports this file
+
+    where, config_file, weights_file = files_of(str(spec), flag)
+    config = read_config(config_file)
+    weights = read_weights(weights_file)
+    network, state = network_of(config, weights, where)
+    process, sizes = how_trained(config, where, network)
+    masked = NOISE[process] == "masked"
+    bare = network.vocab_size - 1  # a mask id behind the tokens, or for uniform noise the padding that the public code adds
+    name, meta = TOKENIZERS.get(network.vocab_size) or TOKENIZERS.get(bare) or (Path(where).name, {"tokenizer": "none"})
+    mask_id = None
+    if masked:
+        mask_id = int(config.get("mask_index", BERT_MASK if meta["tokenizer"] == "bert" else bare))
+    meta = {"vocab_size": bare if masked else network.vocab_size, **meta}
+    if process in ("mdlm", "absorb", "uniform"):  # the public code feeds them sigma = 0 at every noise level
+        network = replace(network, condition_clean=network.time_conditioning)
+    settings = TrainConfig(
+        dataset=name,
+        out_dir=str(spec),
+        process=NOISE[process],
+        block_sizes=sizes,
+        objective="elbo" if process in ("mdlm", "duo", "uniform") and set(sizes) != {1} else "ce",
+        time_conditioning=str(network.time_conditioning and not network.condition_clean).lower(),
+        random_ar=not masked,
+        clean_causal=network.clean_causal,
+        next_token=network.next_token,
+        seq_len=network.seq_len,
+        n_layers=network.n_layers,
+        n_heads=network.n_heads,
+        d_model=network.d_model,
+        lr_schedule="constant",
+    )
+    facts = {"network": {**asdict(network), "mask_id": mask_id}}
+    return {"model": state, "ema": state, "config": asdict(settings), "meta": meta, "step": 0, **facts}
+
+
+def files_of(spec, flag):
+    """(what the path says, config.json, weights), downloaded if they are not local."""
+    if spec.startswith(("hf:", "http://", "https://")):
+        base, where = spec.rstrip("/"), spec
+        if spec.startswith("hf:"):
+            owner, _, rest = spec[3:].strip("/").partition("/")
+            repo, _, where = rest.partition("/")
+            if not owner or not repo:
+                die(f"{spec!r} names no repository", f"{flag} hf:jdeschena/blockgen/baselines/owt/mdlm")
+            base = url(f"{owner}/{repo}", where).rstrip("/")
+        return where or repo, fetch(f"{base}/config.json"), fetch(f"{base}/model.safetensors")
+    path = Path(spec)
+    folder = path if path.is_dir() else path.parent
+    found = [path] if path.is_file() else [f for f in (folder / "model.safetensors", *sorted(folder.glob("*.ckpt"))) if f.is_file()]
+    if not found or not (folder / "config.json").is_file():
+        die(f"{spec}: no {'config.json' if found else 'model.safetensors or .ckpt'} there", f"{flag} {LAYOUTS}")
+    return str(folder.resolve()), folder / "config.json", found[0]
+
+
+def read_config(file):
+    """The model's settings in a config.json; a whole Hydra tree is looked through for them."""
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+        algo, inner = config.get("algo", {}), config.get("model", config)
+        config = {**{k: algo[k] for k in ("name", "block_weights") if k in algo and inner is not config}, **inner}
+        return {k.removeprefix("cfg."): v for k, v in config.items()} | ({"process": algo["name"]} if "name" in algo else {})
+    except (ValueError, OSError, AttributeError, TypeError) as e:
+        die(f"{file}: {said(e)}", "the config.json of the model: hidden_size, n_heads, n_blocks, length, ...")
+
+
+class Inert:
+    """What stands for anything of a Lightning checkpoint that is not a number, a tensor, a list or a dict: nothing of it is run."""
+
+    def __new__(cls, *_, **__):
+        return object.__new__(cls)
+
+    def __setstate__(self, _):
+        pass
+
+
+def read_weights(file):
+    """name -> tensor: of a .safetensors file, or of a Lightning checkpoint the averaged (EMA) weights if there are any."""
+    try:
+        if str(file).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        strangers = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        with torch.serialization.safe_globals([(Inert, name) for name in strangers]):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        weights = {k: v for k, v in state.get("state_dict", state).items() if not k.startswith("teacher") and torch.is_tensor(v)}
+        shadows = (state.get("ema") or {}).get("shadow_params")
+        if shadows is not None:  # in the order of the parameters, which is that of the state dict without its buffers
+            names = [k for k in weights if not k.endswith("rotary_emb.inv_freq")]
+            if [tuple(weights[k].shape) for k in names] != [tuple(v.shape) for v in shadows]:
+                raise ValueError(f"{len(shadows)} averaged tensors do not fit the {len(names)} of the state dict")
+            weights = dict(zip(names, shadows, strict=True))
+        return weights
+    except MemoryError:
+        raise
+    except Exception as e:  # a damaged file fails in many ways
+        die(f"{file} is damaged, or no file of weights: {said(e)}", "download it again, or model.safetensors")
+
+
+def network_of(config, weights, where):
+    """(ModelConfig, state dict) of the public layouts; two lines that say what was expected, and what was found, for anything else."""
+    expected = "hidden_size, n_heads, n_blocks, length in config.json; vocab_embed, blocks.i, output_layer (and sigma_map) in the weights"
+    try:
+        if config.get("type", "dit") not in ("dit", "ddit", "block-dit"):
+            raise ValueError(f"type {config['type']!r}, not dit or block-dit")
+        network, state = translated(weights, config)
+        with torch.device("meta"):
+            wanted = {k: tuple(v.shape) for k, v in Transformer(network).state_dict().items()}
+        found = {k: tuple(v.shape) for k, v in state.items()}
+        if lacking := sorted(set(wanted) - set(found)):
+            raise ValueError(f"{len(lacking)} tensors are missing, {lacking[0]} {wanted[lacking[0]]} among them")
+        if left := sorted(set(found) - set(wanted)):
+            raise ValueError(f"{len(left)} tensors are left over, {left[0]} {found[left[0]]} among them")
+        if odd := [k for k in wanted if wanted[k] != found[k]]:
+            raise ValueError(f"{odd[0]} is {found[odd[0]]}, expected {wanted[odd[0]]}")
+    except (KeyError, ValueError, TypeError, AssertionError, IndexError, RuntimeError) as e:
+        few = ", ".join(sorted(weights)[:3])
+        die(f"{where}: an unknown layout: {said(e)}; found {', '.join(sorted(config))} and {len(weights)} tensors: {few}, ...", expected)
+    # a copy: tensors in a mapped file begin anywhere, and a CPU multiplies ten times slower from there (docs/log.md)
+    return network, {k: v.to(torch.float32, copy=True) for k, v in state.items()}
+
+
+def how_trained(config, where, network):
+    """(one of NOISE, {block size: weight}) as config.json says, or else the path."""
+    parts = [p for p in re.split(r"[/\\]", where) if p]
+    name = str(config.get("process", parts[-1] if parts else "")).removeprefix("blockgen-").removesuffix("_base")
+    if name not in NOISE:
+        die(f"{where}: nothing says which noise it was trained with: {name!r} is none of {', '.join(NOISE)}", LAYOUTS)
+    sizes = config.get("block_sizes")
+    path = re.search(r"(single|multi)_block_size/(\d+)/[^/]+/(?:([^/]+)/)?[^/]+$", "/".join(parts))
+    try:
+        if sizes is None and "block_weights" in config:
+            sizes = {2**i: float(w) for i, w in enumerate(str(config["block_weights"]).split()) if float(w) > 0}
+        elif sizes is None and network.next_token:
+            sizes = {1: 1.0}
+        elif sizes is None and (name in ("mdlm", "duo") or config.get("type") in ("dit", "ddit")):
+            sizes = {network.seq_len: 1.0}
+        elif sizes is None and path and path[1] == "single":
+            sizes = {int(path[2]): 1.0}
+        elif sizes is None and path and path[3] == "uniform":
+            powers = [2**i for i in range(int(path[2]).bit_length())]
+            sizes = {b: 1 / len(powers) for b in powers}
+        elif sizes is None and path:
+            first, last = path[3].split("_")
+            sizes = {1: float(first), int(path[2]): float(last)}
+        return name, {int(b): float(w) for b, w in sizes.items()}
+    except (ValueError, AttributeError, TypeError):  # sizes None: nobody said anything
+        die(f"{where}: nothing says which block sizes it was trained with", LAYOUTS)
