@@ -6,7 +6,7 @@
 
 PY := .venv/bin/python
 PYTHON ?= python3
-SECOND := tests/test_samplers.py tests/test_eval.py tests/test_corpus.py
+SECOND := $(addprefix tests/,test_samplers.py test_eval.py test_corpus.py test_gsm8k.py test_published.py)
 
 .PHONY: demo paper test faults lint
 .DELETE_ON_ERROR:

@@ -271,11 +271,7 @@ def build(cfg, vocab_size, network=None):
     """
     if network is not None:
         with torch.device("meta"):
-            model = Transformer(
-                ModelConfig(
-                    **{k: v for k, v in network.items() if k != "mask_id"},
-                )
-            )
+            model = Transformer(ModelConfig(**{k: v for k, v in network.items() if k != "mask_id"}))
         V = model.cfg.vocab_size
         return model, Uniform(V, cfg.predicts) if network["mask_id"] is None else Masked(V, network["mask_id"])
     need = 4 * (12 * cfg.n_layers * cfg.d_model**2 + 2 * vocab_size * cfg.d_model)

@@ -22,6 +22,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,12 +30,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from hub import alone
+import shards
+import tokens
+from hub import locked
 from settings import die
-from shards import Bad, chunks, read, texts_of
-from tokens import Tokenizer
+from shards import Bad, chunks, texts_of
+from tokens import FILES, Tokenizer
 
-FILES = {"gpt2": "gpt2.tiktoken", "smollm": "smollm.json", "bert": "bert.txt"}
 TOOLS = []  # of a worker process
 id_type = lambda meta: np.dtype(np.uint16 if meta["vocab_size"] <= 1 << 16 else np.uint32)
 
@@ -57,28 +59,35 @@ class Rows:
     prompts: bool = False  # how long each row's prompt is goes to SPLIT.prompts.bin, uint16
 
 
-def question_answer(tokenizer, question, answer, sep, bos, eos):
+def question_answer(tokenizer, question, answer, sep):
     """(prompt, answer) as ids. The three texts are tokenized apart, so that a prompt has the same ids with and without its answer."""
-    return [bos, *tokenizer.encode(question), *tokenizer.encode(sep)], [*tokenizer.encode(answer), eos]
+    return [0, *tokenizer.encode(question), *tokenizer.encode(sep)], [*tokenizer.encode(answer), 0]
 
 
-def build(cfg, folder, meta, shards, columns, encode, form, split_of=None, n_documents=None, layout="documents"):
+def questions_and_answers(seq_len, sep):
+    """(meta, encode, form) of rows [BOS] question sep answer [EOS] in SmolLM's tokens, filled up with EOS; both are id 0."""
+    meta = {"vocab_size": 49152, "tokenizer": "smollm", "eos_id": 0, "bos_id": 0, "row_len": seq_len, "prompt_lens": 1, "prompt_end": sep}
+    return meta, partial(question_answer, sep=sep), Rows(pad=0, cut=False, prompts=True)
+
+
+def build(cfg, folder, meta, inputs, columns, encode, form, split_of=None, n_documents=None, layout="documents"):
     """
-    Make train.bin, val.bin and meta.json of a folder, or go on making them. shards: [(split, path or url)] in order; with split None
+    Make train.bin, val.bin and meta.json of a folder, or go on making them. inputs: [(split, path or url)] in order; with split None
     split_of(index) says "train" or "val" for each document. encode(tokenizer, *texts of the columns) gives ids, or for Rows (ids of the
-    prompt, ids of the rest). n_documents: how many there must be in the end, if known. layout: see read. cfg: has bpe, workers and chunk.
+    prompt, ids of the rest). n_documents: how many there must be in the end, if known. layout: see shards.read. cfg: bpe, workers, chunk.
+    Prints one line in the end; exits with two for what cannot be read or written.
     """
     if min(cfg.workers, cfg.chunk - 1, meta["row_len"] - 8) < 0:
         die("seq_len must be at least 8, chunk 1, workers 0 (all cores)", "--help")
     began, ends = time.time(), [".bin", ".prompts.bin"] if isinstance(form, Rows) and form.prompts else [".bin"]
     files = [f"{split}{end}" for split in ("train", "val") for end in ends]
     try:
-        with alone(folder / "progress.lock"):
+        with locked(folder / "progress.lock"):
             if cfg.bpe:
                 keep_tokenizer(cfg.bpe, meta, folder)
-            state = resume(folder, files, fingerprint(cfg, folder, meta, shards))
+            state = resume(folder, files, fingerprint(cfg, folder, meta, inputs))
             if not state["finished"]:
-                todo = chunks(shards, columns, layout, split_of, state, cfg.chunk)
+                todo = chunks(inputs, columns, layout, split_of, state, cfg.chunk)
                 tools = Tokenizer(meta, folder), meta, columns, encode, form
                 with tqdm(total=n_documents, initial=state["documents"], desc=folder.name, unit=" documents", disable=None) as bar:
                     for position, (made, counts) in worked(todo, cfg.workers or os.cpu_count(), tools, folder):
@@ -166,11 +175,12 @@ def work(name, chunk, *tools):
 # ----- from ids to files
 
 
-def fingerprint(cfg, folder, meta, shards):
+def fingerprint(cfg, folder, meta, inputs):
     """Of all that decides what the rows will be: settings, names and sizes of the inputs, the tokenizer's file, the code."""
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("workers", "chunk", "bpe")}
-    sizes = [(split, name, None if "://" in name else os.path.getsize(name)) for split, name in shards]
-    files = [folder / FILES[meta["tokenizer"]], __file__, read.__code__.co_filename, sys.modules[type(cfg).__module__].__file__]
+    sizes = [(split, name, None if "://" in name else os.path.getsize(name)) for split, name in inputs]
+    code = [module.__file__ for module in (sys.modules[__name__], shards, tokens, sys.modules[type(cfg).__module__])]
+    files = [tokens.file(FILES[meta["tokenizer"]], folder), *code]
     hashes = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files if os.path.exists(f)]
     return hashlib.sha256(json.dumps([settings, meta, sizes, hashes]).encode()).hexdigest()
 

@@ -20,6 +20,7 @@ import torch
 import checkpoint
 import machine
 from diffusion import sigma_for
+from published import is_published
 from settings import die, load_config
 from train import take_up, train, trained_with
 
@@ -126,6 +127,8 @@ def main():
         die(f"{cfg.ckpt} was trained on block size 1 alone: there are no steps to save", "train with --block_sizes=1:0.25,16:0.75")
     if run.process != "masked" and run.time_conditioning != "true":
         die(f"{cfg.ckpt} does not see the noise level, and DCD compares two", "train with --time_conditioning=true")
+    if not cfg.out_dir and is_published(cfg.ckpt):
+        die(f"{cfg.ckpt} is not a folder of yours: where should the student go?", "--out_dir out/NAME")
     out_dir = cfg.out_dir or cfg.ckpt.rstrip("/").removesuffix("/best.pt") + ("_sdtt" if run.process == "masked" else "_dcd")
     facts = {"network": state["network"]} if "network" in state else {}
     facts |= {"distilled": {name: getattr(cfg, name) for name in ("ckpt", "teacher_steps", "round_steps")}}

@@ -5,7 +5,7 @@ How good is it? The likelihood on the validation split, the quality of its texts
     python eval.py --ckpt out/sudoku --samples                 accuracy or generative perplexity: AR, ancestral and ARPC, 1, 2, 4, ... steps
     python eval.py --ckpt out/sudoku --samples --sampler psi --kappa pc --steps 8       any sampler, with its own options
     python eval.py --ckpt out/sudoku --sweep                   samplers x steps x temperatures: a table and a plot; sweep.py says more
-    python eval.py --ckpt out/tinygsm --gsm8k                  grade-school sums by the programs it writes; gsm8k.py says more
+    python eval.py --gsm8k --ckpt out/tinygsm_masked_1_16      grade-school sums by the programs it writes; gsm8k.py says more
 """
 
 import json

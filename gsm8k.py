@@ -1,9 +1,9 @@
 """
 Can it do sums? GSM8K by execution: the model writes a program for each question, and the program's answer is right or wrong.
 
-    python eval.py --gsm8k --ckpt out/tinygsm                            all 1,319 questions of the test set
-    python eval.py --gsm8k --ckpt out/tinygsm --n 64 --sampler ancestral --steps 4
-    python eval.py --gsm8k --init_from hf:NAME                           published weights
+    python eval.py --gsm8k --ckpt out/tinygsm_masked_1_16                all 1,319 questions of the test set
+    python eval.py --gsm8k --ckpt out/tinygsm_masked_1_16 --n 64 --sampler ancestral --steps 4
+    python eval.py --gsm8k --init_from hf:OWNER/REPO/SUBFOLDER           published weights
 
 The text behind a question is made a program (sandbox.extract), which runs in a sandbox of its own; simple_math_problem() must return the
 number behind the #### of the answer. One JSON line a question goes to --out, so an evaluation that was stopped goes on where it was, and
@@ -29,6 +29,7 @@ import sandbox
 from diffusion import SCHEDULES
 from generate import NOTHING, OWN_PACE, SAMPLERS, generate
 from machine import Signals, guard
+from published import is_published
 from sample import load_with_sampler
 from settings import die, said, writable
 from tokens import Tokenizer
@@ -37,7 +38,7 @@ from train import restore
 
 @dataclass
 class Gsm8kConfig:
-    ckpt: str = "out/tinygsm"  # a training run's out_dir
+    ckpt: str = "out/tinygsm_masked_1_16"  # a training run's out_dir
     init_from: str = ""  # or published weights
     input: str = "data/gsm8k/test.jsonl"  # lines {"question": ..., "answer": "... #### 18"}
     out: str = ""  # a line a question; empty: gsm8k.jsonl in the checkpoint's folder
@@ -45,7 +46,7 @@ class Gsm8kConfig:
     sampler: str = ""  # empty: arpc if block size 1 was trained too, else ancestral
     block_size: int = 0  # tokens denoised together; 0: the largest that was trained
     steps: int = 8  # per block; a sampler that takes its own pace takes none
-    temperature: float = 0.1  # the best on TinyGSM in the papers' sweeps
+    temperature: float = 0.1  # the paper's best on TinyGSM, as its scripts say; their own default is 1
     batch_size: int = 32  # questions at a time
     timeout: float = 5.0  # seconds a program may take
     workers: int = 0  # programs at a time; 0: one a CPU
@@ -75,9 +76,9 @@ def questions(path, n):
 
 
 def place(spec):
-    """Where the lines of a checkpoint go: its folder, or out/ for published weights."""
-    if ":" in spec and not os.path.exists(spec):
-        return f"out/{'_'.join(re.split('[/:@]+', spec)[1:])}.gsm8k.jsonl"
+    """Where the lines of a checkpoint go: its folder, or out/ for published weights, named after the last parts of their path."""
+    if is_published(spec):
+        return f"out/{'_'.join([part for part in re.split('[/:@]+', spec) if part][-6:])}.gsm8k.jsonl"
     return str((Path(spec).parent if os.path.isfile(spec) else Path(spec)) / "gsm8k.jsonl")
 
 

@@ -5,6 +5,7 @@ Files are kept in $NANOBLOCK_CACHE (~/.cache/nanoblock). $HF_ENDPOINT names anot
 """
 
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from settings import die, said
 
 PATIENCE = 5  # attempts in a row that bring nothing, before a download gives up
+PROBLEMS = (OSError, http.client.HTTPException)  # urllib's errors are OSErrors, http.client's are not
 
 
 def endpoint():
@@ -44,7 +46,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def headers_of(address, hops=5):
+def head(address, hops=5):
     """The headers of `address` along its redirects, the first answer's word first: the hub's own says more than its storage's."""
     found = {}
     for _ in range(hops):
@@ -64,7 +66,7 @@ def headers_of(address, hops=5):
     raise OSError(f"more than {hops} redirects")
 
 
-def expected(headers):
+def promised_by(headers):
     """(size or None, checksum or None) that the hub promises: a sha256 of large files, git's sha1 of small ones."""
     size = headers.get("x-linked-size") or headers.get("size")
     tag = (headers.get("x-linked-etag") or headers.get("etag") or "").removeprefix("W/").strip('"')
@@ -81,7 +83,7 @@ def checksum(path, like):
 
 
 @contextmanager
-def alone(path):
+def locked(path):
     """One process at a time, of those on this machine that want the same file."""
     with open(path, "a") as lock:
         try:
@@ -93,26 +95,26 @@ def alone(path):
         yield
 
 
-def fetch(address):
+def fetch(address, instead="--input FILE"):
     """
     The local copy (a Path) of the file at `address`, downloaded if need be: a connection that breaks is taken up again where it broke, in
-    this run or a later one, and what has arrived must have the promised size and checksum. Without a network the copy that is there
-    will do. Exits with two lines if there is none to be had.
+    this run or a later one, and what has arrived must have the size and the checksum that the server promises, if it does. Without a
+    network the copy that is there will do. Exits with two lines if there is none to be had; instead: the flag for a file of one's own.
     """
     parts = urlsplit(address)
     path = cache() / parts.netloc.replace(":", "_") / parts.path.strip("/")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with alone(f"{path}.lock"):
-            return arrived(address, path)
-    except (OSError, ValueError) as e:  # urllib's errors are OSErrors, http.client's are turned into them
-        fix = "the network, or --init_from DIR and --input FILE with files that are there already"
+        with locked(f"{path}.lock"):
+            return up_to_date(address, path)
+    except (*PROBLEMS, ValueError) as e:
+        fix = f"the network, or {instead}, of what is here already"
         if isinstance(e, urllib.error.HTTPError):
-            fix = "another name" if e.code == 404 else "later, or a copy of the file"
+            fix = "another name" if e.code == 404 else f"later, or {instead}"
         die(f"could not download {address}: {said(e)}", fix)
 
 
-def arrived(address, path):
+def up_to_date(address, path):
     """The file `path`, which is what `address` holds now; raises OSError."""
     record = Path(f"{path}.json")  # what was promised of the file that is here, and what it was when it had arrived
     try:
@@ -121,8 +123,8 @@ def arrived(address, path):
     except (OSError, ValueError, KeyError, TypeError):
         kept, good = None, False
     try:
-        promised = expected(headers_of(address))
-    except OSError as e:
+        promised = promised_by(head(address))
+    except PROBLEMS as e:
         if not good or isinstance(e, urllib.error.HTTPError) and e.code in (401, 403, 404):
             raise
         print(f"WARNING: {said(e)}; using the copy in {path.parent}", file=sys.stderr, flush=True)
@@ -158,10 +160,10 @@ def receive(address, part, size):
             if size is not None and have == size and (size or part.exists()):
                 return
             try:
-                whole = more(address, part, have, bar)
+                whole = request_rest(address, part, have, bar)
                 if size is None and whole:
                     return
-            except (OSError, urllib.error.HTTPError) as e:
+            except PROBLEMS as e:
                 if isinstance(e, urllib.error.HTTPError) and e.code == 416:
                     part.unlink(missing_ok=True)
                 elif isinstance(e, urllib.error.HTTPError) and e.code < 500 and e.code != 429:
@@ -171,15 +173,13 @@ def receive(address, part, size):
                 problem = OSError("the connection broke off")
             gained = (part.stat().st_size if part.exists() else 0) > have
             failures = 0 if gained else failures + 1
-            if failures > PATIENCE:
+            if failures >= PATIENCE:
                 raise problem
             time.sleep(0.0 if gained else min(30, 2**failures / 4))
 
 
-def more(address, part, have, bar):
+def request_rest(address, part, have, bar):
     """One request for what is lacking; True if the server sent all it announced."""
-    import http.client
-
     request = urllib.request.Request(address, headers={"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})})
     with urllib.request.urlopen(request, timeout=30) as response:
         goes_on = response.status == 206 and (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-")
@@ -193,7 +193,7 @@ def more(address, part, have, bar):
                     f.write(piece)
                     got += len(piece)
                     bar.update(len(piece))
-            except (http.client.HTTPException, OSError) as e:
+            except PROBLEMS as e:
                 if isinstance(e, http.client.IncompleteRead):
                     f.write(e.partial)
                 return False

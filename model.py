@@ -46,7 +46,8 @@ class ModelConfig:
     n_extra_tokens: int = 0  # input ids V, V+1, ... that are read but never predicted
     clean_causal: bool = True  # False: block-causal clean stream (single-block-size models only; its cache serves one b)
     time_conditioning: bool = False  # adaLN: the noisy stream sees sigma = -log(alpha_t)
-    condition_clean: bool = False  # published BlockGen weights: both streams see sigma, and sigma was 0 throughout
+    condition_clean: bool = False  # published BlockGen weights: both streams see sigma
+    zero_sigma: bool = False  # adaLN is there, but sigma was 0 at every noise level: a learned constant (published weights)
     cond_dim: int = 128
     rope_base: float = 10000.0
     next_token: bool = False  # no noisy stream: an ordinary AR transformer
@@ -87,7 +88,8 @@ def attention_mask(block_size, n_past, n_clean, n_noisy, start, clean_causal=Tru
 
 class KVCache:
     """
-    Keys and values of clean tokens at positions 0..length-1, in buffers (n_layers, B, H, max_len, D/H) that never grow.
+    Keys and values of clean tokens at positions 0..length-1, in buffers (n_layers, B, H, max_len, D/H) that never grow; of a next-token
+    network also the last layer's output, (B, max_len, D).
     A forward commits the clean tokens it was given and nothing else; noisy keys pass through the free space behind
     `length` and are forgotten. Setting `length` back forgets committed tokens (a verifier does: its block is a guess).
     """
@@ -240,9 +242,7 @@ class Transformer(nn.Module):
         one_block = isinstance(block_size, int) and C == 0 and one_start and (end - 1) // block_size == int(start) // block_size
         mask = None
         if not (one_block and n_past <= (end - 1) // block_size * block_size):  # else: one block, and all it reads lies before it
-            mask = attention_mask(block_size, n_past, C, N, noisy_at, self.cfg.clean_causal, x.device)[:, None]
-            # added to the scores: SDPA would otherwise convert the booleans again in every layer
-            mask = torch.zeros(mask.shape, device=mask.device, dtype=self._dtype(x)).masked_fill_(~mask, -math.inf)
+            mask = self._added(x, attention_mask(block_size, n_past, C, N, noisy_at, self.cfg.clean_causal, x.device))
 
         for i, layer in enumerate(self.layers):
             skip = C if i == len(self.layers) - 1 else 0  # nobody reads the last layer's clean outputs, only keys and values
@@ -256,12 +256,15 @@ class Transformer(nn.Module):
     @property
     def timeless(self):
         """Is a prediction the same at every noise level? No input for it, or one that was 0 throughout training (published weights)."""
-        return self.time is None or self.cfg.condition_clean
+        return self.time is None or self.cfg.zero_sigma
 
     def _next_token(self, clean, N, block_size, start, cache, readout):
-        """forward of a network without a noisy stream: logits (B, N, V) of positions start..start+N-1, each from the clean token before."""
+        """
+        forward of a network without a noisy stream: clean (B, C) or None -> logits (B, N, V) of positions start..start+N-1, each read off
+        the clean token before it, of this call or of the cache. Raises ValueError for other block sizes than 1, and for start 0.
+        """
         if N and (not isinstance(block_size, int) or block_size != 1 or getattr(start, "ndim", 0)):
-            raise ValueError(f"a next-token network is autoregressive: it has block size 1, not {block_size}")
+            raise ValueError(f"a next-token network is autoregressive: one stretch of positions at block size 1, not {block_size}")
         if N and start == 0:
             raise ValueError("a next-token network says nothing of the first token: a text must begin with a given one (bos_id)")
         n_past = cache.length if cache is not None else 0
@@ -272,8 +275,7 @@ class Transformer(nn.Module):
         if C:
             x = self._read(clean)
             rope = self._rope(torch.arange(n_past, n_past + C, device=x.device))
-            mask = attention_mask(1, n_past, C, 0, 0, device=x.device)[:, None]
-            mask = torch.zeros(mask.shape, device=x.device, dtype=self._dtype(x)).masked_fill_(~mask, -math.inf)
+            mask = self._added(x, attention_mask(1, n_past, C, 0, 0, device=x.device))
             for i, layer in enumerate(self.layers):
                 x = layer(x, C, 0, rope, mask, None, cache, i)
             if cache is not None:
@@ -288,6 +290,11 @@ class Transformer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x = F.layer_norm(precise(x), x.shape[-1:], precise(self.norm.weight))
             return (readout or F.linear)(modulate(x, shift, scale), precise(self.head.weight), precise(self.head.bias))
+
+    def _added(self, x, mask):
+        """(B, S, K) booleans as what is added to the scores, (B, 1, S, K): SDPA would convert them again in every layer."""
+        mask = mask[:, None]
+        return torch.zeros(mask.shape, device=mask.device, dtype=self._dtype(x)).masked_fill_(~mask, -math.inf)
 
     def _read(self, tokens):
         """The vectors of ids (B, N), or of soft tokens: weights @ embeddings, in full precision."""
@@ -367,6 +374,7 @@ def translated(weights, cfg):
         clean_causal=bool(cfg.get("x0_causal", False)) if block_dit else True,
         time_conditioning=timed,
         condition_clean=timed and block_dit,
+        zero_sigma=timed and block_dit,
         cond_dim=int(cfg.get("cond_dim", 128)),
         rope_base=float(cfg.get("rope_base", 10000)),
         next_token=not timed and not block_dit,

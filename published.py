@@ -58,15 +58,15 @@ def published(spec, flag="--init_from"):
     if masked:
         mask_id = int(config.get("mask_index", BERT_MASK if meta["tokenizer"] == "bert" else bare))
     meta = {"vocab_size": bare if masked else network.vocab_size, **meta}
-    if process in ("mdlm", "absorb", "uniform"):  # the public code feeds them sigma = 0 at every noise level
-        network = replace(network, condition_clean=network.time_conditioning)
+    if process == "mdlm":  # BlockDiTs are known by their shape, and this is a DiT as Duo's is: but the public code feeds it sigma = 0
+        network = replace(network, zero_sigma=True)
     settings = TrainConfig(
         dataset=name,
         out_dir=str(spec),
         process=NOISE[process],
         block_sizes=sizes,
         objective="elbo" if process in ("mdlm", "duo", "uniform") and set(sizes) != {1} else "ce",
-        time_conditioning=str(network.time_conditioning and not network.condition_clean).lower(),
+        time_conditioning=str(network.time_conditioning and not network.zero_sigma).lower(),
         random_ar=not masked,
         clean_causal=network.clean_causal,
         next_token=network.next_token,
@@ -74,7 +74,6 @@ def published(spec, flag="--init_from"):
         n_layers=network.n_layers,
         n_heads=network.n_heads,
         d_model=network.d_model,
-        lr_schedule="constant",
     )
     facts = {"network": {**asdict(network), "mask_id": mask_id}}
     return {"model": state, "ema": state, "config": asdict(settings), "meta": meta, "step": 0, **facts}
@@ -90,7 +89,7 @@ def files_of(spec, flag):
             if not owner or not repo:
                 die(f"{spec!r} names no repository", f"{flag} hf:jdeschena/blockgen/baselines/owt/mdlm")
             base = url(f"{owner}/{repo}", where).rstrip("/")
-        return where or repo, fetch(f"{base}/config.json"), fetch(f"{base}/model.safetensors")
+        return where or repo, *(fetch(f"{base}/{file}", f"{flag} DIR") for file in ("config.json", "model.safetensors"))
     path = Path(spec)
     folder = path if path.is_dir() else path.parent
     found = [path] if path.is_file() else [f for f in (folder / "model.safetensors", *sorted(folder.glob("*.ckpt"))) if f.is_file()]
@@ -103,9 +102,8 @@ def read_config(file):
     """The model's settings in a config.json; a whole Hydra tree is looked through for them."""
     try:
         config = json.loads(Path(file).read_text(encoding="utf-8"))
-        algo, inner = config.get("algo", {}), config.get("model", config)
-        config = {**{k: algo[k] for k in ("name", "block_weights") if k in algo and inner is not config}, **inner}
-        return {k.removeprefix("cfg."): v for k, v in config.items()} | ({"process": algo["name"]} if "name" in algo else {})
+        algo = {theirs: config["algo"][k] for k, theirs in (("name", "process"), ("block_weights",) * 2) if k in config.get("algo", {})}
+        return {k.removeprefix("cfg."): v for k, v in config.get("model", config).items()} | algo
     except (ValueError, OSError, AttributeError, TypeError) as e:
         die(f"{file}: {said(e)}", "the config.json of the model: hidden_size, n_heads, n_blocks, length, ...")
 
@@ -130,9 +128,10 @@ def read_weights(file):
         strangers = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         with torch.serialization.safe_globals([(Inert, name) for name in strangers]):
             state = torch.load(file, map_location="cpu", weights_only=True)
-        weights = {k: v for k, v in state.get("state_dict", state).items() if not k.startswith("teacher") and torch.is_tensor(v)}
+        weights = state.get("state_dict", state)  # besides the network it may hold a teacher, of Duo's distillation
+        weights = {k: v for k, v in weights.items() if not k.startswith("teacher") and torch.is_tensor(v)}
         shadows = (state.get("ema") or {}).get("shadow_params")
-        if shadows is not None:  # in the order of the parameters, which is that of the state dict without its buffers
+        if shadows is not None:  # torch_ema's list, in the order of parameters(), which is that of the state dict without its buffers
             names = [k for k in weights if not k.endswith("rotary_emb.inv_freq")]
             if [tuple(weights[k].shape) for k in names] != [tuple(v.shape) for v in shadows]:
                 raise ValueError(f"{len(shadows)} averaged tensors do not fit the {len(names)} of the state dict")

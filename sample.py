@@ -73,7 +73,7 @@ def explain(sampler, own):
 def load_with_sampler(cls, argv):
     """(settings, sampler, its options) from command-line words: `cls` and the options of the sampler that --sampler names."""
     named, from_file = [], []
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
         if word.partition("=")[0] == "--sampler":
             named.append(word.partition("=")[2] or ("" if following.startswith("--") else following))
         elif word.endswith(".toml") and not word.startswith("--"):

@@ -9,7 +9,7 @@ Each program gets a process of its own, and that is the boundary: whatever Pytho
 each of which alone would do; they hold for root and for ordinary users, and Linux (x86-64, aarch64) has both unless its owner forbids it:
 
     namespaces   no network, no other process in sight, and for a file system one empty, read-only folder
-    seccomp      a dozen and a half system calls: memory, clocks, writing to an open pipe, the end. Neither files nor sockets, nor signals
+    seccomp      16 system calls: memory, clocks, writing to an open pipe, the end. Neither files nor sockets, nor signals
 
 Root becomes nobody, and rlimits bound time, memory, files and processes: it may start none, so it leaves none behind. Python's builtins are
 restricted too, but only so that programs mean what they meant to others who measured: that is no boundary, and the tests go around it.
@@ -66,8 +66,7 @@ def number(text):
 def settled(value):
     """An int, or a float that is none within 1e-6; None for anything else, and for ints too large to mean an answer."""
     if type(value) is float and math.isfinite(value):
-        value = round(value) if abs(value - round(value)) <= 1e-6 else value
-        return value
+        return round(value) if abs(value - round(value)) <= 1e-6 else value
     return value if type(value) is int and value.bit_length() < 1500 else None
 
 
@@ -151,7 +150,10 @@ def isolation(layers=LAYERS):
     got = run("def simple_math_problem():\n    return 1", 10.0, layers=layers)
     limits = "limits on time, memory, files and processes"
     if got["why"] == "ok" and got["layers"]:
-        what = {"namespaces": "namespaces (no network, an empty file system)", "seccomp": "seccomp (no system calls but for memory)"}
+        what = {
+            "namespaces": "namespaces (no network, an empty file system)",
+            "seccomp": "seccomp (16 system calls: no files, sockets, processes or signals)",
+        }
         return True, ", ".join([*(what[layer] for layer in got["layers"]), limits])
     reason = f"{os.uname().sysname} {os.uname().machine}" if os.name == "posix" else os.name
     return (

@@ -30,6 +30,9 @@ LETTERS = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(
 CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f"
 
 
+FILES = {"gpt2": "gpt2.tiktoken", "smollm": "smollm.json", "bert": "bert.txt"}
+
+
 class Tokenizer:
     """Text to ids and back, by meta["tokenizer"]. folder: where its file may lie. Exits if that can neither be found nor fetched."""
 
@@ -38,11 +41,11 @@ class Tokenizer:
         if self.kind == "char":
             self.ids = {c: i for i, c in enumerate(self.chars)}
         elif self.kind == "gpt2":
-            self.pieces = BytePairs(gpt2(file("gpt2.tiktoken", folder)))
+            self.pieces = BytePairs(gpt2(file(FILES["gpt2"], folder)))
         elif self.kind == "smollm":
-            self.pieces = smollm(file("smollm.json", folder, "HuggingFaceTB/SmolLM-135M", "tokenizer.json"))
+            self.pieces = smollm(file(FILES["smollm"], folder, "HuggingFaceTB/SmolLM-135M", "tokenizer.json"))
         elif self.kind == "bert":
-            self.pieces = WordPieces(file("bert.txt", folder, "google-bert/bert-base-uncased", "vocab.txt"))
+            self.pieces = WordPieces(file(FILES["bert"], folder, "google-bert/bert-base-uncased", "vocab.txt"))
 
     def encode(self, text):
         if self.kind == "char":
@@ -82,7 +85,7 @@ def file(name, folder, repo="", path=""):
         return found or places[0]
     from hub import fetch, url
 
-    return fetch(url(repo, path))
+    return fetch(url(repo, path), "--bpe FILE")
 
 
 class BytePairs:

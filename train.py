@@ -64,9 +64,7 @@ class TrainConfig:
     n_heads: int = 4
     d_model: int = 128
     dropout: float = 0.0  # of what a layer adds, in training
-    clean_causal: bool = (
-        True  # false: clean blocks read themselves in both directions. Only with one block size, above 1; its cache serves no other
-    )
+    clean_causal: bool = True  # false (one block size above 1): clean blocks read themselves both ways; the cache serves no other size
     next_token: bool = False  # block_sizes 1:1 as an ordinary AR transformer, one stream instead of two
     # optimisation
     max_steps: int = 1500  # optimizer steps
@@ -572,23 +570,24 @@ SHAPES = (  # what the weights cannot follow
 
 def begin_from(cfg, asked=()):
     """
-    (weights, facts) for train, of the checkpoint or the published weights cfg.init_from. asked: the settings that somebody chose. The
-    others are as they were there, in cfg too; what is asked of the network must be so. When resuming, the run's own checkpoint says it.
+    (weights, None when resuming; facts) for train, of the checkpoint or the published weights cfg.init_from, or of the run that is resumed.
+    asked: the settings that somebody chose. They win where the weights can follow; the others become what they were there, in cfg.
+    Exits with two lines where they cannot, or where the data is in other tokens.
     """
     resume = cfg.resume and not checkpoint.begun(cfg.out_dir)
     source = cfg.out_dir if resume else cfg.init_from
     state = checkpoint.load(source, "--out_dir" if resume else "--init_from")
     run = trained_with(state)
+    may_change = {"dataset", "seq_len", "block_sizes", "objective", "schedule", "predicts"}
+    if "masked" not in (cfg.process, run.process):
+        may_change.add("process")  # uniform noise, with Duo's curriculum or without
+    if run.next_token:
+        may_change.add("next_token")  # it may learn to read noise: the same layers get a noisy stream
     for name in (*SHAPES, "block_sizes", "objective", "schedule"):
         mine, theirs = getattr(cfg, name), getattr(run, name)
-        fixed = name not in ("dataset", "seq_len", "block_sizes", "objective", "schedule", "predicts")
-        if name == "process" and "masked" not in (mine, theirs):
-            fixed = False  # uniform noise, with Duo's curriculum or without
-        if name == "next_token" and theirs:
-            fixed = False  # an AR transformer may learn to read noise: it gets a noisy stream through the same layers
         if name not in asked:
             setattr(cfg, name, theirs)
-        elif fixed and mine != theirs:
+        elif name not in may_change and mine != theirs:
             die(f"{source} has {name} {theirs}, not {mine}", f"leave --{name} out")
     cfg.__post_init__()
     if cfg.predicts != run.predicts:

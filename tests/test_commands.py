@@ -18,10 +18,11 @@ import eval as evaluation
 import paper
 import plots
 import sample
+import train as training
 from generate import SAMPLERS
 from sample import options
 from settings import load_config
-from train import TrainConfig, train
+from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--max_steps=20", "--n_layers=2", "--d_model=32", "--batch_size=8", "--n_eval=8", "--device=cpu"]
@@ -194,13 +195,20 @@ def test_sampling_a_stream(home):
         (["distill.py", "--ckpt=out/none"], "--ckpt out/"),
         (["distill.py", "--ckpt=out/sudoku", "--rounds=6"], "--teacher_steps=64"),
         (["eval.py", "--sweep", "--panels=rows"], "--panels samplers"),
+        (["sample.py"], "out/run"),
+        (["sample.py", "--init_from=hf:nobody"], "names no repository"),
+        (["sample.py", "--init_from=out/none"], "--ckpt out/"),
+        (["eval.py", "--gsm8k", "--ckpt=out/sudoku"], "data/gsm8k/test.jsonl"),
+        (["train.py", "--init_from=out/none"], "--init_from out/"),
+        (["train.py", "--init_from=out/sudoku", "--n_layers=9"], "n_layers 2, not 9"),
+        (["train.py", "--init_from=out/sudoku", "--dataset=digits", "--seq_len=32"], "not in the tokens"),
+        (["train.py", "config/digits.toml", "--next_token", "--block_sizes=1:1"], "nothing stands before"),
     ],
 )
 def test_slips_get_two_lines(home, slip, monkeypatch, argv, says):
     """In this process: what the fixture checks is the exit code and the two lines."""
     monkeypatch.chdir(home)
-    start = {"train.py": lambda: train(load_config(TrainConfig, sys.argv[1:]))}
-    start |= {f"{module.__name__}.py": module.main for module in (bench, distill, evaluation, paper, plots, sample)}
+    start = {f"{module.__name__}.py": module.main for module in (bench, distill, evaluation, paper, plots, sample, training)}
     assert says in slip(start[argv[0]], argv=argv[1:])
 
 

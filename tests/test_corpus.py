@@ -243,7 +243,7 @@ def test_wikitext_is_one_document(project, monkeypatch):
         want = module.encode(tokenizer("wikitext"), text, flag == "true")
         assert rows("wikitext", "val") == windows(want, 14, 50256, 50256)
     text = " \n = = The dogs ' ball = = \n \n It 's 1 @,@ 000 @-@ \" odd \" , ( or [ so ] ) . Why ? \n 5 \u00b0 C ! \n"
-    was = "\n== The dogs' ball ==\n\nIt's 1,000-\"odd\", (or [so]). Why?\n5\u00b0C!\n"
+    was = "\n == The dogs' ball ==\n\n It's 1,000-\"odd\", (or [so]). Why?\n 5\u00b0C!\n"
     assert module.encode(type("Same", (), {"encode": str}), text, True) == was
 
 

@@ -107,7 +107,7 @@ WORST = {
     "closes all files": ("for fd in range(64):\n    try: os.close(fd)\n    except: pass\nwhile True: pass", "killed|timeout"),
     "recursion": ("return simple_math_problem()", "error|killed"),
     "deep recursion": ("sys.setrecursionlimit(10**9)\nreturn simple_math_problem()", "error|killed|timeout"),
-    "memory": ("x = []\nwhile True: x.append(bytearray(10**7))", "error|killed"),
+    "memory": ("x = []\nwhile True: x.append(bytearray(10**7))", "error|killed|timeout"),
     "memory, caught": ("x = []\nwhile True:\n    try: x.append(bytearray(10**7))\n    except: pass", "timeout"),
     "exit": ("os._exit(0)", "killed"),
     "polite exit": ("sys.exit(0)", "error: SystemExit"),

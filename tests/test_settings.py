@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from checkpoint import build
 from settings import load_config, parse_dict
 from train import TrainConfig
 
@@ -84,7 +86,7 @@ def test_help_prints_the_commented_dataclass(capsys):
 
 def test_the_published_presets_cost_what_their_comments_say():
     """12 layers, 768 wide: 6 FLOP a token and weight, forward and backward; two streams unless one would not be read."""
-    vocabulary = {"openwebtext": 50258, "lm1b": 30522, "tinygsm": 49153}
+    vocabulary = {"openwebtext": 50257, "lm1b": 30522, "tinygsm": 49152}
     rows = {"openwebtext": 1024, "lm1b": 128, "tinygsm": 512}
     presets = sorted((ROOT / "config/blockgen").glob("*.toml"))
     assert len(presets) == 19
@@ -92,7 +94,12 @@ def test_the_published_presets_cost_what_their_comments_say():
         cfg, text = load_config(TrainConfig, [str(path)]), path.read_text()
         T, D = rows[cfg.dataset], cfg.d_model
         S = T if cfg.next_token or T in cfg.block_sizes else 2 * T
-        row = S * 6 * 12 * cfg.n_layers * D * D + T * 6 * vocabulary[cfg.dataset] * D + 12 * cfg.n_layers * D * S * S
+        V = vocabulary[cfg.dataset] + (cfg.process == "masked")
+        row = S * 6 * 12 * cfg.n_layers * D * D + T * 6 * V * D + 12 * cfg.n_layers * D * S * S
+        cfg.seq_len = T
+        with torch.device("meta"):
+            weights = sum(p.numel() for p in build(cfg, vocabulary[cfg.dataset])[0].parameters())
+        assert abs(float(re.search(r"(\d+)M parameters", text)[1]) - weights / 1e6) < 0.6, path.name
         hours = 512 * cfg.max_steps * row / 4e14 / 3600
         said, tflop = float(re.search(r"= (\d+) GPU-hours", text)[1]), float(re.search(r"([\d.]+) TFLOP", text)[1])
         assert abs(said - hours) < 0.5 + 0.002 * hours and abs(tflop / (row / 1e12) - 1) < 0.01, path.name

@@ -10,11 +10,10 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-from corpus import Rows, build, question_answer
+from corpus import build, questions_and_answers
 from hub import fetch
 from settings import die, load_config
 from shards import Bad, inputs, read, texts_of
@@ -60,9 +59,8 @@ def main():
     if cfg.eval_only:
         return
     shards = [("train", name) for name in (inputs(cfg.input) if cfg.input else [f"{URL}/train.jsonl"])] + [("val", test[0])]
-    meta = {"vocab_size": 49152, "tokenizer": "smollm", "eos_id": 0, "bos_id": 0, "row_len": cfg.seq_len, "prompt_lens": 1}
-    encode, form = partial(question_answer, sep=cfg.sep, bos=0, eos=0), Rows(pad=0, cut=False, prompts=True)
-    build(cfg, folder, meta | {"prompt_end": cfg.sep}, shards, COLUMNS, encode, form)
+    meta, encode, form = questions_and_answers(cfg.seq_len, cfg.sep)
+    build(cfg, folder, meta, shards, COLUMNS, encode, form)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """
 The One Billion Word benchmark in BERT's word pieces: 30 million sentences of the news, shuffled. A row is a sentence,
 [CLS] tokens [SEP], cut to 128 with [SEP] kept, filled up with [PAD]; with --packed, [SEP] follows each sentence, and a row is
-[CLS] + 126 tokens of that stream + [SEP]. Validation is the benchmark's test split. The benchmark's spaces around punctuation are undone.
+[CLS] + 126 tokens of that stream + [SEP]. Validation is the benchmark's test split. The benchmark's spaces around punctuation are undone,
+by the rules of MDLM's public code (lm1b_detokenizer).
 
     python data/lm1b/prepare.py [--input FILES --val_input FILES] [--bpe vocab.txt]     without them, downloads
 
@@ -69,16 +70,8 @@ def main():
     shards += [("val", name) for name in (inputs(cfg.val_input, "--val_input") if cfg.input else hub("test"))]
     meta = {"vocab_size": 30522, "tokenizer": "bert", "bos_id": CLS, "row_len": cfg.seq_len}
     encode, form = (part_of_stream, Stream(CLS, SEP)) if cfg.packed else (sentence, Rows(PAD, cut=True))
-    build(
-        cfg,
-        Path(__file__).parent,
-        meta | ({} if cfg.packed else {"eos_id": SEP, "pad_id": PAD}),
-        shards,
-        ["text"],
-        encode,
-        form,
-        layout="lines",
-    )
+    meta |= {} if cfg.packed else {"eos_id": SEP, "pad_id": PAD}
+    build(cfg, Path(__file__).parent, meta, shards, ["text"], encode, form, layout="lines")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from corpus import Stream, build
 from hub import listing
 from settings import die, load_config
 from shards import count, inputs
+from tokens import Tokenizer
 
 N_DOCUMENTS = 8_013_769  # of Skylion007/openwebtext
 
@@ -31,10 +32,6 @@ class OpenWebTextConfig:
     chunk: int = 1000  # documents between two commits to the disk
 
 
-def encode(tokenizer, text):
-    return tokenizer.encode(text)
-
-
 def main():
     cfg = load_config(OpenWebTextConfig, sys.argv[1:])
     names = inputs(cfg.input) if cfg.input else listing("Skylion007/openwebtext", "plain_text")
@@ -44,7 +41,7 @@ def main():
     meta = {"vocab_size": 50257, "tokenizer": "gpt2", "bos_id": 50256, "row_len": cfg.seq_len}
     split_of = lambda i: "val" if i >= n - cfg.val_docs else "train"
     shards = [(None, name) for name in names]
-    build(cfg, Path(__file__).parent, meta, shards, ["text"], encode, Stream(bos=50256, eos=50256), split_of, n)
+    build(cfg, Path(__file__).parent, meta, shards, ["text"], Tokenizer.encode, Stream(bos=50256, eos=50256), split_of, n)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ Killed and started again, it goes on where it stopped.
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-from corpus import Rows, build, question_answer
+from corpus import build, questions_and_answers
 from hub import listing
 from settings import load_config
 from shards import inputs
@@ -48,9 +47,8 @@ def split_of(i):
 def main():
     cfg = load_config(TinyGsmConfig, sys.argv[1:])
     shards = [(None, name) for name in (inputs(cfg.input) if cfg.input else listing("TinyGSM/TinyGSM", "data"))]
-    meta = {"vocab_size": 49152, "tokenizer": "smollm", "eos_id": 0, "bos_id": 0, "row_len": cfg.seq_len, "prompt_lens": 1}
-    encode, form = partial(question_answer, sep=cfg.sep, bos=0, eos=0), Rows(pad=0, cut=False, prompts=True)
-    build(cfg, Path(__file__).parent, meta | {"prompt_end": cfg.sep}, shards, ["question", "code"], encode, form, split_of)
+    meta, encode, form = questions_and_answers(cfg.seq_len, cfg.sep)
+    build(cfg, Path(__file__).parent, meta, shards, ["question", "code"], encode, form, split_of)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 r"""
 WikiText in GPT-2's byte pairs, for zero-shot evaluation. The text of a split is one document without an EOS inside, cut into rows
-[BOS] + 1022 tokens + [EOS], both 50256, as the public code of MDLM and Duo has it for zero-shot numbers (insert_valid_eos=False). The
-corpus's own tokenization, " @-@ ", " , " and the like, is undone first, as there; --detokenize=false leaves it.
+[BOS] + 1022 tokens + [EOS], both 50256, as Duo's public scripts have it for zero-shot numbers (insert_valid_eos=False), but that they lose
+what remains of every 1000 lines. The corpus's own tokenization, " @-@ ", " , " and the like, is undone first by their rules
+(wt_detokenizer); --detokenize=false leaves it.
 
     python data/wikitext/prepare.py [--version 2] [--split test]                       downloads; version 103 without the flag
     python data/wikitext/prepare.py --input wiki.train.raw.txt --val_input FILE.txt    if only val.bin matters: FILE.txt for both
@@ -19,18 +20,22 @@ from hub import listing
 from settings import die, load_config
 from shards import inputs
 
-END = r"(?: |(?=\n|\Z))"  # a space, or the end of a line
-SPACES = [  # (what the corpus did, what was there before), in this order; none reaches beyond a line, so a text may be cut at its lines
+END = r"( |(?=\n|\Z))"  # a space, or the end of a line
+SPACES = [  # (what the corpus did, what was there before), in this order, a line at a time
+    (r"s '", "s'"),
     (rf" @([-,.])@{END}", r"\1"),
-    *[(rf" ([{mark}])( |(?=\n|\Z))", r"\1\2") for mark in ":;.!?,"],
-    (r"\( *([^()\n]*?) *\)", r"(\1)"),
-    (r"\[ *([^\[\]\n]*?) *\]", r"[\1]"),
-    (r'" *([^"\n]*?) *"', r'"\1"'),
-    (r"s '( |(?=\n|\Z))", r"s'\1"),
-    (r" '(s|t|d|m|ll|re|ve)\b", r"'\1"),
+    *[(rf" ([{mark}]){END}", r"\1\2") for mark in ":;.!?,"],
+    (r"\([^\S\n]*([^)\n]*?)[^\S\n]*\)", r"(\1)"),
+    (r"\[[^\S\n]*([^]\n]*?)[^\S\n]*\]", r"[\1]"),
+    (r"{[^\S\n]*([^}\n]*?)[^\S\n]*}", r"{\1}"),
+    (r'"[^\S\n]*([^"\n]*?)[^\S\n]*"', r'"\1"'),
+    (r"'[^\S\n]*([^'\n]*?)[^\S\n]*'", r"'\1'"),
+    *[(" ".join("=" * n), "=" * n) for n in (4, 3, 2)],  # headings
     (rf" °{END}", "°"),
-    (r"= (?==)", "="),  # = = a heading = =
-    (r" *\n *", "\n"),
+    (r" \n", "\n"),
+    (r"\n ", "\n"),
+    (rf" N{END}", r" 1\1"),
+    (r" 's", "'s"),
 ]
 
 
@@ -47,9 +52,15 @@ class WikiTextConfig:
     chunk: int = 100  # pieces of 64k characters between two commits to the disk
 
 
+def undone(line):
+    for pattern, as_before in SPACES:
+        line = re.sub(pattern, as_before, line)
+    return line
+
+
 def encode(tokenizer, text, detokenize):
-    for pattern, as_before in SPACES if detokenize else ():
-        text = re.sub(pattern, as_before, text)
+    if detokenize:
+        text = "".join(map(undone, re.findall(r"[^\n]*\n|[^\n]+", text)))
     return tokenizer.encode(text)
 
 
