@@ -270,10 +270,15 @@ def build(cfg, vocab_size, network=None):
     without weights, and `load_state_dict(..., assign=True)` gives it some.
     """
     if network is not None:
-        with torch.device("meta"):
-            model = Transformer(ModelConfig(**{k: v for k, v in network.items() if k != "mask_id"}))
-        V = model.cfg.vocab_size
-        return model, Uniform(V, cfg.predicts) if network["mask_id"] is None else Masked(V, network["mask_id"])
+        try:
+            with torch.device("meta"):
+                model = Transformer(ModelConfig(**{k: v for k, v in network.items() if k != "mask_id"}))
+            V, mask_id = model.cfg.vocab_size, network["mask_id"]
+            if mask_id is not None and not 0 <= mask_id < V:
+                raise ValueError(f"mask_id is {mask_id}, of {V} ids")
+            return model, Uniform(V, cfg.predicts) if mask_id is None else Masked(V, mask_id)
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError) as e:
+            die(f"the checkpoint says of its network what cannot be: {said(e)}", "another checkpoint")
     need = 4 * (12 * cfg.n_layers * cfg.d_model**2 + 2 * vocab_size * cfg.d_model)
     if need > (have := has_memory(torch.device("cpu"))):
         die(f"the weights alone take {need / 2**30:,.0f} GB, and there are {have / 2**30:,.0f}", "--d_model=128 --n_layers=4")

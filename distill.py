@@ -20,14 +20,15 @@ import torch
 import checkpoint
 import machine
 from diffusion import sigma_for
-from published import is_published
+from published import is_published, place
 from settings import die, load_config
-from train import take_up, train, trained_with
+from train import same_tokens, take_up, train, trained_with
 
 
 @dataclass
 class DistillConfig:
-    ckpt: str = "out/sudoku"  # the teacher, a training run's out_dir
+    ckpt: str = "out/sudoku"  # the teacher, a training run's out_dir, or published weights
+    dataset: str = ""  # empty: the one it was trained on
     out_dir: str = ""  # the student; empty: the teacher's with _sdtt or _dcd
     resume: bool = False  # go on from the newest checkpoint of out_dir; there is one after each round
     teacher_steps: int = 32  # a block, in the first round: the teacher is dt = 1 / teacher_steps ahead of the student
@@ -127,9 +128,10 @@ def main():
         die(f"{cfg.ckpt} was trained on block size 1 alone: there are no steps to save", "train with --block_sizes=1:0.25,16:0.75")
     if run.process != "masked" and run.time_conditioning != "true":
         die(f"{cfg.ckpt} does not see the noise level, and DCD compares two", "train with --time_conditioning=true")
-    if not cfg.out_dir and is_published(cfg.ckpt):
-        die(f"{cfg.ckpt} is not a folder of yours: where should the student go?", "--out_dir out/NAME")
-    out_dir = cfg.out_dir or cfg.ckpt.rstrip("/").removesuffix("/best.pt") + ("_sdtt" if run.process == "masked" else "_dcd")
+    if same_tokens(cfg.dataset or run.dataset, state, cfg.ckpt).get("row_len") and cfg.dataset:
+        run.seq_len = 0  # the rows say how long they are
+    beside = place(cfg.ckpt) if is_published(cfg.ckpt) else cfg.ckpt
+    out_dir = cfg.out_dir or beside.rstrip("/").removesuffix("/best.pt") + ("_sdtt" if run.process == "masked" else "_dcd")
     facts = {"network": state["network"]} if "network" in state else {}
     facts |= {"distilled": {name: getattr(cfg, name) for name in ("ckpt", "teacher_steps", "round_steps")}}
     if cfg.resume and not checkpoint.begun(out_dir):
@@ -142,6 +144,7 @@ def main():
         facts["teacher"] = before["teacher"]
     student = replace(
         run,
+        dataset=cfg.dataset or run.dataset,
         out_dir=out_dir,
         max_steps=cfg.rounds * cfg.round_steps,
         batch_size=cfg.batch_size or run.batch_size,

@@ -371,7 +371,7 @@ def main():
             die(f"--{name} is about samples, and this asks for the likelihood", f"--samples --{name} {value}")
     cfg.ckpt = cfg.init_from or cfg.ckpt
     run, meta, step, model, process = restore(cfg.ckpt, cfg.device)
-    data, trained = dataset_for(cfg.ckpt, run, meta, cfg.dataset), sorted(run.block_sizes)
+    data, trained = dataset_for(cfg.ckpt, run, meta, model, cfg.dataset), sorted(run.block_sizes)
     if cfg.block_size and cfg.block_size not in trained:
         die(f"{cfg.ckpt} was trained on block sizes {', '.join(map(str, trained))}, not {cfg.block_size}", f"--block_size {trained[-1]}")
     print(f"{data.folder.name}, {run.process}, " + ("published weights" if is_published(cfg.ckpt) else f"EMA weights of step {step}"))

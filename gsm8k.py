@@ -13,7 +13,6 @@ the numbers of all questions to the .summary.json beside it.
 import hashlib
 import json
 import os
-import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +24,11 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import published
 import sandbox
 from diffusion import SCHEDULES
 from generate import NOTHING, OWN_PACE, SAMPLERS, generate
 from machine import Signals, guard
-from published import is_published
 from sample import load_with_sampler
 from settings import die, said, writable
 from tokens import Tokenizer
@@ -75,10 +74,10 @@ def questions(path, n):
     return found[: n or None]
 
 
-def place(spec):
-    """Where the lines of a checkpoint go: its folder, or out/ for published weights, named after the last parts of their path."""
-    if is_published(spec):
-        return f"out/{'_'.join([part for part in re.split('[/:@]+', spec) if part][-6:])}.gsm8k.jsonl"
+def where_to(spec):
+    """Where the lines of a checkpoint go: its folder, or out/ for published weights."""
+    if published.is_published(spec):
+        return f"{published.place(spec)}.gsm8k.jsonl"
     return str((Path(spec).parent if os.path.isfile(spec) else Path(spec)) / "gsm8k.jsonl")
 
 
@@ -140,7 +139,7 @@ def main(argv=None):
     if not holds and not cfg.weak_sandbox:
         die(f"sandbox: {what}", "a Linux machine, or --weak_sandbox on a machine you can lose")
     spec, asked = cfg.init_from or cfg.ckpt, questions(cfg.input, cfg.n)
-    out = cfg.out or place(spec)
+    out = cfg.out or where_to(spec)
     if Path(out).suffix != ".jsonl":
         die(f"--out {out}: lines go to a .jsonl file, and the summary beside it", "--out out/gsm8k.jsonl")
     run, meta, step, model, process = restore(spec, cfg.device)

@@ -4,6 +4,7 @@ How does a file arrive? By plain HTTPS, going on where the connection broke off,
 Files are kept in $NANOBLOCK_CACHE (~/.cache/nanoblock). $HF_ENDPOINT names another hub than https://huggingface.co.
 """
 
+import errno
 import hashlib
 import http.client
 import json
@@ -15,7 +16,7 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from tqdm import tqdm
 
@@ -26,7 +27,7 @@ PROBLEMS = (OSError, http.client.HTTPException)  # urllib's errors are OSErrors,
 
 
 def endpoint():
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def url(repo, path, revision="main", kind=""):
@@ -47,30 +48,53 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def head(address, hops=5):
-    """The headers of `address` along its redirects, the first answer's word first: the hub's own says more than its storage's."""
-    found = {}
-    for _ in range(hops):
-        request = urllib.request.Request(address, method="HEAD", headers={"Accept-Encoding": "identity"})
+    """
+    The headers of `address` along its redirects, the first answer's word first: the hub's own says more than its storage's. "size": of the
+    file. Servers that have no HEAD are asked for one byte.
+    """
+    found, method, patience = {}, "HEAD", PATIENCE
+    while hops:
+        request = urllib.request.Request(address, method=method, headers={"Accept-Encoding": "identity"})
+        if method == "GET":
+            request.add_header("Range", "bytes=0-0")
         try:
             response = urllib.request.build_opener(NoRedirect).open(request, timeout=30)
         except urllib.error.HTTPError as e:
+            if e.code in (403, 405, 501) and method == "HEAD":
+                method = "GET"
+                continue
+            if (e.code == 429 or e.code >= 500) and patience:
+                patience -= 1
+                time.sleep(2 ** (PATIENCE - patience) / 4)
+                continue
             if e.code not in (301, 302, 303, 307, 308):
                 raise
             response = e
         with response:
-            size = response.headers.get("Content-Length") if response.status == 200 else None
-            found = {**({"size": size} if size else {}), **{k.lower(): v for k, v in response.headers.items()}, **found}
-            if response.status == 200 or "Location" not in response.headers:
+            own = {k.lower(): v for k, v in response.headers.items()}
+            ranged = re.fullmatch(r"bytes 0-0/(\d+)", own.get("content-range", ""))
+            if ranged or response.status == 200 and own.get("content-length", "").isdigit():
+                own["size"] = ranged[1] if ranged else own["content-length"]
+            found = {**own, **found}
+            if "location" not in own or {"x-linked-size", "x-linked-etag"} <= set(found):
                 return found
-            address = urljoin(address, response.headers["Location"])
-    raise OSError(f"more than {hops} redirects")
+            address, hops = urljoin(address, quote(own["location"], safe="%/:=&?~#+!$,;'@()*[]")), hops - 1
+    raise OSError("too many redirects")
 
 
-def promised_by(headers):
-    """(size or None, checksum or None) that the hub promises: a sha256 of large files, git's sha1 of small ones."""
-    size = headers.get("x-linked-size") or headers.get("size")
-    tag = (headers.get("x-linked-etag") or headers.get("etag") or "").removeprefix("W/").strip('"')
-    return int(size) if size else None, tag if re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", tag) else None
+def promised_by(headers, address):
+    """
+    {"size": bytes or None, "checksum": a sha256 of large files, git's sha1 of small ones, or None, "identity": what changes with the file}.
+    Elsewhere than on the hub an ETag is an identity and need not be a checksum.
+    """
+    size, linked, tag = (headers.get(k, "") for k in ("x-linked-size", "x-linked-etag", "etag"))
+    ours = "x-repo-commit" in headers or urlsplit(address).netloc == urlsplit(endpoint()).netloc and not tag.startswith("W/")
+    known = (linked or (tag if ours else "")).strip('"')
+    return {
+        "size": int(size) if size.isdigit() else int(headers["size"]) if "size" in headers else None,
+        "checksum": known if re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", known) else None,
+        "identity": linked or tag or headers.get("last-modified"),
+    }
 
 
 def checksum(path, like):
@@ -101,17 +125,24 @@ def fetch(address, instead="--input FILE"):
     this run or a later one, and what has arrived must have the size and the checksum that the server promises, if it does. Without a
     network the copy that is there will do. Exits with two lines if there is none to be had; instead: the flag for a file of one's own.
     """
-    parts = urlsplit(address)
-    path = cache() / parts.netloc.replace(":", "_") / parts.path.strip("/")
     try:
+        parts = urlsplit(address)
+        names = [parts.netloc.replace(":", "_"), *unquote(parts.path).strip("/").split("/")]
+        if {"", ".", ".."} & set(names):
+            raise ValueError(f"{'/'.join(names)} is no name of a file")  # it would lie outside of the cache
+        path = cache().joinpath(*names)
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(f"{path}.lock"):
-            return up_to_date(address, path)
+            return up_to_date(parts._replace(path=quote(unquote(parts.path))).geturl(), path)
     except (*PROBLEMS, ValueError) as e:
         fix = f"the network, or {instead}, of what is here already"
         if isinstance(e, urllib.error.HTTPError):
             fix = "another name" if e.code == 404 else f"later, or {instead}"
+        elif getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            fix = f"NANOBLOCK_CACHE=FOLDER, with room: now {cache()}"
         die(f"could not download {address}: {said(e)}", fix)
+    except KeyboardInterrupt:
+        die(f"stopped while downloading {address}", "the same command, which goes on from here")
 
 
 def up_to_date(address, path):
@@ -123,24 +154,24 @@ def up_to_date(address, path):
     except (OSError, ValueError, KeyError, TypeError):
         kept, good = None, False
     try:
-        promised = promised_by(head(address))
+        promised = promised_by(head(address), address)
     except PROBLEMS as e:
         if not good or isinstance(e, urllib.error.HTTPError) and e.code in (401, 403, 404):
             raise
         print(f"WARNING: {said(e)}; using the copy in {path.parent}", file=sys.stderr, flush=True)
         return path
-    if kept and kept["promised"] == list(promised):
+    if kept and kept["promised"] == promised:
         if good:
             return path
         print(f"WARNING: {path} is damaged, and downloaded again", file=sys.stderr, flush=True)
-    size, tag = promised
-    part = Path(f"{path}.{(tag or 'unknown')[:12]}.part")  # of this very version: halves of two would not fit
-    if tag is None:
+    version = hashlib.sha256(str(promised).encode()).hexdigest()[:12]
+    part = Path(f"{path}.{version}.part")  # of this very version: halves of two would not fit
+    if promised["identity"] is None:
         part.unlink(missing_ok=True)  # nothing says that it is a part of the same
-    receive(address, part, size)
-    if tag and (found := checksum(part, tag)) != tag:
+    receive(address, part, promised["size"])
+    if (want := promised["checksum"]) and (found := checksum(part, want)) != want:
         part.unlink()
-        raise OSError(f"its checksum is {found}, the hub promised {tag}")
+        raise OSError(f"its checksum is {found}, the hub promised {want}")
     os.replace(part, path)
     about = {"url": address, "promised": promised, "size": os.path.getsize(path), "sha256": checksum(path, "0" * 64)}
     record.write_text(json.dumps(about) + "\n")
@@ -149,29 +180,28 @@ def up_to_date(address, path):
 
 def receive(address, part, size):
     """Append to the file `part` until it is `size` bytes long (None: until the connection ends well)."""
-    failures = 0
+    failures, most = 0, 0
     with tqdm(total=size, unit="B", unit_scale=True, desc=f"downloading {address.rsplit('/', 1)[1]}", leave=False, disable=None) as bar:
         while True:
             have = part.stat().st_size if part.exists() else 0
-            bar.n = have
-            if size is not None and have > size:
-                part.unlink()
-                continue
-            if size is not None and have == size and (size or part.exists()):
+            bar.n, problem = have, OSError("the connection broke off")
+            if size is not None and have == size and part.exists():
                 return
             try:
-                whole = request_rest(address, part, have, bar)
-                if size is None and whole:
+                if size is not None and have > size:
+                    part.unlink()
+                    raise OSError(f"{have:,} bytes came, {size:,} were promised")
+                if request_rest(address, part, have, bar) and size is None:
                     return
             except PROBLEMS as e:
-                if isinstance(e, urllib.error.HTTPError) and e.code == 416:
+                code = getattr(e, "code", 0)
+                if code == 416:
                     part.unlink(missing_ok=True)
-                elif isinstance(e, urllib.error.HTTPError) and e.code < 500 and e.code != 429:
+                elif 400 <= code < 500 and code != 429 or getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                     raise
                 problem = e
-            else:
-                problem = OSError("the connection broke off")
-            gained = (part.stat().st_size if part.exists() else 0) > have
+            now = part.stat().st_size if part.exists() else 0
+            gained, most = now > most, max(now, most)  # more than ever: some servers begin anew each time
             failures = 0 if gained else failures + 1
             if failures >= PATIENCE:
                 raise problem
@@ -182,22 +212,25 @@ def request_rest(address, part, have, bar):
     """One request for what is lacking; True if the server sent all it announced."""
     request = urllib.request.Request(address, headers={"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})})
     with urllib.request.urlopen(request, timeout=30) as response:
-        goes_on = response.status == 206 and (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-")
-        if not goes_on:
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise OSError(f"it came as {response.headers['Content-Encoding']}, which was not asked for")
+        if response.status == 206 and not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
+            raise OSError(f"bytes from {have} on were asked for, {response.headers.get('Content-Range')} came")
+        if response.status != 206:
             bar.n = 0  # a server that knows no ranges begins again
-        left = response.headers.get("Content-Length")
-        with open(part, "ab" if goes_on else "wb") as f:
-            got = 0
-            try:
-                while piece := response.read(1 << 20):
-                    f.write(piece)
-                    got += len(piece)
-                    bar.update(len(piece))
-            except PROBLEMS as e:
-                if isinstance(e, http.client.IncompleteRead):
-                    f.write(e.partial)
-                return False
-        return left is None or got == int(left)
+        left, got = response.headers.get("Content-Length", ""), 0
+        with open(part, "ab" if response.status == 206 else "wb") as f:
+            while True:
+                try:
+                    piece = response.read(1 << 20)
+                except PROBLEMS as e:  # not those of writing
+                    f.write(getattr(e, "partial", b""))
+                    return False
+                if not piece:
+                    return not left.isdigit() or got == int(left)
+                f.write(piece)
+                got += len(piece)
+                bar.update(len(piece))
 
 
 def listing(repo, folder, revision="main", kind="datasets"):
@@ -206,6 +239,6 @@ def listing(repo, folder, revision="main", kind="datasets"):
     try:
         with urllib.request.urlopen(address, timeout=30) as response:
             files = [entry["path"] for entry in json.load(response) if entry.get("type", "file") == "file"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (*PROBLEMS, ValueError, KeyError, TypeError) as e:
         die(f"could not list {folder} of {repo}: {said(e)}", "the network, or --input FILE with files that are there already")
     return [url(repo, path, revision, kind) for path in sorted(files)]

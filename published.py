@@ -34,7 +34,12 @@ def is_published(path):
     path = str(path)
     if path.startswith(("hf:", "http://", "https://")) or path.endswith((".safetensors", ".ckpt")):
         return True
-    return os.path.isfile(os.path.join(path, "config.json")) and not os.path.exists(os.path.join(path, "ckpt.pt"))
+    return any(os.path.isfile(f"{path}/{name}") for name in ("config.json", "model.safetensors")) and not os.path.exists(f"{path}/ckpt.pt")
+
+
+def place(spec):
+    """A name in out/ for what is made of published weights: the last parts of their path."""
+    return "out/" + "_".join([part for part in re.split("[/:@]+", str(spec).removeprefix("hf:")) if part][-6:])
 
 
 def published(spec, flag="--init_from"):
@@ -51,18 +56,20 @@ def published(spec, flag="--init_from"):
     weights = read_weights(weights_file)
     network, state = network_of(config, weights, where)
     process, sizes = how_trained(config, where, network)
-    masked = NOISE[process] == "masked"
-    bare = network.vocab_size - 1  # a mask id behind the tokens, or for uniform noise the padding that the public code adds
-    name, meta = TOKENIZERS.get(network.vocab_size) or TOKENIZERS.get(bare) or (Path(where).name, {"tokenizer": "none"})
+    V, masked = network.vocab_size, NOISE[process] == "masked"
+    # by the tokens there are, or one more: the mask behind them, or for uniform noise the padding that the public code adds
+    name, meta = TOKENIZERS.get(V) or TOKENIZERS.get(V - 1) or (Path(where).name, {"tokenizer": "none", "vocab_size": V})
     mask_id = None
     if masked:
-        mask_id = int(config.get("mask_index", BERT_MASK if meta["tokenizer"] == "bert" else bare))
-    meta = {"vocab_size": bare if masked else network.vocab_size, **meta}
+        mask_id = whole(config, "mask_index", BERT_MASK if meta["tokenizer"] == "bert" else V - 1, 0, V - 1, where)
+        if mask_id == V - 1:
+            meta = {**meta, "vocab_size": min(meta["vocab_size"], V - 1)}
+        if mask_id in [meta.get("bos_id"), meta.get("eos_id")]:
+            die(f"{where}: {V} ids are those of {meta['tokenizer']}, without room for a mask", "mask_index in config.json")
     if process == "mdlm":  # BlockDiTs are known by their shape, and this is a DiT as Duo's is: but the public code feeds it sigma = 0
         network = replace(network, zero_sigma=True)
     settings = TrainConfig(
         dataset=name,
-        out_dir=str(spec),
         process=NOISE[process],
         block_sizes=sizes,
         objective="elbo" if process in ("mdlm", "duo", "uniform") and set(sizes) != {1} else "ce",
@@ -95,7 +102,7 @@ def files_of(spec, flag):
     found = [path] if path.is_file() else [f for f in (folder / "model.safetensors", *sorted(folder.glob("*.ckpt"))) if f.is_file()]
     if not found or not (folder / "config.json").is_file():
         die(f"{spec}: no {'config.json' if found else 'model.safetensors or .ckpt'} there", f"{flag} {LAYOUTS}")
-    return str(folder.resolve()), folder / "config.json", found[0]
+    return str(folder.absolute()), folder / "config.json", found[0]
 
 
 def read_config(file):
@@ -104,7 +111,7 @@ def read_config(file):
         config = json.loads(Path(file).read_text(encoding="utf-8"))
         algo = {theirs: config["algo"][k] for k, theirs in (("name", "process"), ("block_weights",) * 2) if k in config.get("algo", {})}
         return {k.removeprefix("cfg."): v for k, v in config.get("model", config).items()} | algo
-    except (ValueError, OSError, AttributeError, TypeError) as e:
+    except (ValueError, OSError, AttributeError, TypeError, RecursionError) as e:
         die(f"{file}: {said(e)}", "the config.json of the model: hidden_size, n_heads, n_blocks, length, ...")
 
 
@@ -135,20 +142,42 @@ def read_weights(file):
             names = [k for k in weights if not k.endswith("rotary_emb.inv_freq")]
             if [tuple(weights[k].shape) for k in names] != [tuple(v.shape) for v in shadows]:
                 raise ValueError(f"{len(shadows)} averaged tensors do not fit the {len(names)} of the state dict")
-            weights = dict(zip(names, shadows, strict=True))
+            weights |= dict(zip(names, shadows, strict=True))
         return weights
     except MemoryError:
         raise
     except Exception as e:  # a damaged file fails in many ways
-        die(f"{file} is damaged, or no file of weights: {said(e)}", "download it again, or model.safetensors")
+        reason = str(e).rpartition("WeightsUnpickler error:")[2]  # torch's own words before it are about its version
+        die(f"{file} is damaged, or no file of weights: {said(ValueError(reason) if reason else e)}", "model.safetensors, or another copy")
+
+
+def whole(config, key, default, low, high, where):
+    """A whole number of config.json, low to high; two lines for anything else."""
+    value = config.get(key, default)
+    if type(value) is float and value.is_integer() and abs(value) < 1e9:
+        value = int(value)
+    if type(value) is not int or not low <= value <= high:
+        die(
+            f"{where}: {key} in config.json is {str(value)[:40]!r}, not a whole number from {low} to {high:,}",
+            "the config.json of these weights",
+        )
+    return value
 
 
 def network_of(config, weights, where):
     """(ModelConfig, state dict) of the public layouts; two lines that say what was expected, and what was found, for anything else."""
     expected = "hidden_size, n_heads, n_blocks, length in config.json; vocab_embed, blocks.i, output_layer (and sigma_map) in the weights"
+    numbers = {"hidden_size": (1, 0), "n_heads": (1, 0), "n_blocks": (1, 0), "length": (2, 0), "cond_dim": (1, 128), "mlp_ratio": (1, 4)}
     try:
+        if lacking := [key for key in ("hidden_size", "n_heads", "n_blocks", "length") if key not in config]:
+            raise ValueError(f"no {', '.join(lacking)} in config.json")
+        config = {**config, **{key: whole(config, key, usual, low, 1 << 24, where) for key, (low, usual) in numbers.items()}}
         if config.get("type", "dit") not in ("dit", "ddit", "block-dit"):
             raise ValueError(f"type {config['type']!r}, not dit or block-dit")
+        if config.get("x0_causal", 0) not in (0, 1):
+            raise ValueError(f"x0_causal is {config['x0_causal']!r}, not true or false")
+        if (n := len({k.split("blocks.")[1].split(".")[0] for k in weights if "blocks." in k})) != config["n_blocks"]:
+            raise ValueError(f"n_blocks is {config['n_blocks']}, and there are weights of {n}")
         network, state = translated(weights, config)
         with torch.device("meta"):
             wanted = {k: tuple(v.shape) for k, v in Transformer(network).state_dict().items()}
@@ -159,11 +188,17 @@ def network_of(config, weights, where):
             raise ValueError(f"{len(left)} tensors are left over, {left[0]} {found[left[0]]} among them")
         if odd := [k for k in wanted if wanted[k] != found[k]]:
             raise ValueError(f"{odd[0]} is {found[odd[0]]}, expected {wanted[odd[0]]}")
-    except (KeyError, ValueError, TypeError, AssertionError, IndexError, RuntimeError) as e:
+        if odd := [k for k, v in state.items() if not v.is_floating_point() or not v.isfinite().all()]:
+            raise ValueError(f"{odd[0]} holds {str(state[odd[0]].dtype)[6:]} or what is not finite")
+        half = network.d_model // network.n_heads // 2
+        for k, v in weights.items():  # implied, but its length is what shows a wrong number of heads
+            if k.endswith("rotary_emb.inv_freq") and v.shape != (half,):
+                raise ValueError(f"{k} {tuple(v.shape)} is not that of {network.n_heads} heads of {2 * half}")
+        # a copy: tensors in a mapped file begin anywhere, and a CPU multiplies ten times slower from there (docs/log.md)
+        return network, {k: v.to(torch.float32, copy=True) for k, v in state.items()}
+    except (LookupError, ValueError, TypeError, AssertionError, ArithmeticError, RuntimeError, NotImplementedError) as e:
         few = ", ".join(sorted(weights)[:3])
         die(f"{where}: an unknown layout: {said(e)}; found {', '.join(sorted(config))} and {len(weights)} tensors: {few}, ...", expected)
-    # a copy: tensors in a mapped file begin anywhere, and a CPU multiplies ten times slower from there (docs/log.md)
-    return network, {k: v.to(torch.float32, copy=True) for k, v in state.items()}
 
 
 def how_trained(config, where, network):
@@ -172,6 +207,12 @@ def how_trained(config, where, network):
     name = str(config.get("process", parts[-1] if parts else "")).removeprefix("blockgen-").removesuffix("_base")
     if name not in NOISE:
         die(f"{where}: nothing says which noise it was trained with: {name!r} is none of {', '.join(NOISE)}", LAYOUTS)
+    block_dit = config.get("type") == "block-dit" or "type" not in config and "x0_causal" in config
+    if (name == "ar") != network.next_token or (name in ("absorb", "uniform")) != block_dit and "process" not in config:
+        shape = "a BlockDiT" if block_dit else "a causal transformer" if network.next_token else "a DiT with adaLN"
+        die(
+            f"{where} says {name}, and config.json and the weights say {shape}", "the config.json of these weights, with type and x0_causal"
+        )
     sizes = config.get("block_sizes")
     path = re.search(r"(single|multi)_block_size/(\d+)/[^/]+/(?:([^/]+)/)?[^/]+$", "/".join(parts))
     try:
@@ -189,6 +230,9 @@ def how_trained(config, where, network):
         elif sizes is None and path:
             first, last = path[3].split("_")
             sizes = {1: float(first), int(path[2]): float(last)}
-        return name, {int(b): float(w) for b, w in sizes.items()}
-    except (ValueError, AttributeError, TypeError):  # sizes None: nobody said anything
+        sizes = {int(b): float(w) for b, w in sizes.items()}
+    except (ValueError, AttributeError, TypeError, OverflowError):  # sizes None: nobody said anything
         die(f"{where}: nothing says which block sizes it was trained with", LAYOUTS)
+    if odd := [b for b in sizes if b < 1 or network.seq_len % b] or ([path[2]] if path and max(sizes) != int(path[2]) else []):
+        die(f"{where}: block size {odd[0]} does not go into {network.seq_len} tokens as it should", LAYOUTS)
+    return name, sizes

@@ -203,8 +203,8 @@ def _by_ours(model, process, rows, starts):
     """Block size 1 reads the rows: nats and tokens (B,) float64, from `starts` on."""
     nats, tokens = torch.zeros(2, len(rows), dtype=torch.float64)
     device, context = next(model.parameters()).device, model.cfg.seq_len
-    known = process.vocab_size - (process.mask_id is not None)
-    if (most := max(max(row, default=0) for row in rows)) >= known:
+    known = process.vocab_size - (process.mask_id == process.vocab_size - 1)
+    if (most := max(max(row, default=0) for row in rows)) >= known or any(process.mask_id in row for row in rows):
         die(f"a text has the id {most}, the judge knows ids below {known}", "--judge self")
     pieces = [(i, row[k : k + context], max(0, starts[i] - k)) for i, row in enumerate(rows) for k in range(0, len(row), context)]
     pieces = [(i, piece, start) for i, piece, start in pieces if start < len(piece)]

@@ -26,6 +26,7 @@ import checkpoint
 import plots
 from diffusion import SCHEDULES
 from generate import MASKED_ONLY, OWN_PACE, READS_AR, SAMPLERS, UNIFORM_ONLY
+from published import is_published, place
 from quality import NGRAMS, checker, generated, judge, prompts_of, quality, real_rows
 from settings import die, load_config, writable
 from train import dataset_for, restore
@@ -76,7 +77,8 @@ the right-most cell, different correct answers / how many as many uniform draws 
 
 @dataclass
 class SweepConfig:
-    ckpt: str = "out/sudoku"  # a training run's out_dir, or published weights (and --out then)
+    ckpt: str = "out/sudoku"  # a training run's out_dir
+    init_from: str = ""  # or published weights: hf:OWNER/REPO/SUBFOLDER, or a folder (published.py)
     out: str = ""  # where the lines go; the table and the plot lie beside it. Empty: sweep.jsonl in the checkpoint's folder
     samplers: str = ""  # these alone, as in ar,speculation; empty: all that the checkpoint serves
     steps: str = "1,2,4,8,16"  # a block
@@ -188,7 +190,8 @@ def numbers(name, text, kind, least):
 
 def main(argv=None):
     cfg = load_config(SweepConfig, sys.argv[1:] if argv is None else argv, help="--sweep --help")
-    cfg.out = cfg.out or f"{cfg.ckpt}/sweep.jsonl"
+    cfg.ckpt = cfg.init_from or cfg.ckpt
+    cfg.out = cfg.out or (f"{place(cfg.ckpt)}.sweep.jsonl" if is_published(cfg.ckpt) else f"{cfg.ckpt}/sweep.jsonl")
     if Path(cfg.out).suffix != ".jsonl":
         die(f"--out {cfg.out}: measurements go to a .jsonl file, and the table and the plot beside it", "--out out/sweep.jsonl")
     lines = read(cfg.out, mend=not cfg.report)
@@ -214,7 +217,7 @@ def main(argv=None):
     run, meta, step, model, process = restore(cfg.ckpt, cfg.device)
     stem = cfg.out.removesuffix(".jsonl")
     writable(cfg.out, "out"), page_of(stem), plots.pyplot()  # now, not after hours
-    data = dataset_for(cfg.ckpt, run, meta)
+    data = dataset_for(cfg.ckpt, run, meta, model)
     trained = sorted(run.block_sizes)
     prompts = prompts_of(data, cfg.n_eval, cfg.clues)
     rows, starts = real_rows(data, prompts, cfg.max_new_tokens), [len(p) for p in prompts]

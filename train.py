@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -107,6 +107,8 @@ class TrainConfig:
         ):
             if getattr(self, name) not in allowed:
                 die(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}", f"--{name}={allowed[0]}")
+        if self.out_dir.startswith(("hf:", "http:", "https:")):
+            die(f"out_dir {self.out_dir!r} is no folder", "--out_dir=out/NAME")
         counts = "n_layers n_heads d_model batch_size accumulation max_steps eval_every n_eval log_every keep bad_steps"
         for name in counts.split():
             if getattr(self, name) < 1:
@@ -229,8 +231,11 @@ def rebuild(ckpt, device, state=None):
     return run, state["meta"], state["step"], model.to(device).eval(), process
 
 
-def dataset_for(ckpt, run, meta, name=""):
-    """The Dataset a checkpoint is evaluated on: the one of its run, or another in the same tokens; rows may be shorter than its context."""
+def dataset_for(ckpt, run, meta, model, name=""):
+    """
+    The Dataset a checkpoint is evaluated on: the one of its run, or another in the same tokens. Its rows may be shorter than the context,
+    which then ends where they do, in run and model too. Exits with two lines if they do not fit.
+    """
     published, name = is_published(ckpt), name or run.dataset
     if not published and name == run.dataset:
         data = Dataset(name, run.seq_len)
@@ -244,7 +249,20 @@ def dataset_for(ckpt, run, meta, name=""):
         die(f"{name} has rows of {data.seq_len} tokens, {ckpt} a context of {run.seq_len} and blocks of {sizes}", "--dataset of other rows")
     if run.next_token and not data.given:
         die(f"{ckpt} says nothing of a text's first token, and {name} gives it none", "--dataset NAME, of one with a bos_id")
+    if data.seq_len < run.seq_len:
+        model.cfg, run.seq_len = replace(model.cfg, seq_len=data.seq_len), data.seq_len
+        run.block_sizes = {min(b, data.seq_len): w for b, w in run.block_sizes.items()}
     return data
+
+
+def same_tokens(dataset, state, source):
+    """The facts of a dataset; two lines unless it is in the tokens of a checkpoint."""
+    meta, theirs = read_meta(Path("data") / dataset / "meta.json"), check_meta(state["meta"], source)
+    fits = meta["vocab_size"] == theirs["vocab_size"] or "network" in state and meta["vocab_size"] < theirs["vocab_size"]
+    if (meta["tokenizer"], meta.get("chars")) != (theirs["tokenizer"], theirs.get("chars")) or not fits:
+        other = f"{meta['tokenizer']}, {meta['vocab_size']} ids, not {theirs['tokenizer']}, {theirs['vocab_size']}"
+        die(f"{dataset} is not in the tokens of {source}: {other}", "--dataset=NAME, of one in the same tokens")
+    return meta
 
 
 def learning_rate(cfg, step):
@@ -326,6 +344,8 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
     state = checkpoint.load(cfg.out_dir, "--out_dir") if resume else None
     if state and "network" in state:
         facts = {**facts, "network": state["network"]}
+    if "network" in facts:  # rotary positions have no weights: a context may have any length
+        facts["network"] = {**facts["network"], "dropout": cfg.dropout, "seq_len": cfg.seq_len}
     torch.manual_seed(cfg.seed)
     model, process = checkpoint.build(cfg, data.meta["vocab_size"], facts.get("network"))
     if weights is not None:
@@ -575,6 +595,8 @@ def begin_from(cfg, asked=()):
     Exits with two lines where they cannot, or where the data is in other tokens.
     """
     resume = cfg.resume and not checkpoint.begun(cfg.out_dir)
+    if os.path.realpath(cfg.out_dir) == os.path.realpath(cfg.init_from):
+        die(f"{cfg.out_dir} holds what the run is to begin from", "another --out_dir")
     source = cfg.out_dir if resume else cfg.init_from
     state = checkpoint.load(source, "--out_dir" if resume else "--init_from")
     run = trained_with(state)
@@ -592,11 +614,8 @@ def begin_from(cfg, asked=()):
     cfg.__post_init__()
     if cfg.predicts != run.predicts:
         die(f"{source} predicts {run.predicts}, and {cfg.objective} teaches another output", f"--objective={run.objective}")
-    meta, theirs = read_meta(Path("data") / cfg.dataset / "meta.json"), check_meta(state["meta"], source)
-    fits = meta["vocab_size"] == theirs["vocab_size"] or "network" in state and meta["vocab_size"] < theirs["vocab_size"]
-    if (meta["tokenizer"], meta.get("chars")) != (theirs["tokenizer"], theirs.get("chars")) or not fits:
-        other = f"{meta['tokenizer']}, {meta['vocab_size']} ids, not {theirs['tokenizer']}, {theirs['vocab_size']}"
-        die(f"{cfg.dataset} is not in the tokens of {source}: {other}", "--dataset=NAME, of one in the same tokens")
+    if same_tokens(cfg.dataset, state, source).get("row_len") and "seq_len" not in asked:
+        cfg.seq_len = 0  # the rows say how long they are
     if os.environ.get("RANK", "0") == "0":
         print(f"from {source}: " + ", ".join(f"{name} {getattr(cfg, name)}" for name in SHAPES))
     facts = {"network": {**state["network"], "next_token": cfg.next_token}} if "network" in state else {}

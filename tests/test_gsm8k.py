@@ -432,8 +432,8 @@ def test_slips_end_in_two_lines(home, slip, monkeypatch):
 
 
 def test_where_the_lines_go():
-    assert gsm8k.place("hf:org/some-model") == "out/org_some-model.gsm8k.jsonl"
-    assert gsm8k.place("out/tinygsm") == "out/tinygsm/gsm8k.jsonl"
+    assert gsm8k.where_to("hf:org/some-model") == "out/org_some-model.gsm8k.jsonl"
+    assert gsm8k.where_to("out/tinygsm") == "out/tinygsm/gsm8k.jsonl"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

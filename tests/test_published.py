@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -30,7 +31,8 @@ MIXTURE = "blockgen/multi_block_size/16/owt/0.05_0.95/absorb"
 class Hub(http.server.BaseHTTPRequestHandler):
     """
     A little hub: /OWNER/REPO/resolve/main/PATH leads on to /storage/..., which holds the file, as the real one does. What it does wrong
-    stands in server.tricks, a list that is used up: 429 or 503: that error; another number: so many bytes and no more; None: nothing.
+    stands in server.tricks, a list that is used up: 429 or 503: that error; another number: so many bytes and no more; None: nothing;
+    a text: what it is called. server.no_head: an error for every HEAD; server.tag: the ETag.
     """
 
     protocol_version = "HTTP/1.1"
@@ -49,7 +51,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         server.seen.append((self.command, path, self.headers.get("Range")))
         if path in server.api:
             return self.reply(200, json.dumps(server.api[path]).encode())
-        file = server.root / re.sub("^/storage/|/resolve/main", "", path).lstrip("/")
+        file = server.root / re.sub("^/storage/|/resolve/main", "", unquote(path)).lstrip("/")
         if not file.is_file():
             return self.reply(404, b"")
         data = file.read_bytes()
@@ -57,16 +59,27 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if not path.startswith("/storage/") and server.redirects:
             promised = {"X-Linked-Etag": f'"{server.lie or sha}"', "X-Linked-Size": str(len(data))}
             return self.reply(302, b"", Location="/storage" + path, **promised)
-        tags = {} if server.silent else {"ETag": f'"{server.lie or sha}"'}
+        tags = {} if server.silent else {"ETag": server.tag or f'"{server.lie or sha}"'}
+        if head and server.no_head:
+            return self.reply(server.no_head.pop(0) if isinstance(server.no_head, list) else server.no_head, b"")
         if head:
             return self.reply(200, data, head=True, **tags)
         if server.tricks and server.tricks[0] in (429, 503):
             return self.reply(server.tricks.pop(0), b"")
-        start, status = 0, 200
-        if server.ranges and (m := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")):
+        start, end, status = 0, len(data), 200
+        if server.ranges and (m := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")):
             start, status = int(m[1]), 206
-            tags["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        cut = server.tricks.pop(0) if server.tricks else None
+            end = int(m[2]) + 1 if m[2] else end
+            tags["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+        cut = server.tricks.pop(0) if server.tricks and end == len(data) else None
+        if cut == "garbage":
+            self.close_connection = True
+            return self.wfile.write(b"this is no HTTP\r\n\r\n")
+        if cut == "shifted":
+            return self.reply(206, data[start:], **{**tags, "Content-Range": f"bytes 0-{len(data) - 1}/{len(data)}"})
+        if cut == "gzip":
+            return self.reply(200, data, **{**tags, "Content-Encoding": "gzip"})
+        data = data[:end]
         self.reply(status, data[start:], cut=cut, **tags)
 
     def reply(self, status, data, head=False, cut=None, **headers):
@@ -84,6 +97,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     s.root, s.tricks, s.seen, s.api, s.lie, s.silent, s.ranges, s.redirects = tmp_path / "hub", [], [], {}, "", False, True, True
+    s.no_head, s.tag = 0, ""
     s.root.mkdir()
     threading.Thread(target=s.serve_forever, daemon=True).start()
     s.url = f"http://127.0.0.1:{s.server_port}"
@@ -195,6 +209,61 @@ def test_a_server_that_promises_nothing(server):
     server.silent, server.ranges, server.redirects, server.tricks = True, False, False, [50, None]
     assert hub.fetch(f"{server.url}/a.bin").read_bytes() == b"abcdef" * 1000
     assert hub.fetch(f"{server.url}/a.bin").read_bytes() == b"abcdef" * 1000
+
+
+def test_names_that_lead_out_of_the_cache_are_refused(server, tmp_path, slip):
+    (server.root / "a.bin").write_bytes(b"abc")
+    for path in ("../a.bin", "x/../../a.bin", "%2e%2e/a.bin", "./a.bin", ""):
+        assert "no name of a file" in slip(hub.fetch, f"{server.url}/{path}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hub"], "nothing was written"
+    (server.root / "a b.bin").write_bytes(b"abc")
+    assert hub.fetch(f"{server.url}/a b.bin").read_bytes() == b"abc", "a space is no reason"
+
+
+@pytest.mark.parametrize("trick", ["garbage", "shifted", "gzip"])
+def test_answers_that_make_no_sense(server, slip, trick):
+    """Once they are tried again; for ever they end, and nothing of them is kept as the file."""
+    data = np.random.default_rng(0).bytes(5000)
+    (server.root / "a.bin").write_bytes(data)
+    server.tricks = [1000, trick]
+    assert hub.fetch(f"{server.url}/a.bin").read_bytes() == data
+    (server.root / "b.bin").write_bytes(data)
+    server.tricks = [1000] + [trick] * 50
+    assert "could not download" in slip(hub.fetch, f"{server.url}/b.bin")
+    assert len(server.tricks) > 40, "it did not go on for ever"
+
+
+def test_a_server_that_begins_anew_and_breaks_off_earlier(server, slip):
+    (server.root / "a.bin").write_bytes(bytes(5000))
+    server.ranges, server.tricks = False, [1000, 500] * 20
+    assert "broke off" in slip(hub.fetch, f"{server.url}/a.bin")
+    assert len(server.tricks) > 25
+
+
+def test_an_etag_elsewhere_is_an_identity_and_no_checksum(server, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://elsewhere.invalid")
+    server.redirects, server.tag = False, '"' + "0" * 64 + '"'
+    (server.root / "a.bin").write_bytes(b"abc")
+    assert hub.fetch(f"{server.url}/a.bin").read_bytes() == b"abc"
+    (server.root / "a.bin").write_bytes(b"abd")
+    server.tag = '"' + "1" * 64 + '"'
+    assert hub.fetch(f"{server.url}/a.bin").read_bytes() == b"abd", "a file of the same length, and another tag"
+
+
+@pytest.mark.parametrize("codes", [405, 403, [503, 429]])
+def test_a_server_that_has_no_head_or_is_busy(server, codes):
+    server.redirects, server.no_head = False, codes
+    (server.root / "a.bin").write_bytes(b"abc" * 1000)
+    assert hub.fetch(f"{server.url}/a.bin").read_bytes() == b"abc" * 1000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_no_room(server):
+    (server.root / "big.bin").write_bytes(bytes(200_000))
+    ask = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50000,) * 2)"
+    ask += f"; import hub; hub.fetch('{server.url}/big.bin')"
+    p = subprocess.run([sys.executable, "-c", ask], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert p.returncode == 2 and "NANOBLOCK_CACHE" in p.stderr and len(p.stderr.strip().splitlines()) == 2, p.stderr
 
 
 def test_several_processes_want_the_same_file(server, tmp_path):
@@ -315,6 +384,21 @@ def test_unknown_layouts_are_named(tmp_path, slip):
     (tmp_path / MIXTURE / "model.safetensors").write_bytes(data[: len(data) // 2])
     assert "damaged" in slip(checkpoint.load, tmp_path / MIXTURE, "--init_from")
     assert "no repository" in slip(checkpoint.load, "hf:nobody", "--init_from")
+    for key, value, says in (
+        ("n_heads", 0, "n_heads"), ("n_heads", "2", "n_heads"), ("n_heads", 1, "inv_freq"), ("n_blocks", 10**30, "n_blocks"),
+        ("n_blocks", 3, "n_blocks"), ("length", -1, "length"), ("length", 1e400, "length"), ("length", 24, "block size 16"),
+        ("x0_causal", "false", "x0_causal"), ("mask_index", -1, "mask_index"), ("mask_index", None, "mask_index"),
+        ("mask_index", 10**30, "mask_index"), ("block_sizes", "x", "block sizes"), ("block_sizes", {"5": 1}, "block size 5"),
+        ("mlp_ratio", 3, "mlp.0"), ("rope_base", "x", "unknown layout"),
+    ):  # fmt: skip
+        assert says in load(good, {**config, key: value}), (key, value)
+    for k, v in (("blocks.0.norm1.weight", torch.full((16,), torch.nan)), ("blocks.0.norm1.weight", torch.ones(16, dtype=torch.int8))):
+        assert "not finite" in load({**good, k: v}, config)
+    assert "absorb" in load(good, {k: v for k, v in config.items() if k != "x0_causal"}), "a DiT of this shape would be another network"
+    for kind, path in (("dit", "baselines/owt/ar"), ("ar", "baselines/owt/mdlm"), ("ar", MIXTURE)):
+        assert "the weights say" in load(theirs(50258, kind), TINY, path)
+    assert "without room for a mask" in load(theirs(50257, "block-dit"), config)
+    assert "block size 24" in load(good, config, MIXTURE.replace("16/owt/0.05_0.95", "24/owt/uniform"))
 
 
 class Stranger:
@@ -327,12 +411,16 @@ class Stranger:
         return (touch, (str(self.x),))
 
 
+class Dictionary(dict):
+    """A stranger that is a dict: weights_only does not fill it, and says so."""
+
+
 def touch(path):
     Path(path).touch()
 
 
 @pytest.mark.parametrize("averaged", [True, False])
-def test_a_lightning_checkpoint(tmp_path, averaged):
+def test_a_lightning_checkpoint(tmp_path, slip, averaged):
     """Prefixes, the averaged weights by their order, and objects of strangers, none of whose code runs."""
     weights = theirs(50258, "block-dit")
     other = {k: v + 1 for k, v in weights.items()}
@@ -352,6 +440,8 @@ def test_a_lightning_checkpoint(tmp_path, averaged):
         got = rebuild(path, "cpu")[3]
         assert all(torch.equal(p, q) for p, q in zip(got.parameters(), want.parameters(), strict=True))
     assert not (tmp_path / "ran").exists()
+    torch.save({"state_dict": {}, "x": Dictionary(a=1)}, folder / "last.ckpt")
+    assert "dict" in slip(checkpoint.load, folder, "--init_from").lower()
 
 
 def test_the_shadow_list_must_fit(tmp_path, slip):
@@ -456,7 +546,7 @@ def test_next_token_training_is_cross_entropy_and_samples_begin_with_bos(rows, s
     cfg = TrainConfig(dataset="rows", out_dir="out/ar", block_sizes={1: 1.0}, next_token=True, max_steps=60, eval_every=60, **SMALL)
     train(cfg)
     run, meta, _, model, process = rebuild("out/ar", "cpu")
-    data = dataset_for("out/ar", run, meta)
+    data = dataset_for("out/ar", run, meta, model)
     found = likelihood(model, process, data, [1], 0)
     x0, answer = data.windows("val", found.index)
     with torch.no_grad():
@@ -496,6 +586,10 @@ def test_fine_tuning_begins_with_the_published_weights_and_resumes(rows, slip):
     run(settings(out_dir="out/c2", max_steps=4, dropout=0.1, lr_schedule="constant", resume=True))
     one, two = (torch.load(f"out/{name}/ckpt.pt", weights_only=True) for name in ("c4", "c2"))
     assert all(torch.equal(one[part][k], two[part][k]) for part in ("model", "ema") for k in one[part])
+    assert one["network"]["mask_id"] == 5 and one["network"]["dropout"] == 0.1
+    run(settings(out_dir="out/dry", max_steps=4, lr_schedule="constant"))
+    dry = torch.load("out/dry/ckpt.pt", weights_only=True)
+    assert any((dry["model"][k] != one["model"][k]).any() for k in dry["model"]), "dropout does something"
     assert one["network"]["mask_id"] == 5 and any((one["model"][k] != b[3].state_dict()[k]).any() for k in one["model"])
 
     assert "n_layers 2, not 3" in slip(begin_from, *settings(n_layers=3))
@@ -522,6 +616,29 @@ def test_our_own_runs_can_be_begun_from(rows):
     a, b = rebuild("out/a", "cpu"), rebuild("out/b", "cpu")
     assert all(torch.equal(p, q) for p, q in zip(a[3].parameters(), b[3].parameters(), strict=True))
     assert b[0].process == "uniform" and b[0].time_conditioning == "true" and b[0].block_sizes == {16: 1.0}
+
+
+def test_rows_shorter_than_the_context(rows, monkeypatch, capsys):
+    """Full diffusion of 32 tokens, and its mixture, on rows of 16: one block of 16, and texts that end where the rows do."""
+    import eval as evaluation
+
+    for name, kind, config in (
+        ("baselines/rows/mdlm", "dit", TINY),
+        (MIXTURE.replace("owt", "rows"), "block-dit", {**TINY, "x0_causal": True}),
+    ):
+        folder = put(rows / name, theirs(6, kind, config), config)
+        for flags in ((), ("--samples", "--steps=2", "--sampler=ancestral", "--judge=none")):
+            monkeypatch.setattr(
+                sys, "argv", ["eval.py", f"--init_from={folder}", "--dataset=rows", "--n_eval=8", "--json=out/e.json", *flags]
+            )
+            evaluation.main()
+        lines = json.loads(Path("out/e.json").read_text())["lines"]
+        assert lines[1]["block_size"] == 16 and lines[1]["tokens_per_s"] > 0
+    cfg = TrainConfig(init_from=str(folder), dataset="rows", out_dir="out/short", max_steps=1, **SMALL)
+    begun, facts = begin_from(cfg, {"dataset"})
+    train(cfg, weights=begun, facts=facts)
+    run, _, _, model, _ = rebuild("out/short", "cpu")
+    assert run.seq_len == model.cfg.seq_len == 16
 
 
 # ----- size
