@@ -29,7 +29,7 @@ import kernels
 from draws import sample
 from generate import generate
 from machine import peak_mb, pick_device, runs_on
-from model import ModelConfig, Transformer, attention_mask, modulate
+from model import ModelConfig, Transformer, attention_mask
 from settings import die, load_config
 
 
@@ -55,19 +55,41 @@ class BenchConfig:
 
 
 def textbook_forward(model, clean, noisy, block_size, start=0, sigma=None, cache=None):
-    """model.forward without its savings: every token through every layer and the head, logits of the noisy ones at the end."""
+    """model.forward without its savings: every token through every layer and the head, a dense mask, adaLN written out a token."""
     n_past = cache.length if cache is not None else 0
     C, N, device = clean.size(1), noisy.size(1), noisy.device
     position = torch.cat((torch.arange(n_past, n_past + C), torch.arange(start, start + N))).to(device)
-    cond = None if model.time is None else model._condition(sigma, noisy.size(0), C, N)
+    cond = None if model.time is None else model._condition(sigma, C)
+    each = lambda m: torch.cat((m[:, :1].expand(-1, C, -1), m[:, -1:].expand(-1, N, -1)), dim=1)  # one vector a stream to one a token
     mask = attention_mask(block_size, n_past, C, N, start, device=device)[:, None]
     x = model.embed(torch.cat((clean, noisy), 1))
     for i, layer in enumerate(model.layers):
-        x = layer(x, C, 0, model._rope(position), mask, cond, cache, i)
+        m = None if cond is None else [each(y) for y in layer.modulation(cond).chunk(6, dim=-1)]
+        x = textbook_layer(layer, x, model._rope(position), mask, m, cache, i)
     if cache is not None:
         cache.commit(C)
-    shift, scale = (None, None) if cond is None else model.modulation(cond[:, -1:]).chunk(2, -1)
-    return model.head(modulate(model.norm(x), shift, scale))[:, C:]
+    x = model.norm(x)
+    if cond is not None:
+        shift, scale = model.modulation(cond[:, -1:]).chunk(2, -1)
+        x = x * (1 + scale) + shift
+    return model.head(x)[:, C:]
+
+
+def textbook_layer(layer, x, rope, mask, m, cache, i):
+    """model.Layer as the papers write it."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = m or [None] * 6
+    heads = lambda y: y.unflatten(-1, (layer.n_heads, -1)).transpose(1, 2)
+    h = layer.norm1(x) * (1 + scale1) + shift1 if m else layer.norm1(x)
+    q, k, v = map(heads, layer.qkv(h).chunk(3, dim=-1))
+    turned = []
+    for a, b in (y.chunk(2, dim=-1) for y in (q, k)):
+        turned.append(torch.cat((a * rope[0] - b * rope[1], b * rope[0] + a * rope[1]), dim=-1))
+    k, v = (turned[1], v) if cache is None else cache.extend(i, turned[1], v)
+    y = torch.nn.functional.scaled_dot_product_attention(turned[0], k, v, attn_mask=mask)
+    y = layer.out(y.transpose(1, 2).flatten(2))
+    x = x + gate1 * y if m else x + y
+    h = layer.norm2(x) * (1 + scale2) + shift2 if m else layer.norm2(x)
+    return x + gate2 * layer.mlp(h) if m else x + layer.mlp(h)
 
 
 class GrowingCache:

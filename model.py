@@ -122,6 +122,8 @@ class KVCache:
 
 # ----- the layers
 
+PIECE = 64  # positions of a training pass that attend at once, on a CPU
+
 
 def precise(x):
     """At least float32, whatever the weights' dtype."""
@@ -131,19 +133,43 @@ def precise(x):
 def rotate(x, cos, sin):
     """Rotary positions (arXiv 2104.09864), half-split: dimension j pairs with j + D/2. x (B, H, S, D), cos (S, D/2)."""
     a, b = precise(x).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), dim=-1).to(x.dtype)
 
 
-def spread(m, n_clean, n_noisy):
-    """One vector a stream, (B, 2, D), to one a token, (B, C + N, D); a single vector (B, 1, D) serves all as it is."""
-    if m.size(1) == 1:
-        return m
-    return torch.cat((m[:, :1].expand(-1, n_clean, -1), m[:, 1:].expand(-1, n_noisy, -1)), dim=1)
+def per_stream(f, n_clean, xs, ms):
+    """f(*xs, *ms) of tokens xs (B, C + N, D) and vectors ms (B, 1 or 2 or 1 + N, D): one for all, one a stream, or one a noisy token."""
+    S = xs[0].size(1)
+    if n_clean == 0 and ms[0].size(1) > 1:
+        ms = [m[:, 1:] for m in ms]
+    elif ms[0].size(1) == 2 and S == 2 * n_clean:  # streams of one length: nothing need be written out
+        return f(*(x.unflatten(1, (2, -1)) for x in xs), *(m[:, :, None] for m in ms)).flatten(1, 2)
+    elif ms[0].size(1) > 1:
+        ms = [torch.cat((m[:, :1].expand(-1, n_clean, -1), m[:, 1:].expand(-1, S - n_clean, -1)), dim=1) for m in ms]
+    return f(*xs, *ms)
 
 
 def modulate(h, shift, scale):
-    """adaLN (arXiv 2212.09748): the noise level moves and stretches what a norm returns. Nothing without conditioning."""
-    return h if scale is None else h * (1 + scale) + shift
+    """adaLN (arXiv 2212.09748): the noise level moves and stretches what a norm returns, h (1 + scale) + shift."""
+    return torch.addcmul(shift, h, 1 + scale)
+
+
+def attend(q, k, v, mask, skip):
+    """
+    Attention of queries (B, H, S - skip, D/H) over keys and values (B, H, keys, D/H). mask: None, or what is added to the scores of all S
+    queries (B or 1, 1, S, keys), or a list of (C_p, N_p, mask): a training pass in pieces, see Transformer._pieces.
+    """
+    if not isinstance(mask, list):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if mask is None else mask[:, :, skip:])
+    P, cs, ns = len(mask), [c for c, *_ in mask], [n for _, n, _ in mask]
+    k, v = (x.split(cs + ns, dim=2) for x in (k, v))  # P pieces of the clean stream, then P of the noisy one
+    q = q.split([0] * P * (skip > 0) + cs * (skip == 0) + ns, dim=2)
+    ys = []
+    for p, (_, _, added) in enumerate(mask):
+        ask = torch.cat((q[p], q[P + p]), dim=2)
+        read = (torch.cat((*x[: p + 1], x[P + p]), dim=2) for x in (k, v))  # the clean tokens so far, and its own noisy ones
+        y = F.scaled_dot_product_attention(ask, *read, attn_mask=added[:, :, -ask.size(2) :] if ask.size(2) else None)
+        ys.append(y.split((q[p].size(2), q[P + p].size(2)), dim=2))
+    return torch.cat([clean for clean, _ in ys] + [noisy for _, noisy in ys], dim=2)
 
 
 class Layer(nn.Module):
@@ -164,25 +190,29 @@ class Layer(nn.Module):
         rope: cos and sin (S, D/2H). mask (B or 1, 1, S - skip, keys). cond (B, 1 or 2, cond_dim), one vector a stream.
         """
         B, S, D = x.shape
-        shift1, scale1, gate1, shift2, scale2, gate2 = [None] * 6
-        if cond is not None:
-            m = self.modulation(cond).chunk(6, dim=-1)
-            shift1, scale1 = (spread(y, n_clean, S - n_clean) for y in m[:2])
-            gate1, shift2, scale2, gate2 = (spread(y, n_clean - skip, S - n_clean) for y in m[2:])
-
-        h = modulate(self.norm1(x), shift1, scale1)
-        q = F.linear(h[:, skip:], self.qkv.weight[:D])  # (B, S - skip, D)
-        k, v = F.linear(h, self.qkv.weight[D:]).chunk(2, dim=-1)  # (B, S, D)
-        q, k, v = (y.view(B, -1, self.n_heads, D // self.n_heads).transpose(1, 2) for y in (q, k, v))  # (B, H, S, D/H)
+        m = None if cond is None else self.modulation(cond).chunk(6, dim=-1)  # shift, scale, gate of attention, and of the MLP
+        heads = lambda y: y.unflatten(-1, (-1, D // self.n_heads)).transpose(1, 2)  # (B, S, D) -> (B, H, S, D/H)
         cos, sin = rope
-        q, k = rotate(q, cos[skip:], sin[skip:]), rotate(k, cos, sin)
+
+        h = self.norm1(x)
+        h = h if m is None else per_stream(modulate, n_clean, [h], m[:2])
+        if skip:
+            q = rotate(heads(F.linear(h[:, skip:], self.qkv.weight[:D])), cos[skip:], sin[skip:])
+            k, v = map(heads, F.linear(h, self.qkv.weight[D:]).chunk(2, dim=-1))
+            k = rotate(k, cos, sin)
+        else:  # queries and keys turn together
+            qk, v = map(heads, self.qkv(h).split((2 * D, D), dim=-1))
+            q, k = rotate(qk, cos, sin).chunk(2, dim=1)
         if cache is not None:
             k, v = (y.to(q.dtype) for y in cache.extend(index, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        y = self.dropout(self.out(y.transpose(1, 2).reshape(B, S - skip, D)))
-        x = x[:, skip:] + (y if gate1 is None else gate1 * y)
-        y = self.dropout(self.mlp(modulate(self.norm2(x), shift2, scale2)))
-        return x + (y if gate2 is None else gate2 * y)
+        y = attend(q, k, v, mask, skip)
+        y = self.dropout(self.out(y.transpose(1, 2).flatten(2)))
+        x = x[:, skip:] if skip else x
+        x = x + y if m is None else per_stream(torch.addcmul, n_clean - skip, [x, y], m[2:3])  # x + gate y
+        h = self.norm2(x)
+        h = h if m is None else per_stream(modulate, n_clean - skip, [h], m[3:5])
+        y = self.dropout(self.mlp(h))
+        return x + y if m is None else per_stream(torch.addcmul, n_clean - skip, [x, y], m[5:])
 
 
 class Transformer(nn.Module):
@@ -213,7 +243,7 @@ class Transformer(nn.Module):
                                           (B, N, V) of the first V ids, or a pair of ids (B, N, k) and their weights (B, N, k)
         block_size  int, or (B,) int64: one a row
         start       0 in training, the length of the context when generating or verifying
-        sigma (B,)  noise level -log(alpha_t); zeros if None; unused without time conditioning
+        sigma (B or 1,)  noise level -log(alpha_t); zeros if None; unused without time conditioning
         Several readings of one block in one pass: block_size (1 or B, N), start (N,) the positions and sigma (B, N), one a noisy
         token; tokens with another block size do not see each other.
         cache       a KVCache: adds the clean tokens before, and commits `clean` to it
@@ -237,16 +267,18 @@ class Transformer(nn.Module):
             raise ValueError(f"positions up to {max(n_past + C, end)}, but the model has seq_len {self.cfg.seq_len}")
         noisy_at = torch.arange(int(start), end, device=x.device) if one_start else start.to(x.device)  # (N,)
         rope = self._rope(torch.cat((torch.arange(n_past, n_past + C, device=x.device), noisy_at)))
-        cond = self._condition(sigma, B, C, N) if self.time is not None else None
+        cond = self._condition(sigma, C) if self.time is not None else None
 
         one_block = isinstance(block_size, int) and C == 0 and one_start and (end - 1) // block_size == int(start) // block_size
-        mask = None
-        if not (one_block and n_past <= (end - 1) // block_size * block_size):  # else: one block, and all it reads lies before it
+        mask = self._pieces(x, block_size, C, N, int(start)) if cache is None and one_start else None
+        if mask is None and not (
+            one_block and n_past <= (end - 1) // block_size * block_size
+        ):  # else: one block, all it reads lies before it
             mask = self._added(x, attention_mask(block_size, n_past, C, N, noisy_at, self.cfg.clean_causal, x.device))
 
         for i, layer in enumerate(self.layers):
             skip = C if i == len(self.layers) - 1 else 0  # nobody reads the last layer's clean outputs, only keys and values
-            x = layer(x, C, skip, rope, mask if mask is None else mask[:, :, skip:], cond, cache, i)
+            x = layer(x, C, skip, rope, mask, cond, cache, i)
         if cache is not None:
             cache.length += C
         per_token = sigma is not None and sigma.dim() == 2
@@ -289,7 +321,25 @@ class Transformer(nn.Module):
         """The head: a norm and the logits, in float32 or better: a bfloat16 logit keeps 3 digits, and the uniform bound needs 7."""
         with torch.autocast(x.device.type, enabled=False):
             x = F.layer_norm(precise(x), x.shape[-1:], precise(self.norm.weight))
-            return (readout or F.linear)(modulate(x, shift, scale), precise(self.head.weight), precise(self.head.bias))
+            x = x if shift is None else modulate(x, precise(shift), precise(scale))
+            return (readout or F.linear)(x, precise(self.head.weight), precise(self.head.bias))
+
+    def _pieces(self, x, block_size, C, N, start):
+        """
+        A training pass, clean 0..C-1 and noisy start..C-1, as [(clean tokens, noisy tokens, mask)] of pieces of PIECE or more positions,
+        whole blocks each, or None. A piece reads itself and the clean tokens before it, as a step of generation does: of T clean and T
+        noisy tokens T^2 + 3 T PIECE pairs are scored, not 4 T^2. Not measured on a GPU, and not done there.
+        """
+        unit = block_size if isinstance(block_size, int) else math.lcm(*block_size.unique().tolist())
+        step, pieces = -(-PIECE // unit) * unit, []
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or C != start + N or C <= step:
+            return None
+        for lo in range(0, C, step):
+            hi = min(lo + step, C)
+            first = min(max(lo, start), hi)
+            mask = attention_mask(block_size, lo, hi - lo, hi - first, first, self.cfg.clean_causal, x.device)
+            pieces.append((hi - lo, hi - first, self._added(x, mask)))
+        return pieces
 
     def _added(self, x, mask):
         """(B, S, K) booleans as what is added to the scores, (B, 1, S, K): SDPA would convert them again in every layer."""
@@ -313,14 +363,14 @@ class Transformer(nn.Module):
         angle = positions[:, None] * self.cfg.rope_base ** (-torch.arange(half, device=positions.device, dtype=dtype) / half)
         return angle.cos(), angle.sin()
 
-    def _condition(self, sigma, B, C, N):
+    def _condition(self, sigma, C):
         """
-        (B, 1 or 2, cond_dim): one vector a stream; one for the clean stream and N more with a sigma (B, N).
+        (B or 1, 1 or 2, cond_dim): one vector a stream; one for the clean stream and N more with a sigma (B, N).
         The clean stream sees sigma = 0 always, so that its cache holds for any t.
         """
-        sigma = self.embed.weight.new_zeros(B) if sigma is None else sigma.to(self.embed.weight)
-        streams = sigma.view(B, -1)
-        if C and not self.cfg.condition_clean:
+        sigma = self.embed.weight.new_zeros(1) if sigma is None else sigma.to(self.embed.weight)  # one serves all rows
+        streams = sigma.view(len(sigma), -1)
+        if C and not self.cfg.condition_clean and not self.timeless:
             streams = torch.cat((torch.zeros_like(streams[:, :1]), streams), dim=1)
         frequency = torch.exp(-math.log(10000) * torch.arange(128, device=sigma.device) / 128)
         angle = precise(streams)[..., None] * frequency  # (B, 1 or 2, 128)

@@ -223,3 +223,35 @@ def test_several_readings_of_a_block_share_a_pass(timed, cached):
     other = run(torch.cat((probe, (block + 1) % 7), 1), sizes, torch.cat((at, at)), level, guess)
     assert (other[:, :4] - apart[0]).abs().max() < 1e-12, "the probes do not see the block"
     assert (other[:, 4:] - apart[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("piece", [4, 8, 10, 24])
+@pytest.mark.parametrize(
+    "sizes, start, causal", [(4, 0, True), (8, 0, False), (1, 5, True), ([1, 4, 8], 8, True), ([2, 4, 4], 0, True), (6, 12, True)]
+)
+def test_attention_in_pieces_is_the_dense_one(monkeypatch, sizes, start, causal, piece, timed):
+    """Logits and gradients of a training pass, to rounding, whatever the pieces; with prompts, and a short last piece."""
+    net = small(clean_causal=causal, time_conditioning=timed).double()
+    clean, noisy = torch.randint(11, (3, 24)), torch.randint(11, (3, 24 - start))
+    b, sigma = (sizes if isinstance(sizes, int) else torch.tensor(sizes)), torch.tensor([0.1, 1.0, 3.0]).double()
+    found, seen, attention = [], [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(m.F, "scaled_dot_product_attention", lambda q, *a, **k: seen.append(q.size(2)) or attention(q, *a, **k))
+    for size in (1000, piece):
+        monkeypatch.setattr(m, "PIECE", size)
+        seen.clear()
+        logits = net(clean, noisy, b, start=start, sigma=sigma)
+        net.zero_grad()
+        logits.square().sum().backward()
+        found.append((logits.detach(), [p.grad.clone() for p in net.parameters()], max(seen)))
+    (dense, dense_grads, _), (pieces, grads, longest) = found
+    assert longest < 48 - start or piece == 24, "it was done in pieces"
+    assert (dense - pieces).abs().max() < 1e-12
+    assert all((g - h).abs().max() <= 1e-10 * max(1.0, g.abs().max()) for g, h in zip(dense_grads, grads, strict=True))
+
+
+@pytest.mark.parametrize("name", BLOCKDIT)
+@torch.no_grad()
+def test_golden_training_in_pieces(monkeypatch, name):
+    monkeypatch.setattr(m, "PIECE", 8)
+    test_golden_training_at_every_block_size(name)
