@@ -3,6 +3,7 @@ How fast is it, and than what? Ours against the textbook form with the same weig
 
     python bench.py --train --sample [--json FILE]
     python bench.py --duo                             Duo's soft tokens at vocabularies of 128, 50,000 and 250,000
+    python bench.py --growth 8192 --plot docs/speed.png    how the cost of training and of generating grows with the length
     python bench.py --kernels                         kernels.py and draws.py against eager PyTorch, torch.compile and Liger
 
 The textbook form sends [x0 | xt] through every layer whole, with a dense boolean mask per layer and the head on all 2T
@@ -18,7 +19,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -26,11 +27,12 @@ from tqdm import tqdm
 import diffusion as d
 import duo
 import kernels
+import plots
 from draws import sample
 from generate import generate
 from machine import peak_mb, pick_device, runs_on
 from model import ModelConfig, Transformer, attention_mask
-from settings import die, load_config
+from settings import die, load_config, writable
 
 
 @dataclass
@@ -38,6 +40,8 @@ class BenchConfig:
     train: bool = False  # one optimizer step
     sample: bool = False  # one batch of text
     duo: bool = False  # from clean ids to the vectors of noisy tokens: hard, soft by k Gaussians, soft by V of them
+    growth: int = 0  # up to so many tokens: a training step's time a token, and generation's time a block
+    plot: str = ""  # of --growth: a picture
     kernels: bool = False  # losses and draws at GPT-2's vocabulary: time, bandwidth, memory
     rows: int = 0  # of logits, for --kernels; 0: 32768 on a GPU, 256 on a CPU
     json: str = ""  # also write the table here
@@ -226,6 +230,59 @@ def duo_table(cfg):
     return rows
 
 
+# ----- growth
+
+SCORED = 2048  # textbook attention holds (2 T)^2 scores a head and a row: beyond this length it is not tried
+
+
+def growth_table(cfg, device):
+    """Rows of two kinds: microseconds a token of a training step at lengths 128, 256, ...; milliseconds a block behind so many tokens."""
+    rows, T = [], 128
+    print("training, 8192 tokens a step; median [min, max] microseconds a token, and our share of a step beyond that of T = 128")
+    while T <= cfg.growth:
+        at = replace(cfg, seq_len=T, batch_size=max(1, 8192 // T))
+        jobs = job_pair(at, d.Masked(cfg.vocab_size + 1, cfg.vocab_size), device, "train")
+        times = medians(jobs if T <= SCORED else {"ours": jobs["ours"]}, cfg.repeats, device)
+        per = {k: [1000 * ms / at.batch_size / T for ms in v] for k, v in times.items()}
+        rows.append({"job": "growth train", "T": T, **{f"{k}_us": statistics.median(v) for k, v in per.items()}})
+        beyond = 1 - rows[0]["ours_us"] / rows[-1]["ours_us"]
+        print(f"T {T:>5}  " + "  ".join(f"{k} {statistics.median(v):7.1f} [{min(v):.1f}, {max(v):.1f}]" for k, v in per.items()), end="")
+        print(f"  {100 * beyond:.0f} %")
+        T *= 2
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(cfg.vocab_size + 1, cfg.growth, cfg.n_layers, 4, cfg.d_model)).to(device).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.02)
+    clock, ms = time.perf_counter(), []
+    steps = min(4, cfg.block_size)
+    states = generate(model, d.Masked(cfg.vocab_size + 1, cfg.vocab_size), [()], block_size=cfg.block_size, steps=steps)
+    for state in tqdm(states, total=cfg.growth // cfg.block_size * (steps + 2), leave=False):
+        if state.finished and state.span[1]:
+            ms.append(1000 * (time.perf_counter() - clock))
+            clock = time.perf_counter()
+    print(f"generating one text in blocks of {cfg.block_size}, {steps} steps each; median [min, max] milliseconds a block")
+    group = max(1, len(ms) // 16)
+    for i in range(0, len(ms) - group + 1, group):
+        part = ms[i : i + group]
+        rows.append({"job": "growth sample", "behind": i * cfg.block_size, "ms": statistics.median(part)})
+        print(f"behind {i * cfg.block_size:>5} tokens  {statistics.median(part):6.1f} [{min(part):.1f}, {max(part):.1f}]")
+    return rows
+
+
+def growth_plot(rows, path):
+    plt = plots.pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    train = [r for r in rows if r["job"] == "growth train"]
+    for who in ("ours", "textbook"):
+        has = [r for r in train if f"{who}_us" in r]
+        left.plot([r["T"] for r in has], [r[f"{who}_us"] for r in has], marker="o", label=who)
+    left.set(xscale="log", yscale="log", xlabel="tokens of a row", ylabel="microseconds a token", title="a training step")
+    left.legend()
+    text = [r for r in rows if r["job"] == "growth sample"]
+    right.plot([r["behind"] for r in text], [r["ms"] for r in text], marker="o")
+    right.set(xlabel="tokens behind the block", ylabel="milliseconds a block", title="generation", ylim=(0, None))
+    plots.save(figure, path)
+
+
 # ----- kernels
 
 V_GPT2, D_GPT2 = 50_258, 768  # with a mask; the width of the published networks
@@ -337,10 +394,14 @@ def kernel_table(cfg, device):
 
 def main():
     cfg = load_config(BenchConfig, sys.argv[1:])
-    if not (cfg.train or cfg.sample or cfg.duo or cfg.kernels):
+    if not (cfg.train or cfg.sample or cfg.duo or cfg.kernels or cfg.growth):
         die("nothing to measure", "python bench.py --train --sample")
     if min(vars(cfg)[k] for k in ("repeats", "n_layers", "d_model", "vocab_size", "seq_len", "block_size", "batch_size")) < 1:
         die("every size must be at least 1", "python bench.py --train --block_size=16 --seq_len=128")
+    if cfg.growth and (cfg.growth < 128 or cfg.growth % cfg.block_size or 128 % cfg.block_size):
+        die(f"growth up to {cfg.growth} tokens in blocks of {cfg.block_size}", "python bench.py --growth 8192")
+    if cfg.plot:
+        writable(cfg.plot, "plot"), plots.pyplot()
     if cfg.rows < 0:
         die(f"rows is {cfg.rows}", "python bench.py --kernels --rows=256")
     if cfg.seq_len % cfg.block_size or cfg.d_model % 8:
@@ -372,6 +433,10 @@ def main():
             table.append(row)
     table += duo_table(cfg) if cfg.duo else []
     table += kernel_table(cfg, device) if cfg.kernels else []
+    if cfg.growth:
+        table += growth_table(cfg, device)
+        if cfg.plot:
+            growth_plot(table, cfg.plot)
     if cfg.json:
         with open(cfg.json, "w") as f:
             json.dump({"settings": vars(cfg), "torch": torch.__version__, "device": str(device), "rows": table}, f, indent=1)

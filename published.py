@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from hub import fetch, url
-from model import Transformer, translated
+from model import ModelConfig, Transformer
 from settings import die, said
 
 LAYOUTS = """hf:OWNER/REPO/SUBFOLDER or a folder with config.json and model.safetensors, its path ending as in the BlockGen collection:
@@ -162,6 +162,71 @@ def whole(config, key, default, low, high, where):
             "the config.json of these weights",
         )
     return value
+
+
+def from_reference(weights, cfg):
+    """
+    A Transformer from the state dict of the public BlockGen / Duo code and its settings, see `translated`.
+    Raises RuntimeError, naming them, for weights that are missing or left over.
+    """
+    ours, state = translated(weights, cfg)
+    with torch.device("meta"):  # no time for initial weights that nobody will see
+        model = Transformer(ours)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def translated(weights, cfg):
+    """
+    (ModelConfig, state dict) in our words.
+    weights: name -> array or tensor; prefixes `w.`, `backbone.`, `_orig_mod.` are dropped, `rotary_emb.inv_freq` is implied.
+    cfg: hidden_size, n_heads, n_blocks, length, and cond_dim, mlp_ratio, x0_causal, rope_base where they differ from the published ones
+    (with or without `cfg.` in front). With type block-dit, or without a type and with x0_causal, it is a BlockDiT, which conditions both
+    streams on sigma; else a DiT of one stream: full diffusion, or without adaLN the causal next-token one. The vocabulary and adaLN are
+    as the weights say.
+    Raises KeyError for a setting or a weight without which nothing can be said.
+    """
+    cfg = {k.removeprefix("cfg."): v for k, v in cfg.items()}
+    names = {}
+    for name, value in weights.items():
+        for prefix in ("w.", "backbone."):
+            name = name.removeprefix(prefix)
+        names[name.replace("_orig_mod.", "")] = torch.as_tensor(value)
+    names.pop("rotary_emb.inv_freq", None)
+    timed = "sigma_map.mlp.0.weight" in names
+    block_dit = cfg["type"] == "block-dit" if "type" in cfg else "x0_causal" in cfg
+    ours = ModelConfig(
+        vocab_size=names["vocab_embed.embedding"].size(0),
+        seq_len=int(cfg["length"]),
+        n_layers=int(cfg["n_blocks"]),
+        n_heads=int(cfg["n_heads"]),
+        d_model=int(cfg["hidden_size"]),
+        mlp_ratio=int(cfg.get("mlp_ratio", 4)),
+        clean_causal=bool(cfg.get("x0_causal", False)) if block_dit else True,
+        time_conditioning=timed,
+        condition_clean=timed and block_dit,
+        zero_sigma=timed and block_dit,
+        cond_dim=int(cfg.get("cond_dim", 128)),
+        rope_base=float(cfg.get("rope_base", 10000)),
+        next_token=not timed and not block_dit,
+    )
+    theirs_to_ours = {
+        "vocab_embed.embedding": "embed.weight",
+        "output_layer.norm_final": "norm",
+        "output_layer.linear": "head",
+        "output_layer.adaLN_modulation": "modulation",
+        "sigma_map.mlp": "time",
+        "blocks": "layers",
+        "attn_qkv": "qkv",
+        "attn_out": "out",
+        "adaLN_modulation": "modulation",
+    }
+    state = {}
+    for name, value in names.items():
+        for old, new in theirs_to_ours.items():
+            name = name.replace(old, new)
+        state[name] = value
+    return ours, state
 
 
 def network_of(config, weights, where):

@@ -66,3 +66,14 @@ def test_the_kernels_do_what_their_rivals_do(what):
         return
     for a, b in zip(ours, eager, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6) and a.abs().max() > 0
+
+
+def test_growth(tmp_path, capsys):
+    """A length a row, the textbook's time beside ours, and a group of blocks a row; no time is negative, and the picture is drawn."""
+    cfg = bench.BenchConfig(repeats=1, n_layers=1, d_model=8, growth=256, device="cpu")
+    rows = bench.growth_table(cfg, torch.device("cpu"))
+    train, text = ([r for r in rows if r["job"] == f"growth {what}"] for what in ("train", "sample"))
+    assert [r["T"] for r in train] == [128, 256] and all(r["ours_us"] > 0 and r["textbook_us"] > 0 for r in train)
+    assert [r["behind"] for r in text] == list(range(0, 256, 16)) and all(r["ms"] > 0 for r in text)
+    bench.growth_plot(rows, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 1000 and "T   256" in capsys.readouterr().out

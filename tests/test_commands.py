@@ -195,6 +195,7 @@ def test_sampling_a_stream(home):
         (["distill.py", "--ckpt=out/none"], "--ckpt out/"),
         (["distill.py", "--ckpt=out/sudoku", "--rounds=6"], "--teacher_steps=64"),
         (["eval.py", "--sweep", "--panels=rows"], "--panels samplers"),
+        (["bench.py", "--growth=100"], "--growth 8192"),
         (["sample.py"], "out/run"),
         (["sample.py", "--init_from=hf:nobody"], "names no repository"),
         (["sample.py", "--init_from=out/none"], "--ckpt out/"),

@@ -9,6 +9,7 @@ import torch
 import diffusion as d
 import model as m
 from generate import generate
+from published import from_reference
 
 GOLDEN = Path(__file__).parent / "golden"
 BLOCKDIT = ["blockdit_adaln_x0causal", "blockdit_adaln_x0block", "blockdit_noadaln_x0causal"]
@@ -17,7 +18,7 @@ BLOCKDIT = ["blockdit_adaln_x0causal", "blockdit_adaln_x0block", "blockdit_noada
 def load(name):
     z = np.load(GOLDEN / f"{name}.npz")
     arrays = {k: torch.from_numpy(z[k]) for k in z.files if z[k].ndim}
-    net = m.from_reference({k: v for k, v in arrays.items() if k.startswith("w.")}, {k: z[k] for k in z.files if k.startswith("cfg.")})
+    net = from_reference({k: v for k, v in arrays.items() if k.startswith("w.")}, {k: z[k] for k in z.files if k.startswith("cfg.")})
     return net.eval(), arrays, {k: int(z[k]) for k in z.files if z[k].ndim == 0 and k != "cfg.dropout"}
 
 
@@ -188,10 +189,10 @@ def test_leftover_or_missing_weights_are_named():
     z = np.load(GOLDEN / "dit_duo.npz")
     w, cfg = {k: z[k] for k in z.files if k.startswith("w.")}, {k: z[k] for k in z.files if k.startswith("cfg.")}
     with pytest.raises(RuntimeError, match="surprise"):
-        m.from_reference({**w, "w.surprise": z["sigma"]}, cfg)
+        from_reference({**w, "w.surprise": z["sigma"]}, cfg)
     del w["w.output_layer.linear.bias"]
     with pytest.raises(RuntimeError, match="head.bias"):
-        m.from_reference(w, cfg)
+        from_reference(w, cfg)
 
 
 @pytest.mark.parametrize("timed", [False, True])
