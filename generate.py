@@ -169,7 +169,7 @@ class Block:
             clean = torch.cat((clean, gen[index]), dim=1)
         level = sigma_for(self.model, torch.as_tensor(alpha, dtype=torch.float64, device=self.x.device))
         if level is not None:
-            level = level[index] if level.dim() else level[None]
+            level = level[index] if level.dim() else level.expand(len(index))
         logits = self.model(clean.to(device), noisy[index].to(device), block_size, start, level, cache).to(self.x.device)
         if cache is not None:
             cache.length = begin

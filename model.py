@@ -161,14 +161,14 @@ def attend(q, k, v, mask, skip):
     if not isinstance(mask, list):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if mask is None else mask[:, :, skip:])
     P, cs, ns = len(mask), [c for c, *_ in mask], [n for _, n, _ in mask]
-    k, v = (x.split(cs + ns, dim=2) for x in (k, v))  # P pieces of the clean stream, then P of the noisy one
-    q = q.split([0] * P * (skip > 0) + cs * (skip == 0) + ns, dim=2)
+    k, v = (x.split_with_sizes(cs + ns, dim=2) for x in (k, v))  # P pieces of the clean stream, then P of the noisy one
+    q = q.split_with_sizes([0] * P * (skip > 0) + cs * (skip == 0) + ns, dim=2)
     ys = []
     for p, (_, _, added) in enumerate(mask):
         ask = torch.cat((q[p], q[P + p]), dim=2)
         read = (torch.cat((*x[: p + 1], x[P + p]), dim=2) for x in (k, v))  # the clean tokens so far, and its own noisy ones
         y = F.scaled_dot_product_attention(ask, *read, attn_mask=added[:, :, -ask.size(2) :] if ask.size(2) else None)
-        ys.append(y.split((q[p].size(2), q[P + p].size(2)), dim=2))
+        ys.append(y.split_with_sizes((q[p].size(2), q[P + p].size(2)), dim=2))
     return torch.cat([clean for clean, _ in ys] + [noisy for _, noisy in ys], dim=2)
 
 
@@ -201,7 +201,7 @@ class Layer(nn.Module):
             k, v = map(heads, F.linear(h, self.qkv.weight[D:]).chunk(2, dim=-1))
             k = rotate(k, cos, sin)
         else:  # queries and keys turn together
-            qk, v = map(heads, self.qkv(h).split((2 * D, D), dim=-1))
+            qk, v = map(heads, self.qkv(h).split_with_sizes((2 * D, D), dim=-1))
             q, k = rotate(qk, cos, sin).chunk(2, dim=1)
         if cache is not None:
             k, v = (y.to(q.dtype) for y in cache.extend(index, k, v))
@@ -243,7 +243,7 @@ class Transformer(nn.Module):
                                           (B, N, V) of the first V ids, or a pair of ids (B, N, k) and their weights (B, N, k)
         block_size  int, or (B,) int64: one a row
         start       0 in training, the length of the context when generating or verifying
-        sigma (B or 1,)  noise level -log(alpha_t); zeros if None; unused without time conditioning
+        sigma (B,)  noise level -log(alpha_t); zeros if None; unused without time conditioning
         Several readings of one block in one pass: block_size (1 or B, N), start (N,) the positions and sigma (B, N), one a noisy
         token; tokens with another block size do not see each other.
         cache       a KVCache: adds the clean tokens before, and commits `clean` to it

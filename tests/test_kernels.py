@@ -3,6 +3,7 @@ Why believe kernels.py? Every kernel, run by Triton's interpreter, and its PyTor
 same tokens from the same keys; and all compile for real cards without one. What a GPU makes of them is not tested here.
 """
 
+import copy
 import math
 import os
 import subprocess
@@ -443,14 +444,17 @@ def test_no_rows_cost_nothing_and_still_have_gradients():
 @pytest.mark.parametrize("objective", ["ce", "elbo"])
 @pytest.mark.parametrize("kind", ["masked", "loo", "denoiser"])
 def test_a_training_step_is_the_same_in_both_forms_and_in_pieces(monkeypatch, kind, objective):
-    """The loss, its terms and every gradient, to 1e-5."""
+    """The loss, its terms and every gradient: those of the same step in float64, as far as float32 goes through a network (2e-5)."""
     V, B, L = 400, 6, 8
     process = d.Masked(V, V - 1) if kind == "masked" else d.Uniform(V, kind)
     model = net(process, time_conditioning=kind != "masked")
     x0, answer = torch.randint(V - 1, (B, L)), torch.ones(B, L, dtype=torch.bool)
     answer[0, :3] = False
     sizes, t = torch.tensor([1, 2, 4] * 2), torch.linspace(0.1, 0.9, B).double()
-    results = []
+    exact = copy.deepcopy(model).double()
+    total, each = d.token_loss(exact, process, x0, sizes, t, objective, answer, noise=noise(B, L))
+    total.backward()
+    results = [[total.detach(), each, *(p.grad for p in exact.parameters())]]
     for _ in forms(monkeypatch):
         for held in (5 * V, None):
             monkeypatch.setattr(d, "through_head", partial(through_head, held=held))
@@ -462,7 +466,7 @@ def test_a_training_step_is_the_same_in_both_forms_and_in_pieces(monkeypatch, ki
             results.append([total.detach(), each, *(p.grad.clone() for p in model.parameters())])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
-            assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 * a.abs().max().item()), (a - b).abs().max()
+            assert torch.allclose(a, b.double(), rtol=3e-5, atol=3e-5 * a.abs().max().item()), (a - b).abs().max()
     assert torch.allclose(results[0][0], results[0][1].sum()) and all(g.abs().max() > 0 for g in results[0][2:])
 
 
