@@ -21,8 +21,9 @@ import checkpoint
 import machine
 from diffusion import sigma_for
 from published import is_published, place
+from restore import same_tokens, take_up, trained_with
 from settings import die, load_config
-from train import same_tokens, take_up, train, trained_with
+from train import train
 
 
 @dataclass

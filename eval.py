@@ -25,6 +25,8 @@ from draws import Noise
 from generate import OWN_PACE, SAMPLERS
 from published import is_published
 from quality import NGRAMS, checker, generated, judge, prompts_of, quality, real_rows
+from restore import dataset_for, restore
+from sample import load_with_sampler
 from settings import die, writable
 
 
@@ -342,9 +344,6 @@ def main():
         from gsm8k import main as gsm8k
 
         return gsm8k([word for word in sys.argv[1:] if word not in asked])
-    from sample import load_with_sampler  # here: it imports train.py, which imports this file
-    from train import dataset_for, restore
-
     cfg, sampler, own = load_with_sampler(EvalConfig, sys.argv[1:])
     for name, fine, least in (
         ("n_eval", cfg.n_eval == 0 or cfg.n_eval >= 2, "2 or more, 0 for all"),

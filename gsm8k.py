@@ -29,10 +29,10 @@ import sandbox
 from diffusion import SCHEDULES
 from generate import NOTHING, OWN_PACE, SAMPLERS, generate
 from machine import Signals, guard
+from restore import restore
 from sample import load_with_sampler
 from settings import die, said, writable
 from tokens import Tokenizer
-from train import restore
 
 
 @dataclass

@@ -28,9 +28,10 @@ from eval import estimate, likelihood
 from generate import SAMPLERS
 from machine import pick_device
 from quality import accuracy, checker, generated, prompts_of
+from restore import rebuild
 from settings import die, load_config, writable
 from sweep import read
-from train import TrainConfig, rebuild
+from train import TrainConfig
 
 HEAD = "# BlockGen's claims on a laptop"
 

@@ -102,8 +102,8 @@ def strip(ckpt, steps, max_new_tokens, seed, device):
     """(title, frames) for film: one text of a checkpoint, by its largest block size, from nothing (or from blanks)."""
     from diffusion import SCHEDULES
     from generate import NOTHING, generate
+    from restore import restore
     from tokens import Tokenizer
-    from train import restore
 
     run, meta, _, model, process = restore(ckpt, device)
     tokenizer, b = Tokenizer(meta, Path("data") / run.dataset), max(run.block_sizes)

@@ -24,6 +24,7 @@ import checkpoint
 from diffusion import token_loss
 from draws import Noise
 from generate import NOTHING, generate
+from restore import rebuild
 from settings import die
 from tokens import Tokenizer, gpt2
 
@@ -165,8 +166,6 @@ def judge(name, own, tokenizer, device):
         encode = None if tokenizer.kind == "gpt2" else encode
         other = tokenizer.kind == "none"
     else:
-        from train import rebuild  # here: it imports eval.py, which imports this file
-
         run, meta, _, model, process = rebuild(name, device)
         if 1 not in run.block_sizes:
             die(

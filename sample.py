@@ -22,9 +22,9 @@ from pathlib import Path
 import machine
 from diffusion import SCHEDULES
 from generate import MASKED_ONLY, NOTHING, OWN_PACE, READS_AR, SAMPLERS, UNIFORM_ONLY, generate
+from restore import restore
 from settings import die, load_config, read_toml
 from tokens import Tokenizer
-from train import restore
 
 
 @dataclass

@@ -28,8 +28,8 @@ from diffusion import SCHEDULES
 from generate import MASKED_ONLY, OWN_PACE, READS_AR, SAMPLERS, UNIFORM_ONLY
 from published import is_published, place
 from quality import NGRAMS, checker, generated, judge, prompts_of, quality, real_rows
+from restore import dataset_for, restore
 from settings import die, load_config, writable
-from train import dataset_for, restore
 
 LINES = [  # a sampler and the options that differ from its defaults
     ("ar", {}),

@@ -23,8 +23,9 @@ import checkpoint
 import machine
 from dataset import Dataset
 from diffusion import token_loss
+from restore import compare, rebuild
 from settings import load_config
-from train import TrainConfig, compare, curriculum, learning_rate, rebuild, train
+from train import TrainConfig, curriculum, learning_rate, train
 
 FLAGS = [*TINY, "--seq_len=8", "--dataset=toy", "--block_sizes=1:0.25,4:0.75", "--max_steps=6", "--warmup=2", "--lr_schedule=constant"]
 

@@ -22,7 +22,8 @@ from diffusion import Masked, token_loss
 from eval import likelihood
 from generate import NOTHING, SAMPLERS, generate
 from model import KVCache, ModelConfig, Transformer
-from train import TrainConfig, begin_from, dataset_for, rebuild, train
+from restore import begin_from, dataset_for, rebuild
+from train import TrainConfig, train
 
 GOLDEN = Path(__file__).parent / "golden"
 MIXTURE = "blockgen/multi_block_size/16/owt/0.05_0.95/absorb"

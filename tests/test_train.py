@@ -17,8 +17,9 @@ import eval as evaluation
 from dataset import Dataset
 from diffusion import Masked, Uniform, loglinear
 from machine import peak_mb
+from restore import rebuild
 from settings import load_config
-from train import TrainConfig, learning_rate, rebuild, step_batches, train
+from train import TrainConfig, learning_rate, step_batches, train
 
 ROOT = Path(__file__).parents[1]
 

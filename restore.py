@@ -1,0 +1,181 @@
+"""
+How does a network come back? From a run's checkpoint or from published weights, to be sampled from, evaluated, gone on with or begun from.
+
+    restore, rebuild    a model with its process, ready to sample
+    dataset_for         the data it is evaluated on
+    begin_from          train.py --init_from: weights, and the settings that come with them
+    compare, take_up    train.py --resume: what changed since, and everything in its place
+"""
+
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import machine
+from dataset import Dataset, check_meta, read_meta
+from machine import pick_device, runs_on
+from published import is_published
+from settings import die, said
+
+SHAPES = (  # what the weights cannot follow
+    "dataset", "process", "predicts", "random_ar", "time_conditioning", "seq_len", "n_layers", "n_heads", "d_model",
+    "clean_causal", "next_token",
+)  # fmt: skip
+
+
+def trained_with(state):
+    """The TrainConfig of a loaded checkpoint."""
+    from train import TrainConfig  # here: it imports this file
+
+    try:
+        config, kinds = state["config"], TrainConfig.__dataclass_fields__
+        if missing := sorted({*SHAPES, "block_sizes", "objective", "schedule"} - {"clean_causal", "next_token"} - set(config)):
+            raise TypeError(f"no {', '.join(missing)}")  # a default would be a guess
+        if wrong := sorted(k for k, v in config.items() if k in kinds and type(v) not in (kinds[k].type, int)):
+            raise TypeError(f"{wrong[0]} is {config[wrong[0]]!r}")
+        if config["seq_len"] < 1:
+            raise ValueError(f"seq_len is {config['seq_len']}")
+        return TrainConfig(**config)
+    except (TypeError, ValueError, AttributeError) as e:
+        die(f"this checkpoint's settings are of another version: {e}", "train again, or check out the version that wrote it")
+
+
+def restore(ckpt, device):
+    """rebuild(ckpt, device) by the name of a device, which it prints first."""
+    state = checkpoint.load(ckpt)
+    device, why = pick_device(device)
+    print(f"{device} ({why}), {runs_on(device)}")
+    return rebuild(ckpt, device, state)
+
+
+def rebuild(ckpt, device, state=None):
+    """(settings, dataset facts, step, model with EMA weights on the device, process) of a run's out_dir, ready to sample."""
+    state = state or checkpoint.load(ckpt)
+    run = trained_with(state)
+    model, process = checkpoint.build(run, check_meta(state["meta"], ckpt)["vocab_size"], state.get("network"))
+    take_up(ckpt, {"weights": state["ema"]}, weights=model)
+    with torch.no_grad():
+        first = torch.zeros(1, 1, dtype=torch.long)
+        if not model(first, first, 1, start=int(run.seq_len > 1)).isfinite().all():
+            die(
+                f"{ckpt}: the network has diverged, its logits are not finite",
+                f"--ckpt {Path(ckpt) / 'best.pt'}, or train with a lower --lr",
+            )
+    return run, state["meta"], state["step"], model.to(device).eval(), process
+
+
+def dataset_for(ckpt, run, meta, model, name=""):
+    """
+    The Dataset a checkpoint is evaluated on: the one of its run, or another in the same tokens. Its rows may be shorter than the context,
+    which then ends where they do, in run and model too. Exits with two lines if they do not fit.
+    """
+    published, name = is_published(ckpt), name or run.dataset
+    if not published and name == run.dataset:
+        data = Dataset(name, run.seq_len)
+        data.same_as(meta)
+        return data
+    path = Path("data") / name / "meta.json"
+    data = Dataset(name, 0 if path.exists() and read_meta(path).get("row_len") else run.seq_len)
+    data.same_as(meta, only_tokens=True)
+    if data.seq_len > run.seq_len or any(data.seq_len % b for b in run.block_sizes if b < run.seq_len):
+        sizes = ", ".join(map(str, sorted(run.block_sizes)))
+        die(f"{name} has rows of {data.seq_len} tokens, {ckpt} a context of {run.seq_len} and blocks of {sizes}", "--dataset of other rows")
+    if run.next_token and not data.given:
+        die(f"{ckpt} says nothing of a text's first token, and {name} gives it none", "--dataset NAME, of one with a bos_id")
+    if data.seq_len < run.seq_len:
+        model.cfg, run.seq_len = replace(model.cfg, seq_len=data.seq_len), data.seq_len
+        run.block_sizes = {min(b, data.seq_len): w for b, w in run.block_sizes.items()}
+    return data
+
+
+def same_tokens(dataset, state, source):
+    """The facts of a dataset; two lines unless it is in the tokens of a checkpoint."""
+    meta, theirs = read_meta(Path("data") / dataset / "meta.json"), check_meta(state["meta"], source)
+    fits = meta["vocab_size"] == theirs["vocab_size"] or "network" in state and meta["vocab_size"] < theirs["vocab_size"]
+    if (meta["tokenizer"], meta.get("chars")) != (theirs["tokenizer"], theirs.get("chars")) or not fits:
+        other = f"{meta['tokenizer']}, {meta['vocab_size']} ids, not {theirs['tokenizer']}, {theirs['vocab_size']}"
+        die(f"{dataset} is not in the tokens of {source}: {other}", "--dataset=NAME, of one in the same tokens")
+    return meta
+
+
+def begin_from(cfg, asked=()):
+    """
+    (weights, None when resuming; facts) for train, of the checkpoint or the published weights cfg.init_from, or of the run that is resumed.
+    asked: the settings that somebody chose. They win where the weights can follow; the others become what they were there, in cfg.
+    Exits with two lines where they cannot, or where the data is in other tokens.
+    """
+    resume = cfg.resume and not checkpoint.begun(cfg.out_dir)
+    if os.path.realpath(cfg.out_dir) == os.path.realpath(cfg.init_from):
+        die(f"{cfg.out_dir} holds what the run is to begin from", "another --out_dir")
+    source = cfg.out_dir if resume else cfg.init_from
+    state = checkpoint.load(source, "--out_dir" if resume else "--init_from")
+    run = trained_with(state)
+    may_change = {"dataset", "seq_len", "block_sizes", "objective", "schedule", "predicts"}
+    if "masked" not in (cfg.process, run.process):
+        may_change.add("process")  # uniform noise, with Duo's curriculum or without
+    if run.next_token:
+        may_change.add("next_token")  # it may learn to read noise: the same layers get a noisy stream
+    for name in (*SHAPES, "block_sizes", "objective", "schedule"):
+        mine, theirs = getattr(cfg, name), getattr(run, name)
+        if name not in asked:
+            setattr(cfg, name, theirs)
+        elif name not in may_change and mine != theirs:
+            die(f"{source} has {name} {theirs}, not {mine}", f"leave --{name} out")
+    cfg.__post_init__()
+    if cfg.predicts != run.predicts:
+        die(f"{source} predicts {run.predicts}, and {cfg.objective} teaches another output", f"--objective={run.objective}")
+    if same_tokens(cfg.dataset, state, source).get("row_len") and "seq_len" not in asked:
+        cfg.seq_len = 0  # the rows say how long they are
+    if os.environ.get("RANK", "0") == "0":
+        print(f"from {source}: " + ", ".join(f"{name} {getattr(cfg, name)}" for name in SHAPES))
+    facts = {"network": {**state["network"], "next_token": cfg.next_token}} if "network" in state else {}
+    return None if resume else state["ema"], facts
+
+
+def compare(state, cfg, data, world, say):
+    """Resuming: list what changed since the checkpoint; refuse what its weights cannot follow; keep the rows of a step."""
+    old = asdict(trained_with(state))
+    data.same_as(check_meta(state["meta"], cfg.out_dir))
+    try:
+        rows, given, skipped = int(state["rows"]), [int(n) for n in state["given"]], [int(n) for n in state["skipped"]]
+        if rows < 1 or len(given) != 2 or len(skipped) != 2 or type(state["owed"]) is not bool:
+            raise ValueError(f"rows {rows}, given {given}, skipped {skipped}, owed {state['owed']}")
+    except (KeyError, ValueError, TypeError) as e:
+        die(f"{cfg.out_dir}: a checkpoint to sample from, not to go on with: {said(e)}", "train again, or the version that wrote it")
+    if [cfg.batch_size, cfg.accumulation] == given and cfg.batch_size * cfg.accumulation * world != rows:
+        if rows % world:
+            near = max(n for n in range(1, world) if rows % n == 0)
+            die(f"the {rows} rows of a step do not divide by {world} processes", f"--nproc_per_node={near}, or give --batch_size anew")
+        cfg.batch_size = max(b for b in range(1, cfg.batch_size + 1) if rows // world % b == 0)
+        cfg.accumulation = rows // world // cfg.batch_size
+        say(f"{world} process(es) now: --batch_size={cfg.batch_size} --accumulation={cfg.accumulation} keep the {rows} rows of a step")
+    for name, value in asdict(cfg).items():
+        if name in SHAPES and old[name] != value:
+            fix = f"--objective={old['objective']}" if name == "predicts" else f"--{name}={old[name]}"
+            die(f"{cfg.out_dir}/ckpt.pt was trained with {name} {old[name]}, not {value}", f"{fix}, or another --out_dir")
+        if name not in ("resume", "out_dir") and old[name] != value:
+            say(f"changed since the checkpoint: {name} {old[name]} -> {value}")
+    if (now := cfg.batch_size * cfg.accumulation * world) != rows:
+        say(f"changed since the checkpoint: rows of a step {rows} -> {now}")
+
+
+def take_up(ckpt, state, **parts):
+    """Load the parts of a checkpoint of the same names; two lines if they do not fit."""
+    try:
+        for name, part in parts.items():
+            saved = state[name]
+            if name == "optimizer":
+                each = {}
+                for i, p in enumerate(p for group in part.param_groups for p in group["params"]):
+                    shapes = {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                    if {k: v.shape for k, v in saved["state"][i].items()} != shapes:  # the fused step would not look
+                        raise ValueError(f"parameter {i} has other moments")
+                    each[i] = {k: machine.share(v.float(), p) for k, v in saved["state"][i].items()}
+                saved = {"state": each, "param_groups": part.state_dict()["param_groups"]}
+            empty = name != "optimizer" and next(part.parameters()).is_meta  # see checkpoint.build: it becomes what was saved
+            part.load_state_dict(saved, **({"assign": True} if empty else {}))
+    except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as e:
+        die(f"{ckpt}: its {name} does not fit its settings: {said(e)}", f"train again: --out_dir={ckpt}")
