@@ -109,8 +109,8 @@ def step_of(file):
 def load(path, flag="--ckpt"):
     """
     The dict that was saved, on the CPU. path: an out_dir, whose newest checkpoint is meant, or one file, out_dir/best.pt; or published
-    weights, hf:OWNER/REPO/SUBFOLDER or a folder, which published.py reads. If the newest
-    is damaged the one before it takes its place, and stderr says so. Two lines if there is none; flag: what gave the path.
+    weights, hf:OWNER/REPO/SUBFOLDER or a folder, which published.py reads. If the newest checkpoint is damaged the one before it takes
+    its place, and stderr says so. Two lines if there is none; flag: what gave the path.
     """
     if is_published(path):
         return published(path, flag)

@@ -87,10 +87,10 @@ def build(cfg, folder, meta, inputs, columns, encode, form, split_of=None, n_doc
                 keep_tokenizer(cfg.bpe, meta, folder)
             state = resume(folder, files, fingerprint(cfg, folder, meta, inputs))
             if not state["finished"]:
-                todo = chunks(inputs, columns, layout, split_of, state, cfg.chunk)
+                ahead = chunks(inputs, columns, layout, split_of, state, cfg.chunk)
                 tools = Tokenizer(meta, folder), meta, columns, encode, form
                 with tqdm(total=n_documents, initial=state["documents"], desc=folder.name, unit=" documents", disable=None) as bar:
-                    for position, (made, counts) in worked(todo, cfg.workers or os.cpu_count(), tools, folder):
+                    for position, (made, counts) in worked(ahead, cfg.workers or os.cpu_count(), tools, folder):
                         append(folder, state, made, form, meta)
                         state |= position | {"counts": Counter(state["counts"]) + counts}
                         write(folder / "progress.json", state)
@@ -117,17 +117,17 @@ def build(cfg, folder, meta, inputs, columns, encode, form, split_of=None, n_doc
 # ----- from documents to ids
 
 
-def worked(todo, n_workers, tools, folder):
+def worked(ahead, n_workers, tools, folder):
     """Yields (position, work(...)) of (position, name, chunk), in order."""
     if n_workers == 1:
-        yield from ((position, work(name, chunk, *tools)) for position, name, chunk in todo)
+        yield from ((position, work(name, chunk, *tools)) for position, name, chunk in ahead)
         return
     context = get_context("fork" if sys.platform == "linux" else "spawn")  # a fork costs nothing; elsewhere it is not safe
     pool, waiting = ProcessPoolExecutor(n_workers, context, begin_worker, (os.getpid(), folder, *tools[1:])), deque()
     try:
         pool.submit(int).result()  # the workers fork now, before reading begins threads
         while True:
-            more = islice(todo, 2 * n_workers + 1 - len(waiting))  # so many chunks are in memory, no more
+            more = islice(ahead, 2 * n_workers + 1 - len(waiting))  # so many chunks are in memory, no more
             waiting.extend((position, pool.submit(work, name, chunk)) for position, name, chunk in more)
             if not waiting:
                 return

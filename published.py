@@ -194,7 +194,7 @@ def translated(weights, cfg):
         names[name.replace("_orig_mod.", "")] = torch.as_tensor(value)
     names.pop("rotary_emb.inv_freq", None)
     timed = "sigma_map.mlp.0.weight" in names
-    block_dit = cfg["type"] == "block-dit" if "type" in cfg else "x0_causal" in cfg
+    block_dit = is_block_dit(cfg)
     ours = ModelConfig(
         vocab_size=names["vocab_embed.embedding"].size(0),
         seq_len=int(cfg["length"]),
@@ -227,6 +227,11 @@ def translated(weights, cfg):
             name = name.replace(old, new)
         state[name] = value
     return ours, state
+
+
+def is_block_dit(cfg):
+    """Two streams? type says so; without it, x0_causal, which only a BlockDiT has."""
+    return cfg["type"] == "block-dit" if "type" in cfg else "x0_causal" in cfg
 
 
 def network_of(config, weights, where):
@@ -272,7 +277,7 @@ def how_trained(config, where, network):
     name = str(config.get("process", parts[-1] if parts else "")).removeprefix("blockgen-").removesuffix("_base")
     if name not in NOISE:
         die(f"{where}: nothing says which noise it was trained with: {name!r} is none of {', '.join(NOISE)}", LAYOUTS)
-    block_dit = config.get("type") == "block-dit" or "type" not in config and "x0_causal" in config
+    block_dit = is_block_dit(config)
     if (name == "ar") != network.next_token or (name in ("absorb", "uniform")) != block_dit and "process" not in config:
         shape = "a BlockDiT" if block_dit else "a causal transformer" if network.next_token else "a DiT with adaLN"
         die(
