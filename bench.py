@@ -1,14 +1,11 @@
 """
-How fast is it, and than what? Ours against the textbook form with the same weights, interleaved in one run.
+How fast is it, and than what? Ours against the textbook form (textbook.py) with the same weights, interleaved in one run.
 
-    python bench.py --train --sample [--json FILE]
+    python bench.py                                   training and sampling, networks of 1M to 30M parameters: 20 minutes on 2 cores
+    python bench.py --sizes 4M --sample [--json FILE] some of it
     python bench.py --duo                             Duo's soft tokens at vocabularies of 128, 50,000 and 250,000
     python bench.py --growth 8192 --plot docs/speed.png    how the cost of training and of generating grows with the length
     python bench.py --kernels                         kernels.py and draws.py against eager PyTorch, torch.compile and Liger
-
-The textbook form sends [x0 | xt] through every layer whole, with a dense boolean mask per layer and the head on all 2T
-tokens; its loss takes a log-softmax of everything (uniform: r and r_hat over the whole vocabulary); its sampler builds dense
-float64 posteriors and a float64 Gumbel for every entry, and grows its cache by concatenation. Its AdamW is torch's default, ours fused.
 """
 
 import json
@@ -19,7 +16,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -28,25 +25,27 @@ import diffusion as d
 import duo
 import kernels
 import plots
+import textbook
 from draws import sample
-from generate import generate
+from generate import SAMPLERS, generate
 from machine import peak_mb, pick_device, runs_on
-from model import ModelConfig, Transformer, attention_mask
+from model import ModelConfig, Transformer
 from settings import die, load_config, writable
 
 
 @dataclass
 class BenchConfig:
-    train: bool = False  # one optimizer step
-    sample: bool = False  # one batch of text
+    train: bool = False  # one optimizer step; with neither this nor --sample, both
+    sample: bool = False  # one batch of text, by the ancestral sampler and by ARPC
+    sizes: str = ""  # 1M,demo,4M,10M,30M and on a GPU 170M: which; custom: the sizes below; empty: all
     duo: bool = False  # from clean ids to the vectors of noisy tokens: hard, soft by k Gaussians, soft by V of them
     growth: int = 0  # up to so many tokens: a training step's time a token, and generation's time a block
     plot: str = ""  # of --growth: a picture
     kernels: bool = False  # losses and draws at GPT-2's vocabulary: time, bandwidth, memory
     rows: int = 0  # of logits, for --kernels; 0: 32768 on a GPU, 256 on a CPU
     json: str = ""  # also write the table here
-    repeats: int = 7  # medians over so many, ours and theirs in turn
-    n_layers: int = 4
+    repeats: int = 5  # medians over so many, ours and theirs in turn
+    n_layers: int = 4  # these six are of --sizes custom, --growth and --duo
     d_model: int = 128
     vocab_size: int = 65
     seq_len: int = 128
@@ -55,91 +54,37 @@ class BenchConfig:
     device: str = "auto"
 
 
-# ----- the textbook form
+# ----- training and sampling
 
 
-def textbook_forward(model, clean, noisy, block_size, start=0, sigma=None, cache=None):
-    """model.forward without its savings: every token through every layer and the head, a dense mask, adaLN written out a token."""
-    n_past = cache.length if cache is not None else 0
-    C, N, device = clean.size(1), noisy.size(1), noisy.device
-    position = torch.cat((torch.arange(n_past, n_past + C), torch.arange(start, start + N))).to(device)
-    cond = None if model.time is None else model._condition(sigma, C)
-    each = lambda m: torch.cat((m[:, :1].expand(-1, C, -1), m[:, -1:].expand(-1, N, -1)), dim=1)  # one vector a stream to one a token
-    mask = attention_mask(block_size, n_past, C, N, start, device=device)[:, None]
-    x = model.embed(torch.cat((clean, noisy), 1))
-    for i, layer in enumerate(model.layers):
-        m = None if cond is None else [each(y) for y in layer.modulation(cond).chunk(6, dim=-1)]
-        x = textbook_layer(layer, x, model._rope(position), mask, m, cache, i)
-    if cache is not None:
-        cache.commit(C)
-    x = model.norm(x)
-    if cond is not None:
-        shift, scale = model.modulation(cond[:, -1:]).chunk(2, -1)
-        x = x * (1 + scale) + shift
-    return model.head(x)[:, C:]
+@dataclass
+class Size:
+    """A network and its jobs: V counts the mask. train: rows, tokens a row. sample: batches, tokens a text."""
+
+    n_layers: int
+    d_model: int
+    V: int
+    train: tuple
+    sample: tuple
+    block_size: int = 16
 
 
-def textbook_layer(layer, x, rope, mask, m, cache, i):
-    """model.Layer as the papers write it."""
-    shift1, scale1, gate1, shift2, scale2, gate2 = m or [None] * 6
-    heads = lambda y: y.unflatten(-1, (layer.n_heads, -1)).transpose(1, 2)
-    h = layer.norm1(x) * (1 + scale1) + shift1 if m else layer.norm1(x)
-    q, k, v = map(heads, layer.qkv(h).chunk(3, dim=-1))
-    turned = []
-    for a, b in (y.chunk(2, dim=-1) for y in (q, k)):
-        turned.append(torch.cat((a * rope[0] - b * rope[1], b * rope[0] + a * rope[1]), dim=-1))
-    k, v = (turned[1], v) if cache is None else cache.extend(i, turned[1], v)
-    y = torch.nn.functional.scaled_dot_product_attention(turned[0], k, v, attn_mask=mask)
-    y = layer.out(y.transpose(1, 2).flatten(2))
-    x = x + gate1 * y if m else x + y
-    h = layer.norm2(x) * (1 + scale2) + shift2 if m else layer.norm2(x)
-    return x + gate2 * layer.mlp(h) if m else x + layer.mlp(h)
-
-
-class GrowingCache:
-    """Keys and values by concatenation, the interface of model.KVCache."""
-
-    def __init__(self, n_layers):
-        self.length, self.k, self.v, self.new = 0, [None] * n_layers, [None] * n_layers, [None] * n_layers
-
-    def extend(self, i, k, v):
-        self.new[i] = (k, v) if self.k[i] is None else (torch.cat((self.k[i], k), 2), torch.cat((self.v[i], v), 2))
-        return self.new[i]
-
-    def commit(self, n):
-        self.length += n
-        self.k, self.v = [k[:, :, : self.length] for k, _ in self.new], [v[:, :, : self.length] for _, v in self.new]
-
-
-def textbook_loss(process, logits, x0, xt, alpha, dalpha):
-    """The sums of Masked.nll and Uniform.nll written out, one (B, L, V) float32 tensor after another. alpha, dalpha (B, 1)."""
-    if isinstance(process, d.Masked):
-        logp = logits.index_fill(-1, torch.tensor(process.mask_id, device=logits.device), -1e6).log_softmax(-1)
-        seen = torch.full_like(logp, -1e6).scatter(-1, xt[..., None], 0.0)
-        logp = torch.where((xt == process.mask_id)[..., None], logp, seen)
-        return -dalpha / (1 - alpha) * -logp.gather(-1, x0[..., None])[..., 0]
-    V, a = process.vocab_size, alpha[..., None].to(logits.dtype)  # a float64 alpha would make every tensor below float64
-    p = process.loo_logits(logits, xt, alpha).softmax(-1)
-    xb, xb_hat = V * a * torch.nn.functional.one_hot(x0, V) + 1 - a, V * a * p + 1 - a
-    z = xt[..., None]
-    r, r_hat = xb / xb.gather(-1, z), xb_hat / xb_hat.gather(-1, z)
-    return -dalpha / (V * alpha) * (r * (r / r_hat).log() - r + r_hat).sum(-1)
-
-
-@torch.no_grad()
-def textbook_generate(model, process, B, T, b, steps):
-    x = process.prior((B, T), device=model.embed.weight.device)
-    cache, grid = GrowingCache(len(model.layers)), torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    for i in range(0, T, b):
-        for step in range(steps):
-            clean = x[:, cache.length : i]
-            logits = textbook_forward(model, clean, x[:, i : i + b], b, i, d.sigma(grid[step]).expand(B), cache)
-            probs = process.posterior_probs(logits, x[:, i : i + b], grid[step], grid[step + 1])
-            x[:, i : i + b] = (probs.log() - torch.empty_like(probs).exponential_().log()).argmax(-1)
-    return x
-
-
-# ----- the jobs
+SIZES = {
+    "1M": Size(5, 128, 128, (16, 128), ([8], 128)),
+    "demo": Size(4, 128, 6, (64, 16), ([64], 16)),  # config/sudoku.toml
+    "4M": Size(4, 256, 128, (16, 128), ([8], 128)),  # the size of PUBLIC
+    "10M": Size(6, 384, 128, (16, 128), ([8], 128)),
+    "30M": Size(4, 256, 50_258, (4, 256), ([8], 128)),  # that of PUBLIC with GPT-2's vocabulary
+    "170M": Size(12, 768, 50_258, (16, 1024), ([1, 64], 256)),  # the published networks, on a GPU
+}
+# Milliseconds of the papers' public code on 2 quiet cores of the kind this was written on, float32, no compilation, where MATMUL takes
+# PUBLIC_MATMUL: 16 x 128 or 4 x 256 tokens a step, 8 x 128 tokens of text in 16 steps a block. Measured once; no command here repeats it.
+PUBLIC_MATMUL = 54
+PUBLIC = {
+    ("4M", "train", "masked"): 679, ("4M", "train", "uniform"): 666, ("30M", "train", "masked"): 1687, ("30M", "train", "uniform"): 1893,
+    ("4M", "ancestral", "masked"): 1650, ("4M", "ancestral", "uniform"): 1590, ("4M", "arpc", "masked"): 3110,
+    ("30M", "ancestral", "masked"): 17000,
+}  # fmt: skip
 
 
 def medians(jobs, repeats, device):
@@ -158,23 +103,49 @@ def medians(jobs, repeats, device):
     return times
 
 
-def job_pair(cfg, process, device, what):
+def matmul_job(device):
+    """What a machine is measured by here: 2 n^3 operations, and a callable that does them, in the dtype of training."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3, lambda: a @ a
+
+
+def train_flops(size):
+    """
+    Of a step's products, forward and twice that backward: 12 D^2 weights a layer for clean and noisy tokens (of the last layer's clean
+    ones keys and values), the head for noisy ones, 4 D operations for each pair of the T^2 + T b that attention may read.
+    """
+    D, (B, T) = size.d_model, size.train
+    layers = 24 * D * D * 2 * T * size.n_layers - 20 * D * D * T
+    return 3 * B * (layers + 2 * D * size.V * T + 4 * D * size.n_layers * (T * T + T * size.block_size))
+
+
+def job_pair(size, process, device, what, batch):
+    """{"ours", "textbook"}: callables that do the same job with the same weights. what: train, ancestral or arpc."""
     torch.manual_seed(0)
-    B, T, b = cfg.batch_size, cfg.seq_len, cfg.block_size
-    shape = ModelConfig(process.vocab_size, T, cfg.n_layers, 4, cfg.d_model, time_conditioning=isinstance(process, d.Uniform))
-    model = Transformer(shape).to(device)
-    torch.nn.init.normal_(model.head.weight, std=0.02)
-    if what == "sample":
+    b = size.block_size
+    T = size.train[1] if what == "train" else size.sample[1]
+    model = Transformer(ModelConfig(process.vocab_size, T, size.n_layers, 4, size.d_model, time_conditioning=True)).to(device)
+    for m in [model.head, model.modulation] + [layer.modulation for layer in model.layers]:
+        torch.nn.init.normal_(m.weight, std=0.02)  # nothing is multiplied by zero
+    fast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    if what != "train":
         model.eval()
 
         def ours():
-            for _ in generate(model, process, [()] * B, block_size=b, max_new_tokens=T):
-                pass
+            with fast():
+                how = {"sampler": SAMPLERS[what], "ar_tokens": b if what == "arpc" else 0}
+                for _ in generate(model, process, [()] * batch, block_size=b, max_new_tokens=T, **how):
+                    pass
 
-        return {"ours": ours, "textbook": lambda: textbook_generate(model, process, B, T, b, b)}
+        def other():
+            with fast():
+                textbook.generate(model, process, batch, T, b, b, guided=what == "arpc")
 
-    x0 = torch.randint(cfg.vocab_size, (B, T), device=device)
-    t = d.stratified_draw({b: 1.0}, B, 0, 0)[1]
+        return {"ours": ours, "textbook": other}
+
+    x0 = torch.randint(size.V - 1, (batch, T), device=device)
+    t = d.stratified_draw({b: 1.0}, batch, 0, 0)[1]
     optimizers = [torch.optim.AdamW(model.parameters(), lr=0.0, fused=True), torch.optim.AdamW(model.parameters(), lr=0.0)]
 
     def finish(loss, optimizer):
@@ -183,15 +154,72 @@ def job_pair(cfg, process, device, what):
         optimizer.zero_grad()
 
     def ours():
-        finish(d.token_loss(model, process, x0, b, t, "elbo")[0] / x0.numel(), optimizers[0])
+        with fast():
+            loss = d.token_loss(model, process, x0, b, t, "elbo")[0] / x0.numel()
+        finish(loss, optimizers[0])
 
-    def textbook():
+    def other():
         alpha, dalpha = (y[:, None].to(device) for y in d.loglinear(t))
         xt = process.corrupt(x0, alpha)
-        logits = textbook_forward(model, x0, xt, b, 0, d.sigma(alpha[:, 0]))
-        finish(textbook_loss(process, logits, x0, xt, alpha, dalpha).mean(), optimizers[1])
+        with fast():
+            logits = textbook.forward(model, x0, xt, b, 0, d.sigma(alpha[:, 0]))
+        finish(textbook.nll(process, logits.float(), x0, xt, alpha, dalpha).mean(), optimizers[1])
 
-    return {"ours": ours, "textbook": textbook}
+    return {"ours": ours, "textbook": other}
+
+
+def process_of(name, V):
+    return d.Masked(V, V - 1) if name == "masked" else d.Uniform(V, "denoiser")
+
+
+def peak_of(size, name, what, batch, who, device, threads):
+    """The most memory, MB, of a process that does a job twice: all of it, network and PyTorch included (on a GPU, of its tensors)."""
+    torch.set_num_threads(threads)
+    device = pick_device(device)[0]
+    job = job_pair(size, process_of(name, size.V), device, what, batch)[who]
+    job(), job()
+    return peak_mb(device)
+
+
+def table(cfg, device, sizes, whats):
+    """The rows of train and sample, printed as they come."""
+    rows = []
+    for label, size in sizes.items():
+        model = Transformer(ModelConfig(size.V, 16, size.n_layers, 4, size.d_model, time_conditioning=True))
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{label}: {millions:.2f}M parameters, {size.n_layers} layers, d {size.d_model}, V {size.V}, block {size.block_size}")
+        jobs = [("train", size.train[0], size.train[1])] + [(w, B, size.sample[1]) for w in ("ancestral", "arpc") for B in size.sample[0]]
+        for what, B, T in [j for j in jobs if j[0] in whats and (j[2] > size.block_size or j[0] != "arpc")]:
+            for name in ("masked", "uniform"):
+                flops, matmul = matmul_job(device)
+                ms = medians(job_pair(size, process_of(name, size.V), device, what, B) | {"matmul": matmul}, cfg.repeats, device)
+                median = {k: statistics.median(v) for k, v in ms.items()}
+                row = {"size": label, "job": what, "process": name, "batch": B, "tokens": T, **{f"{k}_ms": v for k, v in median.items()}}
+                row |= {"ratio": median["textbook"] / median["ours"], "tokens_per_s": 1000 * B * T / median["ours"]}
+                text = "  ".join(f"{k} {median[k]:8.1f} [{min(ms[k]):.1f}, {max(ms[k]):.1f}]" for k in ("ours", "textbook"))
+                text = f"  {what:>9} {name:>7} {B:>3} x {T:<4} {text} ms  {row['ratio']:5.2f} x  {row['tokens_per_s']:9,.0f} tokens/s"
+                if what == "train":
+                    rate = train_flops(size) / median["ours"] * median["matmul"] / flops
+                    mb = {
+                        who: fresh(peak_of, size, name, what, B, who, str(device), torch.get_num_threads()) for who in ("ours", "textbook")
+                    }
+                    row |= {"of_matmul": rate, **{f"{k}_mb": v for k, v in mb.items()}}
+                    text += f"  {mb['ours']:,.0f} for {mb['textbook']:,.0f} MB  {100 * rate:.0f} % of matmul's rate"
+                if device.type == "cpu" and (label, what, name) in PUBLIC:
+                    row["of_public"] = median["ours"] / PUBLIC[label, what, name] * PUBLIC_MATMUL / median["matmul"]
+                    text += f"  {row['of_public']:.2f} of the public code's time"
+                print(text)
+                rows.append(row)
+    return rows
+
+
+def fresh(f, *args):
+    """f(*args) in a process of its own: peaks do not go down again."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(f, *args).result()
+
+
+# ----- soft tokens
 
 
 def soft_tokens(cfg, V, k, threads):
@@ -219,12 +247,11 @@ def duo_table(cfg):
     for V in (128, 50_000, 250_000):
         for k in (None, 2, 4, 8, 0):
             name = "hard" if k is None else f"{k} Gaussians a token" if k else f"{V} Gaussians a token"
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fresh process: peaks do not go down again
-                try:
-                    ms, mb = pool.submit(soft_tokens, cfg, V, k, torch.get_num_threads()).result()
-                except (BrokenProcessPool, RuntimeError) as e:  # killed, or told that there is no more
-                    print(f"V {V:>7,}  {name:>24}  out of memory ({type(e).__name__})")
-                    continue
+            try:
+                ms, mb = fresh(soft_tokens, cfg, V, k, torch.get_num_threads())
+            except (BrokenProcessPool, RuntimeError) as e:  # killed, or told that there is no more
+                print(f"V {V:>7,}  {name:>24}  out of memory ({type(e).__name__})")
+                continue
             print(f"V {V:>7,}  {name:>24}  {statistics.median(ms):8.1f} [{min(ms):.1f}, {max(ms):.1f}] ms  {mb:8,.0f} MB")
             rows.append({"job": "duo", "V": V, "k": k, "ms": statistics.median(ms), "peak_mb": mb})
     return rows
@@ -240,10 +267,11 @@ def growth_table(cfg, device):
     rows, T = [], 128
     print("training, 8192 tokens a step; median [min, max] microseconds a token, and our share of a step beyond that of T = 128")
     while T <= cfg.growth:
-        at = replace(cfg, seq_len=T, batch_size=max(1, 8192 // T))
-        jobs = job_pair(at, d.Masked(cfg.vocab_size + 1, cfg.vocab_size), device, "train")
+        B = max(1, 8192 // T)
+        size = Size(cfg.n_layers, cfg.d_model, cfg.vocab_size + 1, (B, T), (), cfg.block_size)
+        jobs = job_pair(size, process_of("masked", size.V), device, "train", B)
         times = medians(jobs if T <= SCORED else {"ours": jobs["ours"]}, cfg.repeats, device)
-        per = {k: [1000 * ms / at.batch_size / T for ms in v] for k, v in times.items()}
+        per = {k: [1000 * ms / B / T for ms in v] for k, v in times.items()}
         rows.append({"job": "growth train", "T": T, **{f"{k}_us": statistics.median(v) for k, v in per.items()}})
         beyond = 1 - rows[0]["ours_us"] / rows[-1]["ours_us"]
         print(f"T {T:>5}  " + "  ".join(f"{k} {statistics.median(v):7.1f} [{min(v):.1f}, {max(v):.1f}]" for k, v in per.items()), end="")
@@ -314,7 +342,7 @@ def kernel_job(what, who, N, V, C, dtype, device):
     }
     eager = {
         "cross_entropy": lambda z: w * torch.nn.functional.cross_entropy(z.float(), x0, reduction="none"),
-        "uniform_nll": lambda z: w * textbook_loss(process, *map(one, (z.float(), x0, xt, a)), -1.0)[0],
+        "uniform_nll": lambda z: w * textbook.nll(process, *map(one, (z.float(), x0, xt, a)), -1.0)[0],
         "sample": lambda z: gumbel(z.double().softmax(-1)),
         "sample uniform q": lambda z: gumbel(process.posterior_probs(one(z), one(xt), one(a / 2), one(a))),
     }
@@ -375,12 +403,11 @@ def kernel_table(cfg, device):
             for who in ("ours", *RIVALS):
                 if who == "Liger" and (device.type != "cuda" or not what.endswith("cross_entropy")):
                     continue
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a fresh process: peaks do not go down again
-                    try:
-                        ms, mb = pool.submit(kernel_time, cfg, what, who, N, dtype, torch.get_num_threads()).result()
-                    except Exception as e:  # no Liger, no compiler, no memory: the others still count
-                        print(f"{dtype} {what:>21} {who:>13}  {type(e).__name__}: {str(e).strip().splitlines()[:1]}")
-                        continue
+                try:
+                    ms, mb = fresh(kernel_time, cfg, what, who, N, dtype, torch.get_num_threads())
+                except Exception as e:  # no Liger, no compiler, no memory: the others still count
+                    print(f"{dtype} {what:>21} {who:>13}  {type(e).__name__}: {str(e).strip().splitlines()[:1]}")
+                    continue
                 t = statistics.median(ms)
                 speed = (
                     f"{moved:6.2f} GB {1000 * moved / t:6,.0f} GB/s {100 * 1000 * moved / t / copy:3.0f} %" if who == "ours" else " " * 26
@@ -394,10 +421,18 @@ def kernel_table(cfg, device):
 
 def main():
     cfg = load_config(BenchConfig, sys.argv[1:])
-    if not (cfg.train or cfg.sample or cfg.duo or cfg.kernels or cfg.growth):
-        die("nothing to measure", "python bench.py --train --sample")
+    if not (cfg.duo or cfg.kernels or cfg.growth or cfg.train or cfg.sample):
+        cfg.train = cfg.sample = True
+    device = pick_device(cfg.device)[0]
     if min(vars(cfg)[k] for k in ("repeats", "n_layers", "d_model", "vocab_size", "seq_len", "block_size", "batch_size")) < 1:
         die("every size must be at least 1", "python bench.py --train --block_size=16 --seq_len=128")
+    known = [k for k in SIZES if k != "170M" or device.type == "cuda"]
+    custom = Size(
+        cfg.n_layers, cfg.d_model, cfg.vocab_size + 1, (cfg.batch_size, cfg.seq_len), ([cfg.batch_size], cfg.seq_len), cfg.block_size
+    )
+    names = cfg.sizes.split(",") if cfg.sizes else known
+    if not set(names) <= {*known, "custom"}:
+        die(f"sizes {cfg.sizes!r}: on this device {', '.join(known)}, and custom", "python bench.py --sizes=1M,demo")
     if cfg.growth and (cfg.growth < 128 or cfg.growth % cfg.block_size or 128 % cfg.block_size):
         die(f"growth up to {cfg.growth} tokens in blocks of {cfg.block_size}", "python bench.py --growth 8192")
     if cfg.plot:
@@ -411,35 +446,24 @@ def main():
         )
     if cfg.json and not os.path.isdir(os.path.dirname(cfg.json) or "."):
         die(f"no folder for {cfg.json}", "--json bench.json")
-    device = pick_device(cfg.device)[0]
-    a = torch.randn(2048, 2048, device=device)
-    matmul = statistics.median(medians({"matmul": lambda: a @ a}, 5, device)["matmul"])
-    print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32; 2048^3 matmul {matmul:.1f} ms")
-    table = []
+    flops, matmul = matmul_job(device)
+    ms = statistics.median(medians({"": matmul}, 5, device)[""])
+    rate = f"matmul {ms:.1f} ms, {flops / ms / 1e9:.2f} TFLOP/s"
+    print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads; {rate}; {runs_on(device)}")
+    rows = []
     if cfg.train or cfg.sample:
-        print(f"{cfg.n_layers} layers, d {cfg.d_model}, V {cfg.vocab_size}, batch {cfg.batch_size} x {cfg.seq_len}, block {cfg.block_size}")
-        print(f"median [min, max] of {cfg.repeats}")
-    for what in [w for w in ("train", "sample") if getattr(cfg, w)]:
-        for name, process in (
-            ("masked", d.Masked(cfg.vocab_size + 1, cfg.vocab_size)),
-            ("uniform", d.Uniform(cfg.vocab_size, "denoiser")),
-        ):
-            times = medians(job_pair(cfg, process, device, what), cfg.repeats, device)
-            row = {"job": what, "process": name, "matmul_ms": matmul, **{f"{k}_ms": statistics.median(v) for k, v in times.items()}}
-            row["ratio"] = row["textbook_ms"] / row["ours_ms"]
-            row["tokens_per_s"] = 1000 * cfg.batch_size * cfg.seq_len / row["ours_ms"]
-            spread = "  ".join(f"{k} {statistics.median(v):7.1f} [{min(v):.1f}, {max(v):.1f}] ms" for k, v in times.items())
-            print(f"{what:>6} {name:>8}  {spread}  textbook / ours {row['ratio']:.2f}  {row['tokens_per_s']:,.0f} tokens/s")
-            table.append(row)
-    table += duo_table(cfg) if cfg.duo else []
-    table += kernel_table(cfg, device) if cfg.kernels else []
+        print(f"median [min, max] of {cfg.repeats}; adaLN on; {'bfloat16' if device.type == 'cuda' else 'float32'}; 16 steps a block")
+        whats = ["train"] * cfg.train + ["ancestral", "arpc"] * cfg.sample
+        rows += table(cfg, device, {k: SIZES.get(k, custom) for k in names}, whats)
+    rows += duo_table(cfg) if cfg.duo else []
+    rows += kernel_table(cfg, device) if cfg.kernels else []
     if cfg.growth:
-        table += growth_table(cfg, device)
+        rows += growth_table(cfg, device)
         if cfg.plot:
-            growth_plot(table, cfg.plot)
+            growth_plot(rows, cfg.plot)
     if cfg.json:
         with open(cfg.json, "w") as f:
-            json.dump({"settings": vars(cfg), "torch": torch.__version__, "device": str(device), "rows": table}, f, indent=1)
+            json.dump({"settings": vars(cfg), "torch": torch.__version__, "device": str(device), "rows": rows}, f, indent=1)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from draws import Noise, sample, sharpen
+from draws import Noise, sample, settle, sharpen
 from kernels import cross_entropy, float64, through_head, uniform_nll
 from model import precise
 
@@ -62,16 +62,21 @@ def _flat(logits, *others):
     return logits.flatten(0, 1), *(x.expand(logits.shape[:2]).flatten() for x in others)
 
 
-def _reverse_step(process, logits, xt, alpha_t, alpha_s, temperature, top_p, noise):
+def _reverse_step(process, logits, xt, alpha_t, alpha_s, temperature, top_p, noise, where):
     """posterior_sample of both processes: draws.sample does it, whatever the noise."""
-    a_t, a_s = _column(alpha_t, logits), _column(alpha_s, logits)
-    mixture = torch.stack([x.expand(xt.shape) for x in process.mixture(xt, a_t, a_s)], -1).flatten(0, 1)
-    rows, ids = _flat(logits, xt)
-    if 0 < temperature < math.inf and top_p == 1:
-        how = {"temperature": temperature, **process.edit(xt, a_t)}
-    else:
-        rows, how = _flat(process.loo_logits(logits, xt, a_t))[0], {"transform": lambda z: sharpen(z, temperature, top_p)}
-    return sample(rows, (noise or Noise.like(xt)).keys().flatten(), xt=ids, mixture=mixture, **how).token.view_as(xt)
+    a_t, a_s, key = _column(alpha_t, xt).expand(xt.shape), _column(alpha_s, xt), (noise or Noise.like(xt)).keys()
+    mixture = torch.stack([x.expand(xt.shape) for x in process.mixture(xt, a_t, a_s)], -1)
+    token, asked = xt, torch.ones_like(xt, dtype=torch.bool)
+    if callable(logits):
+        token, asked = settle(key.flatten(), xt.flatten(), mixture.flatten(0, 1), process.vocab_size)[:2]
+        asked = asked.view_as(xt) if where is None else asked.view_as(xt) & where
+        logits = logits(asked)
+    x, a = xt[asked], a_t[asked]
+    plain = 0 < temperature < math.inf and top_p == 1
+    how = {"temperature": temperature} if plain else {"transform": lambda z: sharpen(z, temperature, top_p)}
+    drawn = sample(logits.flatten(0, -2), key[asked], xt=x, mixture=mixture[asked], **process.edit(x, a), **how).token
+    token = token.view_as(xt).masked_scatter(asked, drawn)
+    return token if where is None else torch.where(where, token, xt)
 
 
 class Masked:
@@ -130,9 +135,12 @@ class Masked:
         move = (a_s - a_t) / (1 - a_t)
         return torch.where((xt == self.mask_id)[..., None], move * p + (1 - move) * stay, stay)
 
-    def posterior_sample(self, logits, xt, alpha_t, alpha_s, temperature=1.0, top_p=1.0, noise=None):
-        """One draw of the above, (B, L) int64. Logits are read only at the masks that lift in this step."""
-        return _reverse_step(self, logits, xt, alpha_t, alpha_s, temperature, top_p, noise)
+    def posterior_sample(self, logits, xt, alpha_t, alpha_s, temperature=1.0, top_p=1.0, noise=None, where=None):
+        """
+        One draw of the above, (B, L) int64. Logits matter only at the masks that lift in this step, and which ones do is settled without
+        them: so logits are (B, L, V), or a function that is told (B, L) bool and returns theirs, (M, V). where (B, L) bool: x_t elsewhere.
+        """
+        return _reverse_step(self, logits, xt, alpha_t, alpha_s, temperature, top_p, noise, where)
 
     def mixture(self, xt, a_t, a_s):
         """The above as numbers for draws.sample: stay a mask with probability (1 - alpha_s) / (1 - alpha_t), never leave a token."""
@@ -232,12 +240,12 @@ class Uniform:
         a_ts = a_t / a_s
         return ((seen + a_ts - a_t) * z + (a_s - a_t) * p + (1 - a_ts) * (1 - a_s) / self.vocab_size) / (seen + 1 - a_t)
 
-    def posterior_sample(self, logits, xt, alpha_t, alpha_s, temperature=1.0, top_p=1.0, noise=None):
+    def posterior_sample(self, logits, xt, alpha_t, alpha_s, temperature=1.0, top_p=1.0, noise=None, where=None):
         """
         One draw of the above, (B, L) int64, as the three-way choice it is: a fresh uniform token, x_t again, or a token from l.
-        Of the vocabulary it needs the normaliser and l_z, and a draw where the third case came up.
+        logits, where: as in Masked; many a token is x_t again whatever l says.
         """
-        return _reverse_step(self, logits, xt, alpha_t, alpha_s, temperature, top_p, noise)
+        return _reverse_step(self, logits, xt, alpha_t, alpha_s, temperature, top_p, noise, where)
 
     def mixture(self, xt, a_t, a_s):
         """The above as numbers for draws.sample. With a_ts = alpha_t / alpha_s, a_ts - alpha_t = alpha_t (1 / alpha_s - 1)."""
@@ -245,7 +253,7 @@ class Uniform:
 
     def edit(self, xt, a_t):
         """loo_logits for draws.sample."""
-        return {"shift": self.evidence(a_t).expand(xt.shape).flatten()} if self.predicts == "denoiser" else {}
+        return {"shift": self.evidence(a_t)} if self.predicts == "denoiser" else {}
 
 
 # ----- training

@@ -113,6 +113,18 @@ class Draw:
     p_xt: torch.Tensor | None  # p at x_t
 
 
+def settle(key, xt, mixture, V):
+    """
+    What the random numbers of `sample` settle before anyone has seen p: (token (N,), asked (N,) bool), then the numbers, u (N,) and a
+    uniform id (N,). Where not asked, that is the draw, for any p(x_t) in [0, 1]: the uniform id if u (seen + rest) < fresh, x_t if
+    fresh <= u rest <= fresh + stay.
+    """
+    seen, rest, fresh, stay = mixture.unbind(-1)
+    u, other = uniforms(key[:, None], torch.arange(1, 3, device=key.device)).unbind(-1)
+    renewed, drawn = u * rest < fresh, (other * V).long().clamp(max=V - 1)
+    return torch.where(renewed, drawn, xt), renewed & (u * (seen + rest) >= fresh) | (u * rest > fresh + stay), u, drawn
+
+
 def sample(logits, key, temperature=1.0, xt=None, mixture=None, shift=None, forbidden=None, stats=False, transform=None):
     """
     An exact draw a row, without (N, V) probabilities: from p = softmax(z / T), or, with x_t and a mixture (seen, rest, fresh, stay),
@@ -133,7 +145,7 @@ def sample(logits, key, temperature=1.0, xt=None, mixture=None, shift=None, forb
 
     A row that is read and holds NaN gets token -1.
 
-    Bytes a row: V e (1 + 1 / 256); nothing where the mixture falls on x_t whatever p is, and stats are not wanted.
+    Bytes a row: V e (1 + 1 / 256); nothing where `settle` has the answer, and stats are not wanted.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be above 0 and finite, not {temperature}")
@@ -150,16 +162,13 @@ def sample(logits, key, temperature=1.0, xt=None, mixture=None, shift=None, forb
 def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, transform=None):
     """In PyTorch: only rows whose token, or stats, need it are read."""
     (N, V), device = logits.shape, logits.device
-    seen, rest, fresh, stay = mixture.unbind(-1)
-    u, other = uniforms(key[:, None], torch.arange(1, 3, device=device)).unbind(-1)
-    drawn = (other * V).long().clamp(max=V - 1)
-    token = torch.where(u * rest < fresh, drawn, xt)  # whatever p is, where seen is 0
-    rows = torch.arange(N, device=device) if stats else ((seen > 0) | (u * rest > fresh + stay)).nonzero()[:, 0]
+    token, asked, u, drawn = settle(key, xt, mixture, V)
+    rows = torch.arange(N, device=device) if stats else asked.nonzero()[:, 0]
     if len(rows) == 0:
         return token, *(torch.empty(4, 0, device=device) if stats else [None] * 4)
     if len(rows) < N:
-        u, drawn, key, xt, edit, add = (x[rows] for x in (u, drawn, key, xt, edit, add))
-        seen, rest, fresh, stay = mixture[rows].unbind(-1)
+        u, drawn, key, xt, edit, add, mixture = (x[rows] for x in (u, drawn, key, xt, edit, add, mixture))
+    seen, rest, fresh, stay = mixture.unbind(-1)
     if transform is not None:  # a new (n, V) of logits, as they are drawn from
         logits = transform(logits.index_select(0, rows).to(wide(logits)).scatter_add_(1, edit[:, None], add[:, None].to(wide(logits))))
         add, temperature, source = torch.zeros_like(add), 1.0, torch.arange(len(rows), device=device)
@@ -253,7 +262,7 @@ def _sample_kernel(
     stay, u = tl.load(mixture + 4 * i + 3), _uniform(k, 1, tl.float64)
     drawn = tl.minimum((_uniform(k, 2, tl.float64) * V).to(tl.int64), V - 1)
     y = tl.where(u * rest < fresh, drawn, x)
-    if STATS or seen > 0 or u * rest > fresh + stay:
+    if STATS or (u * rest < fresh and u * (seen + rest) >= fresh) or u * rest > fresh + stay:  # settle
         # one reading: every lane's maximum m, s = sum exp(z - m) and h = sum exp(z - m) (z - m)
         m = tl.full([BLOCK // 8], -float("inf"), tl.float32)
         s = tl.zeros([BLOCK // 8], tl.float32)

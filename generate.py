@@ -64,7 +64,6 @@ class Block:
         self.alpha = self.grid(self.steps)
         self.live = self.open.any(1)
         self.x = torch.where(self.open, self.prior(self.noise(-1)), self.given.clamp(min=0))
-        self.subset = (None, None)  # rows, and the cache of these rows alone
         self.read = self.logits = None  # what the last predict read, and said
 
     # ----- what a sampler may do
@@ -94,7 +93,7 @@ class Block:
         if self.model.timeless and self.read is not None:
             need = need & (x != self.read).any(1)
         if need.any():
-            logits = self._forward(need, None, x, len(self.positions), alpha, int(self.positions[0]))
+            logits = self._forward(need, None, x, len(self.positions), alpha)
             self.logits = logits if self.logits is None else torch.where(need[:, None, None], logits, self.logits)
             self.read = x
         return self.logits
@@ -102,7 +101,7 @@ class Block:
     def verify(self, y):
         """Logits (R, b, V) of block size 1 at every position, each given y before it: one pass of two tokens a position."""
         self.need_ar_mode()
-        return self._forward(self.live, y, self.ar_input(), 1, 0.0, int(self.positions[0]))
+        return self._forward(self.live, y, self.ar_input(), 1, 0.0)
 
     def verify_and_predict(self, y, alpha):
         """Both in one pass of three tokens a position: verify(y), and predict(alpha) of the block as it stands."""
@@ -113,10 +112,25 @@ class Block:
         logits = self._forward(self.live, y, torch.cat((self.ar_input(), self.x), dim=1), sizes, level, at)
         return logits[:, :b], logits[:, b:]
 
-    def posterior(self, logits, alpha_t, alpha_s, noise, temperature=None):
+    def posterior(self, logits, alpha_t, alpha_s, noise, temperature=None, where=None):
         """A draw of the process's reverse step from x, (R, b)."""
         temperature = self.temperature if temperature is None else temperature
-        return self.process.posterior_sample(logits, self.x, alpha_t, alpha_s, temperature, self.top_p, noise)
+        return self.process.posterior_sample(logits, self.x, alpha_t, alpha_s, temperature, self.top_p, noise, where)
+
+    def reverse(self, alpha, alpha_t, alpha_s, noise, temperature=None, where=None, logits=None):
+        """
+        posterior(predict(alpha), ...) the other way about: the random numbers of the step say first which tokens it is about
+        (draws.settle), and the network is asked for these alone. Rows without any are not run, nor is a pass without rows.
+        logits: of predict, where the sampler has them anyway.
+        """
+        where = self.open & self.live[:, None] if where is None else where & self.open & self.live[:, None]
+
+        def ask(asked):
+            if not asked.any():
+                return self.model.head.weight.new_zeros(0, self.process.vocab_size, device=self.x.device)
+            return self._forward(asked.any(1), None, self.x, len(self.positions), alpha, ask=asked)
+
+        return self.posterior(ask if logits is None else logits, alpha_t, alpha_s, noise, temperature, where)
 
     def sharpen(self, logits):
         """Temperature and top_p, (..., V)."""
@@ -150,33 +164,33 @@ class Block:
         if self.trained is not None and 1 not in self.trained:
             raise ValueError(f"this network was trained on block sizes {', '.join(map(str, self.trained))}: without 1 it has no AR mode")
 
-    def _forward(self, need, gen, noisy, block_size, alpha, start):
+    def _forward(self, need, gen, noisy, block_size, alpha, start=None, ask=None):
         """
         One pass: what the cache lacks of the context, then `gen` (R, b) as clean text or None, then noisy (R, N). Returns logits
-        (R, N, V), zeros in rows that were not needed. The context enters the cache, for all rows; `gen` never does.
+        (R, N, V), zeros in rows that were not needed; with ask (R, N) bool (M, V). The context enters the cache, for all rows; `gen`
+        never does.
         """
         begin, device, R = int(self.positions[0]), self.model.embed.weight.device, len(self.rows)
+        start = begin if start is None else start
         have = self.cache.length if self.cache is not None else 0
         run = torch.ones_like(need) if self.cache is not None and have < begin else need
-        everyone, index = bool(run.all()), run.nonzero()[:, 0]
-        cache = self.cache
-        if cache is not None and not everyone:
-            if self.subset[0] is None or not torch.equal(self.subset[0], index):
-                self.subset = (index, self.cache.select(index.to(device)))
-            cache = self.subset[1]
+        everyone, index, cache = bool(run.all()), run.nonzero()[:, 0], self.cache
+        if cache is not None:
+            cache.rows = None if everyone else index.to(device)
         clean = self.text[self.rows[index], have:begin].clamp(min=0)  # NOTHING only in rows that wait: rolled back in generate
         if gen is not None:
             clean = torch.cat((clean, gen[index]), dim=1)
         level = sigma_for(self.model, torch.as_tensor(alpha, dtype=torch.float64, device=self.x.device))
         if level is not None:
-            level = level[index] if level.dim() else level.expand(len(index))
-        logits = self.model(clean.to(device), noisy[index].to(device), block_size, start, level, cache).to(self.x.device)
+            level = level[index] if level.dim() else level[None]  # one for all rows is computed once
+        asked = None if ask is None else ask[index].to(device)
+        logits = self.model(clean.to(device), noisy[index].to(device), block_size, start, level, cache, ask=asked).to(self.x.device)
         if cache is not None:
-            cache.length = begin
+            cache.length, cache.rows = begin, None
         self.counts["nfe"] += 1
         self.counts["token_forwards"] += clean.numel() + noisy[index].numel()
         self.counts["nfe_rows"][self.rows[need].cpu()] += 1
-        if everyone:
+        if everyone or ask is not None:
             return logits
         return logits.new_zeros(R, *logits.shape[1:]).index_copy(0, index, logits)
 

@@ -69,16 +69,17 @@ def arpc(block, *, guide_every=1, warmup=0, corruption="ar", metric="", verify_t
     process, p, p_ar = block.process, None, None
     for k in range(block.steps):
         (a_t, a_s), noise = block.alpha[k : k + 2], block.noise(k)
-        logits = block.predict(a_t)
-        if corruption in ("divergence", "diffusion"):
+        logits = None
+        if corruption in ("divergence", "diffusion"):  # these look at p of every token
+            logits = block.predict(a_t)
             now = process.denoiser_logits(logits, block.x, a_t).log_softmax(-1)  # (R, b, V)
             masked = block.x == process.mask_id if process.mask_id is not None else torch.ones_like(block.open)
             p = now if p is None else torch.where(masked[..., None], now, p)
         if k < warmup or (k - warmup) % guide_every or k + 1 == block.steps:
-            block.write(block.posterior(logits, a_t, a_s, noise))
+            block.write(block.reverse(a_t, a_t, a_s, noise, logits=logits))
             yield
             continue
-        y = torch.where(block.open, block.posterior(logits, a_t, 1.0, noise), block.x)
+        y = torch.where(block.open, block.reverse(a_t, a_t, 1.0, noise, logits=logits), block.x)
         if asks:
             p_ar = (process.loo_logits(block.verify(y), block.x, 0.0) / verify_temperature).log_softmax(-1)
         if corruption == "random":

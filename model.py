@@ -26,7 +26,6 @@ Letters: B rows, C clean tokens, N noisy tokens, S = C + N, D width, H heads, V 
 block, `seq_len` the context, `Layer` a transformer layer.
 """
 
-import copy
 import math
 from dataclasses import dataclass
 
@@ -92,6 +91,7 @@ class KVCache:
     network also the last layer's output, (B, max_len, D).
     A forward commits the clean tokens it was given and nothing else; noisy keys pass through the free space behind
     `length` and are forgotten. Setting `length` back forgets committed tokens (a verifier does: its block is a guess).
+    With rows (R',), indices, the next forwards are of these rows of the B only; what they commit is of use to them alone.
     """
 
     def __init__(self, cfg, batch_size, max_len=None, device=None, dtype=torch.float32):
@@ -99,25 +99,21 @@ class KVCache:
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
         # what the last layer made of each clean token: for a next-token network, the prediction of the one behind it
         self.out = torch.zeros(batch_size, shape[3] if cfg.next_token else 0, cfg.d_model, device=device, dtype=dtype)
-        self.length = 0
+        self.length, self.rows = 0, None
 
     def extend(self, layer, k, v):
-        """Put (B, H, S, D/H) behind the committed tokens and return views of everything up to them."""
+        """Put (B or R', H, S, D/H) behind the committed tokens and return views of everything up to them, of all B rows."""
         end = self.length + k.size(2)
         assert end <= self.k.size(3), f"the cache holds {self.k.size(3)} tokens, asked for {end}"
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        both = self.k[layer].narrow(2, 0, end), self.v[layer].narrow(2, 0, end)
+        for all_, new in zip(both, (k, v), strict=True):
+            place = all_.narrow(2, self.length, k.size(2))
+            place.copy_(new) if self.rows is None else place.index_copy_(0, self.rows, new.to(place.dtype))
+        return both
 
     def keep(self, rows):
         """Drop the batch rows not in `rows` (bool or indices): a finished row costs nothing more."""
         self.k, self.v, self.out = self.k[:, rows], self.v[:, rows], self.out[rows]
-
-    def select(self, rows):
-        """A copy with these batch rows only."""
-        other = copy.copy(self)
-        other.keep(rows)
-        return other
 
 
 # ----- the layers
@@ -131,9 +127,25 @@ def precise(x):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (arXiv 2104.09864), half-split: dimension j pairs with j + D/2. x (B, H, S, D), cos (S, D/2)."""
-    a, b = precise(x).chunk(2, dim=-1)
-    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), dim=-1).to(x.dtype)
+    """
+    Rotary positions (arXiv 2104.09864), half-split: dimension j pairs with j + D/2. x (B, H, S, D); cos (S, D) twice the same half, sin
+    (S, D) with a minus in front of its first half: (a cos - b sin, b cos + a sin) of halves a, b.
+    """
+    wide = precise(x)
+    return torch.addcmul(wide * cos, wide.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)
+
+
+def linear(x, layer, gelu=False, rows=slice(None)):
+    """
+    layer(x), or some rows of its output, and GELU of that. Without gradients on a CPU by oneDNN: at the few tokens of a sampling pass it is
+    10 to 30 % faster than what F.linear calls, and it applies the GELU as it writes (docs/log.md).
+    """
+    weight, bias = layer.weight[rows], None if layer.bias is None else layer.bias[rows]
+    plain = x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    if plain and hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # PyTorch's own, for compiled graphs; not in every build
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
+    y = F.linear(x, weight, bias)
+    return F.gelu(y, approximate="tanh") if gelu else y
 
 
 def per_stream(f, n_clean, xs, ms):
@@ -146,6 +158,11 @@ def per_stream(f, n_clean, xs, ms):
     elif ms[0].size(1) > 1:
         ms = [torch.cat((m[:, :1].expand(-1, n_clean, -1), m[:, 1:].expand(-1, S - n_clean, -1)), dim=1) for m in ms]
     return f(*xs, *ms)
+
+
+def each(m, ask):
+    """The noisy stream's vectors (B or 1, 1 or 2, D) as those of the tokens asked for, (M or 1, 1, D)."""
+    return m[:, -1:] if len(m) == 1 else m[ask[0], -1:]
 
 
 def modulate(h, shift, scale):
@@ -184,10 +201,11 @@ class Layer(nn.Module):
         self.modulation = nn.Linear(cfg.cond_dim, 6 * D) if cfg.time_conditioning else None
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x, n_clean, skip, rope, mask, cond, cache, index):
+    def forward(self, x, n_clean, skip, rope, mask, cond, cache, index, ask=None):
         """
-        x (B, C + N, D) -> (B, C + N - skip, D): keys and values from every token, an output for all but the first `skip`.
-        rope: cos and sin (S, D/2H). mask (B or 1, 1, S - skip, keys). cond (B, 1 or 2, cond_dim), one vector a stream.
+        x (B, C + N, D) -> (B, C + N - skip, D): keys and values from every token, an output for all but the first `skip`. With ask, rows
+        (M,) and places (M,), for these tokens behind `skip` only: (M, 1, D).
+        rope: cos and sin (S, D/H). mask (B or 1, 1, S - skip, keys). cond (B, 1 or 2, cond_dim), one vector a stream.
         """
         B, S, D = x.shape
         m = None if cond is None else self.modulation(cond).chunk(6, dim=-1)  # shift, scale, gate of attention, and of the MLP
@@ -197,22 +215,29 @@ class Layer(nn.Module):
         h = self.norm1(x)
         h = h if m is None else per_stream(modulate, n_clean, [h], m[:2])
         if skip:
-            q = rotate(heads(F.linear(h[:, skip:], self.qkv.weight[:D])), cos[skip:], sin[skip:])
-            k, v = map(heads, F.linear(h, self.qkv.weight[D:]).chunk(2, dim=-1))
+            q = rotate(heads(linear(h[:, skip:], self.qkv, rows=slice(D))), cos[skip:], sin[skip:])
+            k, v = map(heads, linear(h, self.qkv, rows=slice(D, None)).chunk(2, dim=-1))
             k = rotate(k, cos, sin)
         else:  # queries and keys turn together
-            qk, v = map(heads, self.qkv(h).split_with_sizes((2 * D, D), dim=-1))
+            qk, v = map(heads, linear(h, self.qkv).split_with_sizes((2 * D, D), dim=-1))
             q, k = rotate(qk, cos, sin).chunk(2, dim=1)
         if cache is not None:
             k, v = (y.to(q.dtype) for y in cache.extend(index, k, v))
-        y = attend(q, k, v, mask, skip)
-        y = self.dropout(self.out(y.transpose(1, 2).flatten(2)))
-        x = x[:, skip:] if skip else x
-        x = x + y if m is None else per_stream(torch.addcmul, n_clean - skip, [x, y], m[2:3])  # x + gate y
+        if cache is not None and cache.rows is not None:  # attention of all rows is cheaper than a copy of some rows' keys and values
+            everyone = q.new_zeros(k.size(0), *q.shape[1:]).index_copy(0, cache.rows, q)
+            y = attend(everyone, k, v, mask, skip)[cache.rows]
+        else:
+            y = attend(q, k, v, mask, skip)
+        x, y, n_clean = x[:, skip:] if skip else x, y.transpose(1, 2).flatten(2), n_clean - skip
+        if ask is not None:  # from here on a token is on its own
+            x, y = x[ask][:, None], y[ask][:, None]
+            m = None if m is None else [each(z, ask) for z in m]
+        y = self.dropout(linear(y, self.out))
+        x = x + y if m is None else per_stream(torch.addcmul, n_clean, [x, y], m[2:3])  # x + gate y
         h = self.norm2(x)
-        h = h if m is None else per_stream(modulate, n_clean - skip, [h], m[3:5])
-        y = self.dropout(self.mlp(h))
-        return x + y if m is None else per_stream(torch.addcmul, n_clean - skip, [x, y], m[5:])
+        h = h if m is None else per_stream(modulate, n_clean, [h], m[3:5])
+        y = self.dropout(linear(linear(h, self.mlp[0], gelu=True), self.mlp[2]))
+        return x + y if m is None else per_stream(torch.addcmul, n_clean, [x, y], m[5:])
 
 
 class Transformer(nn.Module):
@@ -236,19 +261,21 @@ class Transformer(nn.Module):
             if zero is not None:  # uniform logits at step 0, and every gate shut: the layers start as the identity
                 nn.init.zeros_(zero.weight), nn.init.zeros_(zero.bias)
 
-    def forward(self, clean, noisy, block_size, start=0, sigma=None, cache=None, readout=None):
+    def forward(self, clean, noisy, block_size, start=0, sigma=None, cache=None, readout=None, ask=None):
         """
         clean (B, C) int64 ids, or None   real tokens at positions cache.length, cache.length + 1, ... (0, 1, ... without)
         noisy (B, N) int64 ids, or None   at positions start, start + 1, ...; or soft tokens, mixtures of embeddings: weights
                                           (B, N, V) of the first V ids, or a pair of ids (B, N, k) and their weights (B, N, k)
         block_size  int, or (B,) int64: one a row
         start       0 in training, the length of the context when generating or verifying
-        sigma (B,)  noise level -log(alpha_t); zeros if None; unused without time conditioning
+        sigma (B,) or (1,)  noise level -log(alpha_t); zeros if None; unused without time conditioning
         Several readings of one block in one pass: block_size (1 or B, N), start (N,) the positions and sigma (B, N), one a noisy
         token; tokens with another block size do not see each other.
         cache       a KVCache: adds the clean tokens before, and commits `clean` to it
         Returns logits (B, N, V) float32 for the noisy positions, nothing forbidden, not normalised. Or, so that no one has to hold all
         logits, readout(hidden (B, N, D) float32, weight (V, D), bias (V,)): logits are hidden @ weight.T + bias.
+        ask (B, N)  bool: the tokens whose logits are wanted, (M, V) in their order; not with one sigma a token. The others cost the
+                    last layer their keys and values only, and the head nothing
         """
         n_past = cache.length if cache is not None else 0
         if not getattr(block_size, "ndim", 0):
@@ -257,7 +284,7 @@ class Transformer(nn.Module):
         one_start = not getattr(start, "ndim", 0)
         end = int(start) + N if one_start else int(start.max()) + 1
         if self.cfg.next_token:
-            return self._next_token(clean, N, block_size, start, cache, readout)
+            return self._next_token(clean, N, block_size, start, cache, readout, ask)
         if cache is None and isinstance(block_size, int) and N and end <= block_size:
             clean = None  # every noisy token is in the first block: no one would read the clean stream
         x = torch.cat([self._read(s) for s in (clean, noisy) if s is not None], dim=1)  # (B, S, D)
@@ -276,21 +303,25 @@ class Transformer(nn.Module):
         ):  # else: one block, all it reads lies before it
             mask = self._added(x, attention_mask(block_size, n_past, C, N, noisy_at, self.cfg.clean_causal, x.device))
 
+        per_token = sigma is not None and sigma.dim() == 2
+        assert ask is None or not per_token, "ask is for one noise level a row"
+        ask = None if ask is None else ask.nonzero(as_tuple=True)
         for i, layer in enumerate(self.layers):
-            skip = C if i == len(self.layers) - 1 else 0  # nobody reads the last layer's clean outputs, only keys and values
-            x = layer(x, C, skip, rope, mask, cond, cache, i)
+            last = i == len(self.layers) - 1  # nobody reads its clean outputs, only keys and values
+            x = layer(x, C, C * last, rope, mask, cond, cache, i, ask if last else None)
         if cache is not None:
             cache.length += C
-        per_token = sigma is not None and sigma.dim() == 2
-        shift, scale = self.modulation(cond[:, -N if per_token else -1 :]).chunk(2, dim=-1) if cond is not None else (None, None)
-        return self._say(x, readout, shift, scale)
+        m = self.modulation(cond[:, -N if per_token else -1 :]).chunk(2, dim=-1) if cond is not None else (None, None)
+        m = m if ask is None or cond is None else [each(z, ask) for z in m]
+        out = self._say(x, readout, *m)
+        return out if ask is None else out[:, 0]
 
     @property
     def timeless(self):
         """Is a prediction the same at every noise level? No input for it, or one that was 0 throughout training (published weights)."""
         return self.time is None or self.cfg.zero_sigma
 
-    def _next_token(self, clean, N, block_size, start, cache, readout):
+    def _next_token(self, clean, N, block_size, start, cache, readout, ask):
         """
         forward of a network without a noisy stream: clean (B, C) or None -> logits (B, N, V) of positions start..start+N-1, each read off
         the clean token before it, of this call or of the cache. Raises ValueError for other block sizes than 1, and for start 0.
@@ -311,11 +342,13 @@ class Transformer(nn.Module):
             for i, layer in enumerate(self.layers):
                 x = layer(x, C, 0, rope, mask, None, cache, i)
             if cache is not None:
-                cache.out[:, n_past : n_past + C] = x
-                out, cache.length = cache.out[:, : n_past + C], n_past + C
+                rows = slice(None) if cache.rows is None else cache.rows
+                cache.out[rows, n_past : n_past + C] = x
+                out, cache.length = cache.out[rows, : n_past + C], n_past + C
             else:
                 out = x
-        return self._say(out[:, start - 1 : start - 1 + N] if N else out[:, :0], readout)
+        out = out[:, start - 1 : start - 1 + N] if N else out[:, :0]
+        return self._say(out if ask is None else out[ask], readout)
 
     def _say(self, x, readout, shift=None, scale=None):
         """The head: a norm and the logits, in float32 or better: a bfloat16 logit keeps 3 digits, and the uniform bound needs 7."""
@@ -357,11 +390,12 @@ class Transformer(nn.Module):
             return self.embed(tokens)
 
     def _rope(self, positions):
-        """cos and sin of position * base^(-2i/d), (S, D/2H) each, in float32 or better."""
+        """cos and sin of position * base^(-2i/d), (S, D/H) each, as `rotate` wants them, in float32 or better."""
         half = self.cfg.d_model // self.cfg.n_heads // 2
         dtype = torch.promote_types(self.embed.weight.dtype, torch.float32)
         angle = positions[:, None] * self.cfg.rope_base ** (-torch.arange(half, device=positions.device, dtype=dtype) / half)
-        return angle.cos(), angle.sin()
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def _condition(self, sigma, C):
         """

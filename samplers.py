@@ -64,7 +64,8 @@ def ancestral(block, *, greedy_tail=False):
     """
     for k in range(block.steps):
         temperature = 0.0 if greedy_tail and is_last_fill(block, k) else None
-        block.write(block.posterior(block.predict(block.alpha[k]), block.alpha[k], block.alpha[k + 1], block.noise(k), temperature))
+        a_t, a_s = block.alpha[k : k + 2]
+        block.write(block.reverse(a_t, a_t, a_s, block.noise(k), temperature))
         if block.process.mask_id is not None:
             block.live = block.live & (block.x == block.process.mask_id).any(1)  # without masks nothing can change any more
         yield
@@ -182,11 +183,13 @@ def remask(block, logits, a_t, a_s, sigma, noise):
 
         x_t = token:  mask with probability sigma
         x_t = mask:   x_s ~ p with probability (a_s - (1 - sigma) a_t) / (1 - a_t)
+
+    logits: None has the network asked where a mask lifts
     """
     masked = block.x == block.process.mask_id
     u = noise.uniform(1)[..., 0]
     lift = torch.where(masked, u <= (a_s - (1 - sigma) * a_t) / (1 - a_t), u <= 1 - sigma)
-    x_s = block.posterior(logits, 0.0, lift.double(), noise)  # from alpha 0 to 1 where it lifts: a draw of p; elsewhere nothing
+    x_s = block.reverse(a_t, 0.0, lift.double(), noise, logits=logits)  # alpha from 0 to 1 where it lifts: a draw of p; elsewhere nothing
     block.write(torch.where(masked | lift, x_s, block.process.mask_id))
 
 
@@ -213,7 +216,7 @@ def remdm(block, sigma_of, eta):
     need(0 <= eta <= 1, "eta", eta, "between 0 and 1")
     for k in range(block.steps):
         a_t, a_s = block.alpha[k : k + 2]
-        remask(block, block.predict(a_t), a_t, a_s, sigma_of(sigma_max(a_t, a_s)), block.noise(k))
+        remask(block, None, a_t, a_s, sigma_of(sigma_max(a_t, a_s)), block.noise(k))
         yield
 
 
@@ -253,7 +256,7 @@ def remdm_loop(block, *, eta=0.05, t_on=0.55, t_off=0.05, alpha_on=0.9):
         a_t, a_s = alpha[k : k + 2]
         s = 1 - (k + 1) / block.steps
         sigma = min(eta, sigma_max(a_t, a_s)) if t_off - 1e-9 <= s < t_on - 1e-9 else 0.0
-        remask(block, block.predict(a_t), a_t, a_s, sigma, block.noise(k))
+        remask(block, None, a_t, a_s, sigma, block.noise(k))
         yield
 
 
@@ -269,8 +272,7 @@ def first_hitting(block):
         n = left.sum(1).clamp(min=1)
         u, order = noise.uniform(2).unbind(-1)
         share = share * u[:, 0] ** (1 / n)
-        logits = block.predict(1 - share)
-        block.write(block.posterior(logits, 0.0, top(order, 1, left).double(), noise))  # alpha goes to 1 at one position
+        block.write(block.reverse(1 - share, 0.0, top(order, 1, left).double(), noise))  # alpha goes to 1 at one position
         block.live = block.live & (n > 1)
         yield
         if not block.live.any():
@@ -306,7 +308,7 @@ def gibbs(block, *, rounds=1, resample=4, badness="margin", spread=1.0):
     used = 0
     for k in range(len(alpha) - 1):
         a_s = alpha[k + 1]
-        block.write(block.posterior(block.predict(alpha[k]), alpha[k], a_s, block.noise(used)))
+        block.write(block.reverse(alpha[k], alpha[k], a_s, block.noise(used)))
         used += 1
         yield
         for _ in range(rounds if k < corrected else 0):
@@ -330,7 +332,6 @@ def max_coupling(block):
     """
     for k in range(block.steps):
         (a_t, a_s), noise = block.alpha[k : k + 2], block.noise(k)
-        logits = block.predict(a_t)
         keep = noise.uniform(1)[..., 0] <= (1 - a_s) / (1 - a_t)
-        block.write(torch.where(keep, block.x, block.posterior(logits, a_t, 1.0, noise)))  # alpha_s = 1: a draw of D
+        block.write(block.reverse(a_t, a_t, 1.0, noise, where=~keep))  # alpha_s = 1: a draw of D
         yield

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from exact import P_VALUE, V3, chi_squared, code, last, net
 
 import bench
 import diffusion as d
+import textbook
+from generate import SAMPLERS, generate
 from model import KVCache, ModelConfig, Transformer
 
 
@@ -25,7 +28,7 @@ def test_losses_and_gradients_are_equal(kind):
     results = []
     for logits, loss in (
         (model(x0, xt, 4, sigma=d.sigma(alpha[:, 0])), lambda *a: process.nll(*a)),
-        (bench.textbook_forward(model, x0, xt, 4, 0, d.sigma(alpha[:, 0])), lambda *a: bench.textbook_loss(process, *a)),
+        (textbook.forward(model, x0, xt, 4, 0, d.sigma(alpha[:, 0])), lambda *a: textbook.nll(process, *a)),
     ):
         model.zero_grad()
         each = loss(logits, x0, xt, alpha, dalpha)
@@ -40,14 +43,31 @@ def test_losses_and_gradients_are_equal(kind):
 def test_the_growing_cache_is_a_cache(kind):
     process, model, x0 = pair(kind)
     model.double()
-    ours, textbook, level = KVCache(model.cfg, 4, dtype=torch.float64), bench.GrowingCache(3), torch.ones(4)
+    ours, growing, level = KVCache(model.cfg, 4, dtype=torch.float64), textbook.GrowingCache(3), torch.ones(4)
     for i in (0, 4, 8):
         prev, block = x0[:, max(0, i - 4) : i], x0[:, i : i + 4].flip(1)
         for clean in (prev, prev[:, :0]):  # commit, then another step on the same block
             a = model(clean, block, 4, i, level, ours)
-            b = bench.textbook_forward(model, clean, block, 4, i, level, textbook)
-            assert torch.allclose(a, b, rtol=1e-10, atol=1e-10) and ours.length == textbook.length == i
-    assert (bench.textbook_generate(model.float(), process, 2, 16, 4, 4) < 11).all()
+            b = textbook.forward(model, clean, block, 4, i, level, growing)
+            assert torch.allclose(a, b, rtol=1e-10, atol=1e-10) and ours.length == growing.length == i
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "arpc"])
+@pytest.mark.parametrize("kind", ["masked", "uniform"])
+def test_both_samplers_draw_the_same_distribution(kind, sampler):
+    """Two blocks of two tokens, two steps each; ARPC's first block by AR."""
+    V = V3
+    process = d.Masked(V + 1, V) if kind == "masked" else d.Uniform(V, "denoiser", ar_token=V)
+    model, N = net(process, time_conditioning=True), 20_000
+    model.head.weight.data *= 0.3  # so that nothing is nearly certain
+    model.head.bias.data *= 0.3
+    theirs = textbook.generate(model, process, N, 4, 2, 2, guided=sampler == "arpc")
+    how = {"sampler": SAMPLERS[sampler], "ar_tokens": 2 if sampler == "arpc" else 0}
+    ours = last(generate(model, process, [()] * N, block_size=2, max_new_tokens=4, **how)).x
+    a, b = (code(x, V).bincount(minlength=V**4).double() for x in (theirs, ours))
+    both = (a + b) / 2
+    assert chi_squared(both + (a - b) / 2**0.5, both / N) > P_VALUE, "Pearson's sum of two samples, (a - b)^2 / (a + b)"
+    assert chi_squared(a, a.roll(1) / N) < P_VALUE
 
 
 @pytest.mark.parametrize("k", [None, 0, 2])

@@ -11,6 +11,7 @@ from exact import KINDS, P_VALUE, V3, chi_squared, enumerated, enumerated_ar, la
 
 import diffusion as d
 from generate import NOTHING, generate
+from samplers import psi
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_a_row_ends_at_its_first_generated_eos_and_leaves(kind):
     free = last(generate(model, process, prompts, block_size=2, steps=2, max_new_tokens=5, seed=2))
     sizes = []
     forward = model.forward
-    model.forward = lambda clean, noisy, *a: sizes.append(noisy.size(0)) or forward(clean, noisy, *a)
+    model.forward = lambda clean, noisy, *a, **kw: sizes.append(noisy.size(0)) or forward(clean, noisy, *a, **kw)
     state = last(generate(model, process, prompts, block_size=2, steps=2, max_new_tokens=5, seed=2, eos_id=eos))
     ended = 0
     for i, p in enumerate(prompts):
@@ -114,7 +115,7 @@ def test_a_row_ends_at_its_first_generated_eos_and_leaves(kind):
         ended += stop < 4
         assert new[:stop] == unstopped[:stop], "stopping changes no token before it"
         assert (state.x[i, len(p) + stop :] == NOTHING).all()
-    assert ended > 3 and sizes[0] == 20 > sizes[-1], "ended rows cost no more passes, nor do those whose prompt fills the block"
+    assert ended > 3 and 20 >= max(sizes[:2]) > sizes[-1], "ended rows cost no more passes, nor do those whose prompt fills the block"
     assert state.nfe == len(sizes) and state.nfe_rows.max() <= state.nfe and state.nfe_rows.min() < state.nfe_rows.max()
 
 
@@ -124,10 +125,10 @@ def test_the_loop_is_an_iterator_of_states_and_counts():
     spans = [((0, 0), 0, 0), ((0, 4), 0, 0), ((0, 4), 1, 1), ((0, 4), 2, 2), ((4, 8), 0, 2), ((4, 8), 1, 3), ((4, 8), 2, 4)]
     assert [(s.span, s.step, s.nfe) for s in seen] == spans
     assert seen[1].x.tolist() == [[0, V3, V3, V3] + [NOTHING] * 4] * 3 and (seen[-1].x < V3).all()
-    # every pass: 4 noisy tokens a row, but for a row with nothing left or nothing new to ask; the first block's 4 clean ones once
-    asks = lambda before, now: ((now == V3).any(1) & (now != before).any(1)).long()
-    passes = 2 + asks(seen[1].x[:, :4], seen[2].x[:, :4]) + asks(seen[4].x[:, 4:], seen[5].x[:, 4:])
-    assert seen[-1].token_forwards == 3 * 4 + 4 * passes.sum() and torch.equal(seen[-1].nfe_rows, passes) and passes.min() < 4
+    # a pass of a row: 4 noisy tokens, where a mask lifts; the first block's 4 clean ones once, with the noisy ones of all rows
+    lifts = torch.stack([(a.x != b.x).any(1) for a, b in ((seen[1], seen[2]), (seen[2], seen[3]), (seen[4], seen[5]), (seen[5], seen[6]))])
+    assert torch.equal(seen[-1].nfe_rows, lifts.sum(0)) and lifts.sum() < 12
+    assert seen[-1].token_forwards == 3 * 4 + 4 * (lifts.sum() + (~lifts[2]).sum())
     moved = seen[2].x != V3
     assert torch.equal(seen[3].x[moved], seen[2].x[moved]), "masked: a written token stays"
     assert not torch.equal(seen[2].x, seen[3].x)
@@ -138,8 +139,8 @@ def test_the_loop_is_an_iterator_of_states_and_counts():
 def test_passes_of_a_row_are_those_it_needed():
     """The second row waits while the first writes its two blocks, and is there when the cache takes in the first of them."""
     process = d.Uniform(V3)
-    model = net(process, time_conditioning=True)  # asked at every step
-    state = last(generate(model, process, [(), (1, 1, 1, 1)], block_size=2, steps=3, max_new_tokens=4))
+    model = net(process, time_conditioning=True)
+    state = last(generate(model, process, [(), (1, 1, 1, 1)], block_size=2, steps=3, max_new_tokens=4, sampler=psi))  # asks at every step
     assert state.nfe == 12 and state.nfe_rows.tolist() == [6, 6]
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import partial, reduce
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -282,6 +283,34 @@ def test_both_forms_draw_the_same_tokens_and_know_the_same_of_them(shape, scale,
             close(draw.logp.exp(), of(p, draw.token), rough, 1e-30)
             assert (of(q, draw.token) > 0).all()
     assert all(torch.equal(tokens[0], t) for t in tokens), "the same tokens in both forms, alone or together, with and without stats"
+
+
+@pytest.mark.parametrize("noise", ["masked", "uniform"])
+def test_what_is_settled_is_settled_whatever_the_network_says(noise):
+    """A draw that is not asked for is the same at p(x_t) = 0 and at p(x_t) = 1; nearly every draw that is asked for is not."""
+    N, V = 20_000, 50
+    rng = torch.Generator().manual_seed(0)
+    process = d.Masked(V, V - 1) if noise == "masked" else d.Uniform(V)
+    xt, key = torch.randint(V, (N,), generator=rng), torch.randint(-(2**63), 2**63 - 1, (N,), generator=rng)
+    xt = torch.where(torch.arange(N) % 3 > 0, V - 1, xt) if noise == "masked" else xt
+    a_t, a_s = torch.rand(2, N, generator=rng).double().sort(0).values
+    a_t[::7], a_s[::11] = 0.0, 1.0
+    mixture = torch.stack([x.expand(N) for x in process.mixture(xt, a_t, a_s)], -1)
+    token, asked, *_ = draws.settle(key, xt, mixture, V)
+    certain = lambda ids: sample(torch.zeros(N, V).scatter(1, ids[:, None], 1e4), key, xt=xt, mixture=mixture).token
+    same, other = certain(xt), certain((xt + 1) % V)
+    assert torch.equal(same[~asked], token[~asked]) and torch.equal(other[~asked], token[~asked])
+    differ = (same != other)[asked].float().mean()
+    assert differ > (0.99 if noise == "masked" else 0.9) and 0.2 < asked.float().mean() < 0.8
+    # the function is asked for these, and no others
+    logits, seen = torch.randn(N, V, generator=rng), []
+    run = lambda z, **kw: process.posterior_sample(z, xt[None], a_t[None], a_s[None], noise=SimpleNamespace(keys=lambda: key[None]), **kw)[
+        0
+    ]
+    ask = lambda where: seen.append(where) or logits[where[0]]
+    assert torch.equal(run(ask), run(logits[None])) and torch.equal(seen[0][0], asked)
+    half = torch.arange(N)[None] % 2 == 0
+    assert torch.equal(run(ask, where=half), torch.where(half[0], run(logits[None]), xt)) and not (seen[1] & ~half).any()
 
 
 def unmix(z):

@@ -226,6 +226,34 @@ def test_several_readings_of_a_block_share_a_pass(timed, cached):
     assert (other[:, 4:] - apart[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["plain", "timed", "one level", "next_token"])
+@pytest.mark.parametrize("rows", [None, [0, 3], [2]])
+@torch.no_grad()
+def test_only_the_tokens_asked_for(kind, rows):
+    """forward(..., ask) is forward(...)[ask], cached or not; so it is of some of the cache's rows, whatever the others hold."""
+    net = small(time_conditioning=kind in ("timed", "one level"), next_token=kind == "next_token").double()
+    context, clean, noisy = (torch.randint(11, (4, n)) for n in (8, 4, 4))
+    b, start = (1, 9) if kind == "next_token" else (4, 12)  # a next-token network says position i of clean token i - 1
+    level = torch.tensor([0.3]).double() if kind == "one level" else torch.tensor([0.1, 0.3, 1.0, 3.0]).double()
+    ask = torch.rand(4, 4) < 0.4
+    ask[0] = torch.tensor([True, False, False, True])
+    want = net(torch.cat((context, clean), 1), noisy, b, start, level)
+    assert (net(torch.cat((context, clean), 1), noisy, b, start, level, ask=ask) - want[ask]).abs().max() < 1e-12
+    cache = m.KVCache(net.cfg, 4, dtype=torch.float64)
+    net(context, None, b, cache=cache)
+    if rows is not None:
+        cache.k[:, :, :, 8:] = cache.v[:, :, :, 8:] = torch.nan  # as free space may be
+        cache.k[:, [1]] = torch.nan
+        cache.rows = rows = torch.tensor(rows)
+    else:
+        rows = torch.arange(4)
+    part = lambda x: x if len(x) == 1 else x[rows]
+    for how in ({}, {"ask": ask[rows]}):
+        cache.length = 8
+        got = net(clean[rows], noisy[rows], b, start, part(level), cache, **how)
+        assert (got - (want[rows][ask[rows]] if how else want[rows])).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("timed", [False, True])
 @pytest.mark.parametrize("piece", [4, 8, 10, 24])
 @pytest.mark.parametrize(
