@@ -180,7 +180,7 @@ class Block:
         clean = self.text[self.rows[index], have:begin].clamp(min=0)  # NOTHING only in rows that wait: rolled back in generate
         if gen is not None:
             clean = torch.cat((clean, gen[index]), dim=1)
-        level = sigma_for(self.model, torch.as_tensor(alpha, dtype=torch.float64, device=self.x.device))
+        level = sigma_for(self.model, torch.as_tensor(alpha, dtype=torch.float64))
         if level is not None:
             level = level[index] if level.dim() else level[None]  # one for all rows is computed once
         asked = None if ask is None else ask[index].to(device)

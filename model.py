@@ -33,6 +33,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from attention import added, attend, attention_mask, training_mask
+
 
 @dataclass
 class ModelConfig:
@@ -53,36 +55,7 @@ class ModelConfig:
     dropout: float = 0.0  # of what attention and the MLP add, in training
 
 
-# ----- the attention rule
-
-
-def attention_mask(block_size, n_past, n_clean, n_noisy, start, clean_causal=True, device=None):
-    """
-    The rule above as a (B or 1, S, n_past + S) bool tensor, True where a query (row) may read a key (column).
-    Keys: clean 0..n_past+C-1, then noisy start..start+N-1; queries the same without the n_past cached ones.
-    With block_size 2 and four positions, input [clean | noisy]:
-
-                   clean 0 1 2 3   noisy 0 1 2 3
-        clean 0          # . . .         . . . .      clean text reads itself, causally
-        clean 1          # # . .         . . . .
-        clean 2          # # # .         . . . .
-        clean 3          # # # #         . . . .
-        noisy 0          . . . .         # # . .      a noisy block reads itself in both directions
-        noisy 1          . . . .         # # . .
-        noisy 2          # # . .         . . # #      and the clean blocks before it,
-        noisy 3          # # . .         . . # #      never its own clean copy: that would leak the answer
-    """
-    b = torch.as_tensor(block_size, device=device)
-    b = b[..., None] if b.dim() == 2 else b.view(-1, 1, 1)  # (1 or B, 1 or N, 1)
-    clean = torch.arange(n_past + n_clean, device=device)
-    noisy = start.to(device) if torch.is_tensor(start) else torch.arange(start, start + n_noisy, device=device)
-    ask = clean[n_past:, None]  # (C, 1)
-    own = noisy[:, None] // b  # (1 or B, N, 1)
-    mask = torch.zeros(b.size(0), n_clean + n_noisy, n_past + n_clean + n_noisy, dtype=torch.bool, device=device)
-    mask[:, :n_clean, : n_past + n_clean] = clean <= ask if clean_causal else clean // b <= ask // b
-    mask[:, n_clean:, : n_past + n_clean] = clean // b < own
-    mask[:, n_clean:, n_past + n_clean :] = (own == own.mT) & (b == b.mT)
-    return mask
+# ----- the cache
 
 
 class KVCache:
@@ -100,6 +73,7 @@ class KVCache:
         # what the last layer made of each clean token: for a next-token network, the prediction of the one behind it
         self.out = torch.zeros(batch_size, shape[3] if cfg.next_token else 0, cfg.d_model, device=device, dtype=dtype)
         self.length, self.rows = 0, None
+        self.levels = {}  # what adaLN makes of a noise level, of all layers: a block after the other goes through the same ones
 
     def extend(self, layer, k, v):
         """Put (B or R', H, S, D/H) behind the committed tokens and return views of everything up to them, of all B rows."""
@@ -117,8 +91,6 @@ class KVCache:
 
 
 # ----- the layers
-
-PIECE = 64  # positions of a training pass that attend at once, on a CPU; of long rows a 32nd part, for joining pieces costs too
 
 
 def precise(x):
@@ -165,28 +137,26 @@ def each(m, ask):
     return m[:, -1:] if len(m) == 1 else m[ask[0], -1:]
 
 
-def modulate(h, shift, scale):
-    """adaLN (arXiv 2212.09748): the noise level moves and stretches what a norm returns, h (1 + scale) + shift."""
-    return torch.addcmul(shift, h, 1 + scale)
+def modulation(layer, cond, n):
+    """
+    adaLN (arXiv 2212.09748): n vectors (B, 1 or 2, D) of a noise level's cond. The first two of every three move and stretch what a norm
+    returns, h (1 + scale) + shift, and 1 + scale is what is returned; a third is the gate of what is added to the stream.
+    """
+    return [m + 1 if i % 3 == 1 else m for i, m in enumerate(layer(cond).chunk(n, dim=-1))]
 
 
-def attend(q, k, v, mask, skip):
-    """
-    Attention of queries (B, H, S - skip, D/H) over keys and values (B, H, keys, D/H). mask: None, or what is added to the scores of all S
-    queries (B or 1, 1, S, keys), or a list of (C_p, N_p, mask): a training pass in pieces, see Transformer._pieces.
-    """
-    if not isinstance(mask, list):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if mask is None else mask[:, :, skip:])
-    P, cs, ns = len(mask), [c for c, *_ in mask], [n for _, n, _ in mask]
-    k, v = (x.split_with_sizes(cs + ns, dim=2) for x in (k, v))  # P pieces of the clean stream, then P of the noisy one
-    q = q.split_with_sizes([0] * P * (skip > 0) + cs * (skip == 0) + ns, dim=2)
-    ys = []
-    for p, (_, _, added) in enumerate(mask):
-        ask = torch.cat((q[p], q[P + p]), dim=2)
-        read = (torch.cat((*x[: p + 1], x[P + p]), dim=2) for x in (k, v))  # the clean tokens so far, and its own noisy ones
-        y = F.scaled_dot_product_attention(ask, *read, attn_mask=added[:, :, -ask.size(2) :] if ask.size(2) else None)
-        ys.append(y.split_with_sizes((q[p].size(2), q[P + p].size(2)), dim=2))
-    return torch.cat([clean for clean, _ in ys] + [noisy for _, noisy in ys], dim=2)
+def modulate(h, shift, stretch):
+    """h (1 + scale) + shift"""
+    return torch.addcmul(shift, h, stretch)
+
+
+def known(level, what, make):
+    """make(), or what it gave before: level is a dict, or None."""
+    if level is None:
+        return make()
+    if what not in level:
+        level[what] = make()
+    return level[what]
 
 
 class Layer(nn.Module):
@@ -201,14 +171,15 @@ class Layer(nn.Module):
         self.modulation = nn.Linear(cfg.cond_dim, 6 * D) if cfg.time_conditioning else None
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x, n_clean, skip, rope, mask, cond, cache, index, ask=None):
+    def forward(self, x, n_clean, skip, rope, mask, cond, cache, index, ask=None, level=None):
         """
         x (B, C + N, D) -> (B, C + N - skip, D): keys and values from every token, an output for all but the first `skip`. With ask, rows
         (M,) and places (M,), for these tokens behind `skip` only: (M, 1, D).
-        rope: cos and sin (S, D/H). mask (B or 1, 1, S - skip, keys). cond (B, 1 or 2, cond_dim), one vector a stream.
+        rope: cos and sin (S, D/H). mask (B or 1, 1, S - skip, keys). cond (B, 1 or 2, cond_dim), one vector a stream; level: of
+        cache.levels, where it is kept.
         """
         B, S, D = x.shape
-        m = None if cond is None else self.modulation(cond).chunk(6, dim=-1)  # shift, scale, gate of attention, and of the MLP
+        m = None if cond is None else known(level, index, lambda: modulation(self.modulation, cond, 6))
         heads = lambda y: y.unflatten(-1, (-1, D // self.n_heads)).transpose(1, 2)  # (B, S, D) -> (B, H, S, D/H)
         cos, sin = rope
 
@@ -294,25 +265,31 @@ class Transformer(nn.Module):
             raise ValueError(f"positions up to {max(n_past + C, end)}, but the model has seq_len {self.cfg.seq_len}")
         noisy_at = torch.arange(int(start), end, device=x.device) if one_start else start.to(x.device)  # (N,)
         rope = self._rope(torch.cat((torch.arange(n_past, n_past + C, device=x.device), noisy_at)))
-        cond = self._condition(sigma, C) if self.time is not None else None
+        level = None
+        if self.time is not None and cache is not None and (sigma is None or sigma.numel() == 1 and sigma.is_cpu):
+            level = cache.levels.setdefault((0.0 if sigma is None else float(sigma), C > 0), {})  # one for all rows, known to the host
+        cond = known(level, "cond", lambda: self._condition(sigma, C)) if self.time is not None else None
 
         one_block = isinstance(block_size, int) and C == 0 and one_start and (end - 1) // block_size == int(start) // block_size
-        mask = self._pieces(x, block_size, C, N, int(start)) if cache is None and one_start else None
-        if mask is None and not (
-            one_block and n_past <= (end - 1) // block_size * block_size
-        ):  # else: one block, all it reads lies before it
-            mask = self._added(x, attention_mask(block_size, n_past, C, N, noisy_at, self.cfg.clean_causal, x.device))
+        if one_block and n_past <= (end - 1) // block_size * block_size:
+            mask = None  # one block, and all it reads lies before it
+        elif cache is None and one_start and C == end:
+            mask = training_mask(x, self.cfg.n_heads, block_size, C, N, int(start), self.cfg.clean_causal)
+        else:
+            mask = added(x, attention_mask(block_size, n_past, C, N, noisy_at, self.cfg.clean_causal, x.device))
 
         per_token = sigma is not None and sigma.dim() == 2
         assert ask is None or not per_token, "ask is for one noise level a row"
         ask = None if ask is None else ask.nonzero(as_tuple=True)
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1  # nobody reads its clean outputs, only keys and values
-            x = layer(x, C, C * last, rope, mask, cond, cache, i, ask if last else None)
+            x = layer(x, C, C * last, rope, mask, cond, cache, i, ask if last else None, level)
         if cache is not None:
             cache.length += C
-        m = self.modulation(cond[:, -N if per_token else -1 :]).chunk(2, dim=-1) if cond is not None else (None, None)
-        m = m if ask is None or cond is None else [each(z, ask) for z in m]
+        m = []
+        if cond is not None:
+            m = known(level, "head", lambda: modulation(self.modulation, cond[:, -N if per_token else -1 :], 2))
+            m = m if ask is None else [each(z, ask) for z in m]
         out = self._say(x, readout, *m)
         return out if ask is None else out[:, 0]
 
@@ -338,7 +315,7 @@ class Transformer(nn.Module):
         if C:
             x = self._read(clean)
             rope = self._rope(torch.arange(n_past, n_past + C, device=x.device))
-            mask = self._added(x, attention_mask(1, n_past, C, 0, 0, device=x.device))
+            mask = added(x, attention_mask(1, n_past, C, 0, 0, device=x.device))
             for i, layer in enumerate(self.layers):
                 x = layer(x, C, 0, rope, mask, None, cache, i)
             if cache is not None:
@@ -350,34 +327,12 @@ class Transformer(nn.Module):
         out = out[:, start - 1 : start - 1 + N] if N else out[:, :0]
         return self._say(out if ask is None else out[ask], readout)
 
-    def _say(self, x, readout, shift=None, scale=None):
+    def _say(self, x, readout, shift=None, stretch=None):
         """The head: a norm and the logits, in float32 or better: a bfloat16 logit keeps 3 digits, and the uniform bound needs 7."""
         with torch.autocast(x.device.type, enabled=False):
             x = F.layer_norm(precise(x), x.shape[-1:], precise(self.norm.weight))
-            x = x if shift is None else modulate(x, precise(shift), precise(scale))
+            x = x if shift is None else modulate(x, precise(shift), precise(stretch))
             return (readout or F.linear)(x, precise(self.head.weight), precise(self.head.bias))
-
-    def _pieces(self, x, block_size, C, N, start):
-        """
-        A training pass, clean 0..C-1 and noisy start..C-1, as [(clean tokens, noisy tokens, mask)] of pieces of PIECE or more positions,
-        whole blocks each, or None. A piece reads itself and the clean tokens before it, as a step of generation does: of T clean and T
-        noisy tokens T^2 + 3 T PIECE pairs are scored, not 4 T^2. Not measured on a GPU, and not done there.
-        """
-        unit = block_size if isinstance(block_size, int) else math.lcm(*block_size.unique().tolist())
-        step, pieces = -(-max(PIECE, C // 32) // unit) * unit, []
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or C != start + N or C <= step:
-            return None
-        for lo in range(0, C, step):
-            hi = min(lo + step, C)
-            first = min(max(lo, start), hi)
-            mask = attention_mask(block_size, lo, hi - lo, hi - first, first, self.cfg.clean_causal, x.device)
-            pieces.append((hi - lo, hi - first, self._added(x, mask)))
-        return pieces
-
-    def _added(self, x, mask):
-        """(B, S, K) booleans as what is added to the scores, (B, 1, S, K): SDPA would convert them again in every layer."""
-        mask = mask[:, None]
-        return torch.zeros(mask.shape, device=mask.device, dtype=self._dtype(x)).masked_fill_(~mask, -math.inf)
 
     def _read(self, tokens):
         """The vectors of ids (B, N), or of soft tokens: weights @ embeddings, in full precision."""
@@ -409,6 +364,3 @@ class Transformer(nn.Module):
         frequency = torch.exp(-math.log(10000) * torch.arange(128, device=sigma.device) / 128)
         angle = precise(streams)[..., None] * frequency  # (B, 1 or 2, 128)
         return F.silu(self.time(torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.embed.weight)))
-
-    def _dtype(self, x):
-        return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype

@@ -45,8 +45,8 @@ def save(figure, path, dpi=80):
 
 
 def attention(path, n=8, block_sizes=(1, 4, 8)):
-    """model.attention_mask itself, of n clean and n noisy tokens: rows ask, columns are read."""
-    from model import attention_mask
+    """attention.attention_mask itself, of n clean and n noisy tokens: rows ask, columns are read."""
+    from attention import attention_mask
 
     plt = pyplot()
     names = {1: "block size 1: autoregressive", n: f"block size {n} = seq_len: plain diffusion"}

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import attention
 import checkpoint
 import duo
 import machine
@@ -303,9 +304,11 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
     owed = state is not None and state["owed"]  # a checkpoint and its validation
     state = None  # its tensors would be held twice
     rows = cfg.batch_size * cfg.accumulation * world
-    attention = "SDPA in pieces" if device.type == "cpu" and not cfg.compile else "dense SDPA"
+    way, why = attention.path(device, dtype, cfg.d_model // cfg.n_heads, 2 * cfg.seq_len)
+    if cfg.compile and device.type == "cpu":
+        way, why = "dense SDPA", "compiled"
     by = f"{world} process" if world == 1 else f"{world} processes by {'FSDP' if cfg.fsdp else 'DDP'}"
-    say(f"{device} ({why_device}), {by}, {str(dtype)[6:]} ({why_dtype}), attention: {attention}, {runs_on(device)}")
+    say(f"{device} ({why_device}), {by}, {str(dtype)[6:]} ({why_dtype}), attention: {way} ({why}), {runs_on(device)}")
     say(f"{n_params:,} parameters, {rows * cfg.seq_len:,} tokens a step, {cfg.process}, block sizes {cfg.block_sizes}")
     if cfg.process == "duo" and loss_at is curriculum:
         say(f"soft tokens for {cfg.curriculum} of {cfg.max_steps} steps: the loss printed then is not a bound")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import attention
 import diffusion as d
 import model as m
 from generate import generate
@@ -264,10 +265,12 @@ def test_attention_in_pieces_is_the_dense_one(monkeypatch, sizes, start, causal,
     net = small(clean_causal=causal, time_conditioning=timed).double()
     clean, noisy = torch.randint(11, (3, 24)), torch.randint(11, (3, 24 - start))
     b, sigma = (sizes if isinstance(sizes, int) else torch.tensor(sizes)), torch.tensor([0.1, 1.0, 3.0]).double()
-    found, seen, attention = [], [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(m.F, "scaled_dot_product_attention", lambda q, *a, **k: seen.append(q.size(2)) or attention(q, *a, **k))
+    found, seen, dense_attention = [], [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention.F, "scaled_dot_product_attention", lambda q, *a, **k: seen.append(q.size(2)) or dense_attention(q, *a, **k)
+    )
     for size in (1000, piece):
-        monkeypatch.setattr(m, "PIECE", size)
+        monkeypatch.setattr(attention, "PIECE", size)
         seen.clear()
         logits = net(clean, noisy, b, start=start, sigma=sigma)
         net.zero_grad()
@@ -282,5 +285,5 @@ def test_attention_in_pieces_is_the_dense_one(monkeypatch, sizes, start, causal,
 @pytest.mark.parametrize("name", BLOCKDIT)
 @torch.no_grad()
 def test_golden_training_in_pieces(monkeypatch, name):
-    monkeypatch.setattr(m, "PIECE", 8)
+    monkeypatch.setattr(attention, "PIECE", 8)
     test_golden_training_at_every_block_size(name)

@@ -1,0 +1,104 @@
+"""
+Why believe attention.py? The rule is drawn by brute force in tests/test_model.py; here the ways to compute it are compared with dense
+attention. FlexAttention runs as plain PyTorch on a CPU, forwards only: what a GPU makes of it is not tested here.
+"""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
+
+import attention
+import model as m
+
+SIZES = [(4, 0, True), (8, 0, False), (1, 5, True), ([1, 4, 8], 8, True), ([2, 4, 4], 0, True), (6, 12, True)]
+
+
+def small(causal=True, timed=True):
+    torch.manual_seed(0)
+    net = m.Transformer(m.ModelConfig(11, 24, n_layers=3, n_heads=2, d_model=32, cond_dim=16, clean_causal=causal, time_conditioning=timed))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.3)
+    return net.double()
+
+
+@pytest.fixture
+def in_blocks(monkeypatch):
+    """FlexAttention without a compiler, which would look for a GPU."""
+    monkeypatch.setattr(attention, "path", lambda *a: ("FlexAttention", "as asked"))
+    monkeypatch.setattr(attention, "compiled", lambda: (flex_attention, create_block_mask))
+
+
+@pytest.mark.parametrize("sizes, start, causal", SIZES)
+@torch.no_grad()
+def test_attention_in_blocks_is_the_dense_one(monkeypatch, in_blocks, sizes, start, causal):
+    """The rule is attention_mask, for all queries and for the noisy ones; the network's logits are those of dense attention."""
+    b, net = (sizes if isinstance(sizes, int) else torch.tensor(sizes)), small(causal)
+    made = attention.blocks(b, 3, 24, 24 - start, start, causal, torch.device("cpu"))
+    mask = attention.attention_mask(b, 0, 24, 24 - start, start, causal).expand(3, -1, -1)
+    for blocks, want in ((made.all, mask), (made.noisy, mask[:, 24:])):
+        assert torch.equal(create_mask(blocks.mask_mod, 3, 1, *want.shape[1:], device="cpu")[:, 0], want)
+    clean, noisy, sigma = torch.randint(11, (3, 24)), torch.randint(11, (3, 24 - start)), torch.tensor([0.1, 1.0, 3.0]).double()
+    seen = []
+    monkeypatch.setattr(attention, "flex_attention", lambda *a, **k: seen.append(1))  # that of a compiled network: not asked
+    logits = net(clean, noisy, b, start=start, sigma=sigma)
+    monkeypatch.undo()
+    monkeypatch.setattr(attention, "PIECE", 1000)
+    assert (logits - net(clean, noisy, b, start=start, sigma=sigma)).abs().max() < 1e-11 and not seen
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@torch.no_grad()
+def test_another_mixture_of_block_sizes_compiles_nothing_anew(monkeypatch, in_blocks, whole):
+    """Attention compiled alone, as it is by default, or within the network (--compile)."""
+    torch._dynamo.reset()
+    net, counts = small(), [CompileCounterWithBackend("eager") for _ in range(3)]
+    parts = tuple(torch.compile(f, backend=c) for f, c in zip((flex_attention, create_block_mask), counts, strict=False))
+    monkeypatch.setattr(attention, "compiled", lambda: parts)
+    run = torch.compile(net, backend=counts[2]) if whole else net
+    clean, noisy, sigma = torch.randint(11, (3, 24)), torch.randint(11, (3, 24)), torch.tensor([0.1, 1.0, 3.0]).double()
+    found, frames = [], []
+    for sizes in ([1, 4, 8], [8, 2, 2], [24, 1, 1]):
+        found.append(run(clean, noisy, torch.tensor(sizes), sigma=sigma))
+        frames.append(sum(c.frame_count for c in counts))
+    assert frames[0] == frames[-1] > 0, frames
+    monkeypatch.undo()
+    monkeypatch.setattr(attention, "PIECE", 1000)
+    for sizes, logits in zip(([1, 4, 8], [8, 2, 2], [24, 1, 1]), found, strict=True):
+        assert (logits - net(clean, noisy, torch.tensor(sizes), sigma=sigma)).abs().max() < 1e-11
+
+
+def test_what_runs_where_and_why(monkeypatch):
+    cuda, key = torch.device("cuda", 0), (torch.bfloat16, 64)
+    assert (
+        attention.path(torch.device("cpu"), *key, 4096)[0] == "SDPA in pieces"
+        and attention.path(torch.device("mps"), *key, 4096)[0] == "dense SDPA"
+    )
+    assert attention.path(cuda, *key, 256)[0] == "dense SDPA" and not attention.TRIED, "a short pass compiles nothing"
+
+    def fails(*a):
+        raise RuntimeError("no compiler\nand more")
+
+    for tried, way, why in (
+        (fails, "dense SDPA", "failed: RuntimeError: no compiler"),
+        (lambda *a: True, "dense SDPA", "gave something else in its first call"),
+        (lambda *a: False, "FlexAttention", "compiled"),
+    ):
+        monkeypatch.setattr(attention, "TRIED", {})
+        monkeypatch.setattr(attention, "try_out", tried)
+        found = attention.path(cuda, *key, 4096)
+        assert found[0] == way and found[1].endswith(why) and attention.path(cuda, *key, 2048) is found
+
+
+def test_the_first_call_sees_a_wrong_kernel(monkeypatch, in_blocks):
+    """On a CPU FlexAttention has no backward: dense attention by the rule's own mask stands in, once right and once not."""
+
+    def stand_in(q, k, v, block_mask):
+        mask = create_mask(block_mask.mask_mod, q.size(0), 1, q.size(2), k.size(2), device="cpu")
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask) * wrong
+
+    monkeypatch.setattr(attention, "compiled", lambda: (stand_in, create_block_mask))
+    for wrong in (1.0, 0.8):
+        for dtype in (torch.float32, torch.bfloat16):
+            with torch.no_grad():  # as a validation might be the first
+                assert attention.try_out(torch.device("cpu"), dtype, 16) == (wrong != 1)
