@@ -53,6 +53,7 @@ def added(x, mask):
 
 
 def dtype_of(x):
+    """What attention computes in, given x or a weight: x's dtype, or autocast's."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 

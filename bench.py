@@ -1,7 +1,7 @@
 """
 How fast is it, and than what? Ours against the textbook form (textbook.py) with the same weights, interleaved in one run.
 
-    python bench.py                                   training and sampling, networks of 1M to 30M parameters: 20 minutes on 2 cores
+    python bench.py                                   training and sampling, networks of 1M to 30M parameters: 25 minutes on 2 cores
     python bench.py --sizes 4M --sample [--json FILE] some of it
     python bench.py --duo                             Duo's soft tokens at vocabularies of 128, 50,000 and 250,000
     python bench.py --growth 8192 --plot docs/speed.png    how the cost of training and of generating grows with the length
@@ -44,7 +44,7 @@ class BenchConfig:
     kernels: bool = False  # losses and draws at GPT-2's vocabulary: time, bandwidth, memory
     rows: int = 0  # of logits, for --kernels; 0: 32768 on a GPU, 256 on a CPU
     json: str = ""  # also write the table here
-    repeats: int = 5  # medians over so many, ours and theirs in turn
+    repeats: int = 3  # medians over so many, ours and theirs in turn
     n_layers: int = 4  # these six are of --sizes custom, --growth and --duo
     d_model: int = 128
     vocab_size: int = 65
@@ -113,11 +113,14 @@ def matmul_job(device):
 def train_flops(size):
     """
     Of a step's products, forward and twice that backward: 12 D^2 weights a layer for clean and noisy tokens (of the last layer's clean
-    ones keys and values), the head for noisy ones, 4 D operations for each pair of the T^2 + T b that attention may read.
+    ones keys and values), the head for noisy ones, 4 D operations for each pair of the T^2 + T b that attention may read. A block as
+    long as the text has no clean stream.
     """
-    D, (B, T) = size.d_model, size.train
-    layers = 24 * D * D * 2 * T * size.n_layers - 20 * D * D * T
-    return 3 * B * (layers + 2 * D * size.V * T + 4 * D * size.n_layers * (T * T + T * size.block_size))
+    D, (B, T), n = size.d_model, size.train, size.n_layers
+    layers, pairs = (
+        (24 * D * D * T * (2 * n) - 20 * D * D * T, T * T + T * size.block_size) if T > size.block_size else (24 * D * D * T * n, T * T)
+    )
+    return 3 * B * (layers + 2 * D * size.V * T + 4 * D * n * pairs)
 
 
 def job_pair(size, process, device, what, batch):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from attention import dtype_of
 from diffusion import loglinear, sigma_for
 from draws import Noise, sample, sharpen
 from guided import agreement, arpc, edlm, speculation
@@ -261,7 +262,7 @@ def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=Non
     rows, known = torch.arange(B), first.clone()  # rows still in the batch, and how far each is written (on the CPU: no syncs)
     done = first >= end
     counts = {"nfe": 0, "nfe_rows": torch.zeros(B, dtype=torch.long), "token_forwards": 0}
-    cache = KVCache(cfg, B, W + 2 * block_size, device, model.embed.weight.dtype) if use_cache else None
+    cache = KVCache(cfg, B, W + 2 * block_size, device, dtype_of(model.embed.weight)) if use_cache else None
 
     def state(span, step, finished=False):
         now = (counts["nfe"], counts["nfe_rows"].clone(), counts["token_forwards"])

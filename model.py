@@ -288,7 +288,8 @@ class Transformer(nn.Module):
             cache.length += C
         m = []
         if cond is not None:
-            m = known(level, "head", lambda: modulation(self.modulation, cond[:, -N if per_token else -1 :], 2))
+            wide = lambda c: precise(self.modulation(c))
+            m = known(level, "head", lambda: modulation(wide, cond[:, -N if per_token else -1 :], 2))
             m = m if ask is None else [each(z, ask) for z in m]
         out = self._say(x, readout, *m)
         return out if ask is None else out[:, 0]
@@ -331,7 +332,7 @@ class Transformer(nn.Module):
         """The head: a norm and the logits, in float32 or better: a bfloat16 logit keeps 3 digits, and the uniform bound needs 7."""
         with torch.autocast(x.device.type, enabled=False):
             x = F.layer_norm(precise(x), x.shape[-1:], precise(self.norm.weight))
-            x = x if shift is None else modulate(x, precise(shift), precise(stretch))
+            x = x if shift is None else modulate(x, shift, stretch)
             return (readout or F.linear)(x, precise(self.head.weight), precise(self.head.bias))
 
     def _read(self, tokens):

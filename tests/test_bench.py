@@ -55,15 +55,15 @@ def test_the_growing_cache_is_a_cache(kind):
 @pytest.mark.parametrize("sampler", ["ancestral", "arpc"])
 @pytest.mark.parametrize("kind", ["masked", "uniform"])
 def test_both_samplers_draw_the_same_distribution(kind, sampler):
-    """Two blocks of two tokens, two steps each; ARPC's first block by AR."""
+    """Two blocks of two tokens, three steps each; ARPC's first block by AR."""
     V = V3
     process = d.Masked(V + 1, V) if kind == "masked" else d.Uniform(V, "denoiser", ar_token=V)
     model, N = net(process, time_conditioning=True), 20_000
     model.head.weight.data *= 0.3  # so that nothing is nearly certain
     model.head.bias.data *= 0.3
-    theirs = textbook.generate(model, process, N, 4, 2, 2, guided=sampler == "arpc")
+    theirs = textbook.generate(model, process, N, 4, 2, 3, guided=sampler == "arpc")
     how = {"sampler": SAMPLERS[sampler], "ar_tokens": 2 if sampler == "arpc" else 0}
-    ours = last(generate(model, process, [()] * N, block_size=2, max_new_tokens=4, **how)).x
+    ours = last(generate(model, process, [()] * N, block_size=2, steps=3, max_new_tokens=4, **how)).x
     a, b = (code(x, V).bincount(minlength=V**4).double() for x in (theirs, ours))
     both = (a + b) / 2
     assert chi_squared(both + (a - b) / 2**0.5, both / N) > P_VALUE, "Pearson's sum of two samples, (a - b)^2 / (a + b)"

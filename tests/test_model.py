@@ -227,6 +227,21 @@ def test_several_readings_of_a_block_share_a_pass(timed, cached):
     assert (other[:, 4:] - apart[1]).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_the_head_keeps_its_digits_under_bfloat16():
+    """A stretch of 1.001 is 1 in bfloat16; logits are float32, and what scales them."""
+    net, x = small(time_conditioning=True), torch.randint(11, (2, 8))
+    for p in (net.modulation.weight, net.modulation.bias, net.head.bias):
+        torch.nn.init.zeros_(p)
+    found = []
+    for stretch in (0.0, 2.0**-10):  # both have their bfloat16
+        net.modulation.bias[32:] = stretch
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(net(None, x, 8, sigma=torch.ones(2)))
+    before, after = found
+    assert after.dtype == torch.float32 and torch.allclose(after, before * (1 + 2.0**-10), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["plain", "timed", "one level", "next_token"])
 @pytest.mark.parametrize("rows", [None, [0, 3], [2]])
 @torch.no_grad()
