@@ -133,11 +133,11 @@ def blocks(block_size, B, C, N, start, clean_causal, device):
     The rule as a function of two places in [clean | noisy], for FlexAttention. Block sizes are data, one a row, and so is `start`: another
     mixture compiles nothing anew.
     """
-    size = torch.as_tensor(block_size, device=device).expand(B)
-    shift = torch.tensor(start - C, device=device)
+    size = torch.as_tensor(block_size, device=device).expand(B).contiguous()
+    shift = torch.full((B,), start - C, device=device)
 
     def rule(row, head, ask, key):
-        q, k = torch.where(ask < C, ask, ask + shift), torch.where(key < C, key, key + shift)  # positions
+        q, k = torch.where(ask < C, ask, ask + shift[row]), torch.where(key < C, key, key + shift[row])  # positions
         own, at = q // size[row], k // size[row]
         clean = k <= q if clean_causal else at <= own
         return torch.where(ask < C, (key < C) & clean, torch.where(key < C, at < own, at == own))
