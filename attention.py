@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 def attention_mask(block_size, n_past, n_clean, n_noisy, start, clean_causal=True, device=None):
     """
-    The rule above as a (B or 1, S, n_past + S) bool tensor, True where a query (row) may read a key (column).
+    The rule of model.py as a (B or 1, S, n_past + S) bool tensor, True where a query (row) may read a key (column).
     Keys: clean 0..n_past+C-1, then noisy start..start+N-1; queries the same without the n_past cached ones.
     With block_size 2 and four positions, input [clean | noisy]:
 
@@ -125,6 +125,8 @@ class Blocks(NamedTuple):
 
 @functools.cache
 def compiled():
+    """flex_attention and create_block_mask. Each kind of pass is a variant: training, validation, prompts, ..."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # beyond it all pairs are scored, without a word
     return torch.compile(flex_attention), torch.compile(create_block_mask)
 
 
@@ -134,16 +136,17 @@ def blocks(block_size, B, C, N, start, clean_causal, device):
     mixture compiles nothing anew.
     """
     size = torch.as_tensor(block_size, device=device).expand(B).contiguous()
-    shift = torch.full((B,), start - C, device=device)
+    edge, shift = (torch.full((B,), n, device=device) for n in (C, start - C))
 
     def rule(row, head, ask, key):
-        q, k = torch.where(ask < C, ask, ask + shift[row]), torch.where(key < C, key, key + shift[row])  # positions
+        first = edge[row]  # where the noisy stream begins
+        q, k = torch.where(ask < first, ask, ask + shift[row]), torch.where(key < first, key, key + shift[row])  # positions
         own, at = q // size[row], k // size[row]
         clean = k <= q if clean_causal else at <= own
-        return torch.where(ask < C, (key < C) & clean, torch.where(key < C, at < own, at == own))
+        return torch.where(ask < first, (key < first) & clean, torch.where(key < first, at < own, at == own))
 
     make = create_block_mask if torch.compiler.is_compiling() else compiled()[1]
-    noisy = make(lambda row, head, ask, key: rule(row, head, ask + C, key), B, None, N, C + N, device)
+    noisy = make(lambda row, head, ask, key: rule(row, head, ask + edge[row], key), B, None, N, C + N, device)
     return Blocks(make(rule, B, None, C + N, C + N, device), noisy)
 
 
@@ -152,9 +155,10 @@ def try_out(device, dtype, width):
     """Whether FlexAttention and dense attention differ on a few numbers: what comes out, and its gradients."""
     B, C, size = 2, 256, torch.tensor([1, 16], device=device)
     *inputs, slope = torch.randn(4, B, 2, 2 * C, width, generator=torch.Generator().manual_seed(0)).to(device).unbind()
-    dense = added(slope, attention_mask(size, 0, C, C, 0, device=device))
     found = []
-    with torch.autocast(device.type, enabled=False):
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        inputs, slope = [x.clone() for x in inputs], slope.clone()  # no inference tensors
+        dense = added(slope, attention_mask(size, 0, C, C, 0, device=device))
         for mask, kind in ((blocks(size, B, C, C, 0, True, device), dtype), (dense, torch.float32)):
             for skip in (0, C):
                 q, k, v = (x.to(kind).requires_grad_() for x in inputs)

@@ -67,6 +67,7 @@ class Size:
     train: tuple
     sample: tuple
     block_size: int = 16
+    n_heads: int = 4
 
 
 SIZES = {
@@ -75,7 +76,7 @@ SIZES = {
     "4M": Size(4, 256, 128, (16, 128), ([8], 128)),  # the size of PUBLIC
     "10M": Size(6, 384, 128, (16, 128), ([8], 128)),
     "30M": Size(4, 256, 50_258, (4, 256), ([8], 128)),  # that of PUBLIC with GPT-2's vocabulary
-    "170M": Size(12, 768, 50_258, (16, 1024), ([1, 64], 256)),  # the published networks, on a GPU
+    "170M": Size(12, 768, 50_258, (16, 1024), ([1, 64], 256), n_heads=12),  # the published networks, on a GPU
 }
 # Milliseconds of the papers' public code on 2 quiet cores of the kind this was written on, float32, no compilation, where MATMUL takes
 # PUBLIC_MATMUL: 16 x 128 or 4 x 256 tokens a step, 8 x 128 tokens of text in 16 steps a block. Measured once; no command here repeats it.
@@ -110,17 +111,17 @@ def matmul_job(device):
     return 2 * n**3, lambda: a @ a
 
 
-def train_flops(size):
+def train_flops(size, name):
     """
     Of a step's products, forward and twice that backward: 12 D^2 weights a layer for clean and noisy tokens (of the last layer's clean
-    ones keys and values), the head for noisy ones, 4 D operations for each pair of the T^2 + T b that attention may read. A block as
-    long as the text has no clean stream.
+    ones keys and values), the head for noisy ones (masked noise: for masks, half of them), 4 D operations for each pair of the T^2 + T b
+    that attention may read. A block as long as the text has no clean stream.
     """
     D, (B, T), n = size.d_model, size.train, size.n_layers
     layers, pairs = (
         (24 * D * D * T * (2 * n) - 20 * D * D * T, T * T + T * size.block_size) if T > size.block_size else (24 * D * D * T * n, T * T)
     )
-    return 3 * B * (layers + 2 * D * size.V * T + 4 * D * n * pairs)
+    return 3 * B * (layers + 2 * D * size.V * T / (1 + (name == "masked")) + 4 * D * n * pairs)
 
 
 def job_pair(size, process, device, what, batch):
@@ -128,7 +129,7 @@ def job_pair(size, process, device, what, batch):
     torch.manual_seed(0)
     b = size.block_size
     T = size.train[1] if what == "train" else size.sample[1]
-    model = Transformer(ModelConfig(process.vocab_size, T, size.n_layers, 4, size.d_model, time_conditioning=True)).to(device)
+    model = Transformer(ModelConfig(process.vocab_size, T, size.n_layers, size.n_heads, size.d_model, time_conditioning=True)).to(device)
     for m in [model.head, model.modulation] + [layer.modulation for layer in model.layers]:
         torch.nn.init.normal_(m.weight, std=0.02)  # nothing is multiplied by zero
     fast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -188,7 +189,7 @@ def table(cfg, device, sizes, whats):
     """The rows of train and sample, printed as they come."""
     rows = []
     for label, size in sizes.items():
-        model = Transformer(ModelConfig(size.V, 16, size.n_layers, 4, size.d_model, time_conditioning=True))
+        model = Transformer(ModelConfig(size.V, 16, size.n_layers, size.n_heads, size.d_model, time_conditioning=True))
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{label}: {millions:.2f}M parameters, {size.n_layers} layers, d {size.d_model}, V {size.V}, block {size.block_size}")
         jobs = [("train", size.train[0], size.train[1])] + [(w, B, size.sample[1]) for w in ("ancestral", "arpc") for B in size.sample[0]]
@@ -202,7 +203,7 @@ def table(cfg, device, sizes, whats):
                 text = "  ".join(f"{k} {median[k]:8.1f} [{min(ms[k]):.1f}, {max(ms[k]):.1f}]" for k in ("ours", "textbook"))
                 text = f"  {what:>9} {name:>7} {B:>3} x {T:<4} {text} ms  {row['ratio']:5.2f} x  {row['tokens_per_s']:9,.0f} tokens/s"
                 if what == "train":
-                    rate = train_flops(size) / median["ours"] * median["matmul"] / flops
+                    rate = train_flops(size, name) / median["ours"] * median["matmul"] / flops
                     mb = {
                         who: fresh(peak_of, size, name, what, B, who, str(device), torch.get_num_threads()) for who in ("ours", "textbook")
                     }
@@ -455,7 +456,7 @@ def main():
     print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads; {rate}; {runs_on(device)}")
     rows = []
     if cfg.train or cfg.sample:
-        print(f"median [min, max] of {cfg.repeats}; adaLN on; {'bfloat16' if device.type == 'cuda' else 'float32'}; 16 steps a block")
+        print(f"median [min, max] of {cfg.repeats}; adaLN on; {'bfloat16' if device.type == 'cuda' else 'float32'}; a step a token")
         whats = ["train"] * cfg.train + ["ancestral", "arpc"] * cfg.sample
         rows += table(cfg, device, {k: SIZES.get(k, custom) for k in names}, whats)
     rows += duo_table(cfg) if cfg.duo else []

@@ -66,16 +66,16 @@ def _reverse_step(process, logits, xt, alpha_t, alpha_s, temperature, top_p, noi
     """posterior_sample of both processes: draws.sample does it, whatever the noise."""
     a_t, a_s, key = _column(alpha_t, xt).expand(xt.shape), _column(alpha_s, xt), (noise or Noise.like(xt)).keys()
     mixture = torch.stack([x.expand(xt.shape) for x in process.mixture(xt, a_t, a_s)], -1)
-    token, asked = xt, torch.ones_like(xt, dtype=torch.bool)
+    some = lambda y: y.flatten(0, 1)  # the tokens that are drawn, all of them
     if callable(logits):
-        token, asked = settle(key.flatten(), xt.flatten(), mixture.flatten(0, 1), process.vocab_size)[:2]
-        asked = asked.view_as(xt) if where is None else asked.view_as(xt) & where
-        logits = logits(asked)
-    x, a = xt[asked], a_t[asked]
+        token, asked = (y.view_as(xt) for y in settle(key.flatten(), xt.flatten(), mixture.flatten(0, 1), process.vocab_size)[:2])
+        asked = asked if where is None else asked & where
+        logits, some = logits(asked), lambda y: y[asked]
     plain = 0 < temperature < math.inf and top_p == 1
     how = {"temperature": temperature} if plain else {"transform": lambda z: sharpen(z, temperature, top_p)}
-    drawn = sample(logits.flatten(0, -2), key[asked], xt=x, mixture=mixture[asked], **process.edit(x, a), **how).token
-    token = token.view_as(xt).masked_scatter(asked, drawn)
+    x = some(xt)
+    drawn = sample(logits.flatten(0, -2), some(key), xt=x, mixture=some(mixture), **process.edit(x, some(a_t)), **how).token
+    token = token.masked_scatter(asked, drawn) if len(drawn) < xt.numel() else drawn.view_as(xt)
     return token if where is None else torch.where(where, token, xt)
 
 

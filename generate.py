@@ -125,6 +125,8 @@ class Block:
         logits: of predict, where the sampler has them anyway.
         """
         where = self.open & self.live[:, None] if where is None else where & self.open & self.live[:, None]
+        if logits is None and self.model.timeless and self.process.mask_id is None:
+            logits = self.predict(alpha)  # tokens may be redrawn for long without a change, and what was said of them holds
 
         def ask(asked):
             if not asked.any():
@@ -262,7 +264,8 @@ def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=Non
     rows, known = torch.arange(B), first.clone()  # rows still in the batch, and how far each is written (on the CPU: no syncs)
     done = first >= end
     counts = {"nfe": 0, "nfe_rows": torch.zeros(B, dtype=torch.long), "token_forwards": 0}
-    cache = KVCache(cfg, B, W + 2 * block_size, device, dtype_of(model.embed.weight)) if use_cache else None
+    weight = model.embed.weight
+    cache = KVCache(cfg, B, W + 2 * block_size, device, dtype_of(weight), weight.dtype) if use_cache else None
 
     def state(span, step, finished=False):
         now = (counts["nfe"], counts["nfe_rows"].clone(), counts["token_forwards"])

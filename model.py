@@ -67,11 +67,11 @@ class KVCache:
     With rows (R',), indices, the next forwards are of these rows of the B only; what they commit is of use to them alone.
     """
 
-    def __init__(self, cfg, batch_size, max_len=None, device=None, dtype=torch.float32):
+    def __init__(self, cfg, batch_size, max_len=None, device=None, dtype=torch.float32, out_dtype=None):
         shape = (cfg.n_layers, batch_size, cfg.n_heads, max_len or 2 * cfg.seq_len, cfg.d_model // cfg.n_heads)
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
         # what the last layer made of each clean token: for a next-token network, the prediction of the one behind it
-        self.out = torch.zeros(batch_size, shape[3] if cfg.next_token else 0, cfg.d_model, device=device, dtype=dtype)
+        self.out = torch.zeros(batch_size, shape[3] if cfg.next_token else 0, cfg.d_model, device=device, dtype=out_dtype or dtype)
         self.length, self.rows = 0, None
         self.levels = {}  # what adaLN makes of a noise level, of all layers: a block after the other goes through the same ones
 
@@ -114,7 +114,7 @@ def linear(x, layer, gelu=False, rows=slice(None)):
     """
     weight, bias = layer.weight[rows], None if layer.bias is None else layer.bias[rows]
     plain = x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-    if plain and hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # PyTorch's own, for compiled graphs; not in every build
+    if plain and not torch.compiler.is_compiling() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # private, not in every build
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
     y = F.linear(x, weight, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
@@ -194,11 +194,12 @@ class Layer(nn.Module):
             q, k = rotate(qk, cos, sin).chunk(2, dim=1)
         if cache is not None:
             k, v = (y.to(q.dtype) for y in cache.extend(index, k, v))
-        if cache is not None and cache.rows is not None:  # attention of all rows is cheaper than a copy of some rows' keys and values
-            everyone = q.new_zeros(k.size(0), *q.shape[1:]).index_copy(0, cache.rows, q)
-            y = attend(everyone, k, v, mask, skip)[cache.rows]
+        rows = None if cache is None else cache.rows
+        if rows is not None and 4 * len(rows) > len(k):  # attention of all rows is cheaper than a copy of many rows' keys and values
+            everyone = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, rows, q)
+            y = attend(everyone, k, v, mask, skip)[rows]
         else:
-            y = attend(q, k, v, mask, skip)
+            y = attend(q, *((k, v) if rows is None else (k[rows], v[rows])), mask, skip)
         x, y, n_clean = x[:, skip:] if skip else x, y.transpose(1, 2).flatten(2), n_clean - skip
         if ask is not None:  # from here on a token is on its own
             x, y = x[ask][:, None], y[ask][:, None]
@@ -267,6 +268,8 @@ class Transformer(nn.Module):
         rope = self._rope(torch.cat((torch.arange(n_past, n_past + C, device=x.device), noisy_at)))
         level = None
         if self.time is not None and cache is not None and (sigma is None or sigma.numel() == 1 and sigma.is_cpu):
+            if len(cache.levels) > 64:  # each is as large as a token's keys and values; a sampler without a grid never meets one again
+                cache.levels.clear()
             level = cache.levels.setdefault((0.0 if sigma is None else float(sigma), C > 0), {})  # one for all rows, known to the host
         cond = known(level, "cond", lambda: self._condition(sigma, C)) if self.time is not None else None
 
@@ -312,7 +315,8 @@ class Transformer(nn.Module):
         C = 0 if clean is None else clean.size(1)
         if max(n_past + C, start + N) > self.cfg.seq_len:
             raise ValueError(f"positions up to {max(n_past + C, start + N)}, but the model has seq_len {self.cfg.seq_len}")
-        out = cache.out[:, :n_past] if cache is not None else None
+        rows = slice(None) if cache is None or cache.rows is None else cache.rows
+        out = cache.out[rows, :n_past] if cache is not None else None
         if C:
             x = self._read(clean)
             rope = self._rope(torch.arange(n_past, n_past + C, device=x.device))
@@ -320,7 +324,6 @@ class Transformer(nn.Module):
             for i, layer in enumerate(self.layers):
                 x = layer(x, C, 0, rope, mask, None, cache, i)
             if cache is not None:
-                rows = slice(None) if cache.rows is None else cache.rows
                 cache.out[rows, n_past : n_past + C] = x
                 out, cache.length = cache.out[rows, : n_past + C], n_past + C
             else:

@@ -58,7 +58,8 @@ def margin(logits):
 def ancestral(block, *, greedy_tail=False):
     """
     x_s ~ q(x_s | x_t, p), the process's own reverse step (MDLM, arXiv 2406.07524; UDLM, 2412.10193; by block BD3-LM, 2503.09573).
-    A masked network that does not see the time is not asked again while nothing has changed (MDLM's prediction cache).
+    Its random numbers come first, and the network is asked only for tokens that depend on it: no pass where no mask lifts, which is what
+    MDLM's prediction cache saves. A uniform network that does not see the time is not asked again while nothing has changed.
 
     greedy_tail: end with the argmax, see `tail`
     """

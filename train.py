@@ -305,8 +305,8 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
     state = None  # its tensors would be held twice
     rows = cfg.batch_size * cfg.accumulation * world
     way, why = attention.path(device, dtype, cfg.d_model // cfg.n_heads, 2 * cfg.seq_len)
-    if cfg.compile and device.type == "cpu":
-        way, why = "dense SDPA", "compiled"
+    if cfg.next_token or cfg.compile and device.type == "cpu":
+        way, why = "dense SDPA", "one stream" if cfg.next_token else "compiled"
     by = f"{world} process" if world == 1 else f"{world} processes by {'FSDP' if cfg.fsdp else 'DDP'}"
     say(f"{device} ({why_device}), {by}, {str(dtype)[6:]} ({why_dtype}), attention: {way} ({why}), {runs_on(device)}")
     say(f"{n_params:,} parameters, {rows * cfg.seq_len:,} tokens a step, {cfg.process}, block sizes {cfg.block_sizes}")

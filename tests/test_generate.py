@@ -170,3 +170,19 @@ def test_greedy_needs_no_luck_and_bad_requests_are_refused():
         last(generate(single, process, [()], block_size=4, ar_tokens=2))
     run = lambda cached: last(generate(single.double(), process, [(0,), (1, 2, 0, 1, 2)], block_size=4, use_cache=cached)).x
     assert torch.equal(run(True), run(False)), "its own block size it serves"
+
+
+def test_a_next_token_network_writes_behind_prompts_of_several_lengths():
+    """Rows that wait are not run, and what the last layer made of the others' tokens is read off the cache."""
+    process = d.Masked(V3 + 1, V3)
+    model = net(process, next_token=True).double()
+    run = lambda **kw: last(generate(model, process, [(1, 2), (1, 2, 0, 1, 2)], block_size=1, ar_tokens=1, max_new_tokens=3, **kw)).x
+    assert torch.equal(run(), run(use_cache=False)) and (run()[0, :5] < V3).all()
+
+
+def test_few_rows_of_many_are_run_alone():
+    """Attention takes a few rows' keys and values out of the cache, or all rows: one text."""
+    process = d.Masked(V3 + 1, V3)
+    model = net(process, time_conditioning=True).double()
+    run = lambda **kw: last(generate(model, process, [()] * 24, block_size=4, steps=40, **kw)).x
+    assert torch.equal(run(), run(use_cache=False))
