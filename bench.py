@@ -78,7 +78,7 @@ SIZES = {
     "30M": Size(4, 256, 50_258, (4, 256), ([8], 128)),  # that of PUBLIC with GPT-2's vocabulary
     "170M": Size(12, 768, 50_258, (16, 1024), ([1, 64], 256), n_heads=12),  # the published networks, on a GPU
 }
-# Milliseconds of the papers' public code on 2 quiet cores of the kind this was written on, float32, no compilation, where MATMUL takes
+# Milliseconds of the papers' public code on 2 quiet cores of the kind this was written on, float32, no compilation, where the matmul takes
 # PUBLIC_MATMUL: 16 x 128 or 4 x 256 tokens a step, 8 x 128 tokens of text in 16 steps a block. Measured once; no command here repeats it.
 PUBLIC_MATMUL = 54
 PUBLIC = {

@@ -41,7 +41,7 @@ class State:
     done: torch.Tensor  # (B,) bool: the row has ended
     nfe: int  # forward passes so far
     nfe_rows: torch.Tensor  # (B,) int64: those that this row needed
-    token_forwards: int  # tokens pushed through the network so far: what a pass really costs
+    token_forwards: int  # tokens pushed through the network so far (its last layer may see fewer)
 
 
 class Block:
@@ -51,7 +51,7 @@ class Block:
 
     x (R, b) int64       its tokens: the prompt's where a prompt ends inside, noise elsewhere. `write` changes it
     open (R, b) bool     positions to generate
-    live (R,) bool       rows that need more passes; a row that the sampler takes out costs nothing more
+    live (R,) bool       rows that need more passes; a row that the sampler takes out is not run again
     alpha                steps + 1 numbers, noise levels from 0 (pure noise) to 1 (clean): the schedule on a linear grid of times
     process, steps, temperature, top_p
     """

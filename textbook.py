@@ -2,7 +2,7 @@
 What would one write first? The two-stream network, its losses and its samplers as the papers spell them out, without one saving.
 
 The weights are those of a model.Transformer, and what comes out is the same (tests/test_bench.py), so that bench.py can say what the
-savings are worth: [x0 | xt] goes through every layer whole, with a dense boolean mask per layer and the head on all 2T tokens; the
+savings are worth: [x0 | xt] goes through every layer whole, with a dense boolean mask and the head on all 2T tokens; the
 loss takes a log-softmax of everything (uniform: r and r_hat over the whole vocabulary); the sampler builds dense float64
 posteriors and a float64 Gumbel for every entry, runs every row at every step, and grows its cache by concatenation.
 """
@@ -21,10 +21,10 @@ def forward(model, clean, noisy, block_size, start=0, sigma=None, cache=None):
     cond = None if model.time is None else model._condition(sigma, C)
     each = lambda m: torch.cat((m[:, :1].expand(-1, C, -1), m[:, -1:].expand(-1, N, -1)), dim=1)  # one vector a stream to one a token
     mask = attention_mask(block_size, n_past, C, N, start, device=device)[:, None]
-    x = model.embed(torch.cat((clean, noisy), 1))
+    x, rope = model.embed(torch.cat((clean, noisy), 1)), model._rope(position)
     for i, layer in enumerate(model.layers):
         m = None if cond is None else [each(y) for y in layer.modulation(cond).chunk(6, dim=-1)]
-        x = layer_forward(layer, x, model._rope(position), mask, m, cache, i)
+        x = layer_forward(layer, x, rope, mask, m, cache, i)
     if cache is not None:
         cache.commit(C)
     x = model.norm(x)

@@ -241,4 +241,4 @@ def test_bench(tmp_path, monkeypatch):
     bench.main()
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert [(r["job"], r["process"]) for r in rows] == [(a, b) for a in ("train", "ancestral", "arpc") for b in ("masked", "uniform")]
-    assert all(r["ratio"] > 0 and r["ours_ms"] > 0 for r in rows) and all(min(r["ours_mb"], r["textbook_mb"]) > 50 for r in rows[:2])
+    assert all(r["ratio"] > 0 and r["ours_ms"] > 0 for r in rows) and all(("ours_mb" in r) == (r["job"] == "train") for r in rows)
