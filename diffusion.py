@@ -66,15 +66,16 @@ def _reverse_step(process, logits, xt, alpha_t, alpha_s, temperature, top_p, noi
     """posterior_sample of both processes: draws.sample does it, whatever the noise."""
     a_t, a_s, key = _column(alpha_t, xt).expand(xt.shape), _column(alpha_s, xt), (noise or Noise.like(xt)).keys()
     mixture = torch.stack([x.expand(xt.shape) for x in process.mixture(xt, a_t, a_s)], -1)
-    some = lambda y: y.flatten(0, 1)  # the tokens that are drawn, all of them
+    some, settled = lambda y: y.flatten(0, 1), None  # the tokens that are drawn, all of them
     if callable(logits):
-        token, asked = (y.view_as(xt) for y in settle(key.flatten(), xt.flatten(), mixture.flatten(0, 1), process.vocab_size)[:2])
-        asked = asked if where is None else asked & where
+        settled = [y.view_as(xt) for y in settle(key.flatten(), xt.flatten(), mixture.flatten(0, 1), process.vocab_size)]
+        token, asked = settled[0], settled[1] if where is None else settled[1] & where
         logits, some = logits(asked), lambda y: y[asked]
+        settled = [some(y) for y in settled]
     plain = 0 < temperature < math.inf and top_p == 1
     how = {"temperature": temperature} if plain else {"transform": lambda z: sharpen(z, temperature, top_p)}
-    x = some(xt)
-    drawn = sample(logits.flatten(0, -2), some(key), xt=x, mixture=some(mixture), **process.edit(x, some(a_t)), **how).token
+    x, how = some(xt), how | process.edit(some(xt), some(a_t)) | {"settled": settled}
+    drawn = sample(logits.flatten(0, -2), some(key), xt=x, mixture=some(mixture), **how).token
     token = token.masked_scatter(asked, drawn) if len(drawn) < xt.numel() else drawn.view_as(xt)
     return token if where is None else torch.where(where, token, xt)
 

@@ -125,7 +125,7 @@ def settle(key, xt, mixture, V):
     return torch.where(renewed, drawn, xt), renewed & (u * (seen + rest) >= fresh) | (u * rest > fresh + stay), u, drawn
 
 
-def sample(logits, key, temperature=1.0, xt=None, mixture=None, shift=None, forbidden=None, stats=False, transform=None):
+def sample(logits, key, temperature=1.0, xt=None, mixture=None, shift=None, forbidden=None, stats=False, transform=None, settled=None):
     """
     An exact draw a row, without (N, V) probabilities: from p = softmax(z / T), or, with x_t and a mixture (seen, rest, fresh, stay),
 
@@ -138,6 +138,7 @@ def sample(logits, key, temperature=1.0, xt=None, mixture=None, shift=None, forb
     logits (N, V) any float dtype. key (N,) int64: a row's draw depends on its key and logits, not on its batch mates or on how it is
     run: Noise.keys. mixture (N, 4) float64. temperature > 0; shift, forbidden: as in uniform_nll, cross_entropy.
     transform   a function of logits (n, V) that takes the temperature's place, greedy or nucleus; always in PyTorch
+    settled     what `settle` said of these rows, where it was asked before
 
     Of a row one reading keeps, for each of 256 lanes, its mass. Exponential clocks with these masses as rates choose a lane, clocks
     with the weights inside choose its member: 256 + V / 256 random numbers of 63 bits instead of V. With 32-bit numbers the tail
@@ -156,13 +157,13 @@ def sample(logits, key, temperature=1.0, xt=None, mixture=None, shift=None, forb
     add = -full(shift, N, device, torch.float32, 0.0) if forbidden is None else torch.full((N,), -math.inf, device=device)
     assert shift is None or forbidden is None, "masked noise has a forbidden id, uniform noise a shift"
     args = logits, key, xt, mixture.contiguous(), edit, add, temperature, stats
-    return Draw(*(sample_triton(*args) if fused(logits) and transform is None else sample_pytorch(*args, transform)))
+    return Draw(*(sample_triton(*args) if fused(logits) and transform is None else sample_pytorch(*args, transform, settled)))
 
 
-def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, transform=None):
+def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, transform=None, settled=None):
     """In PyTorch: only rows whose token, or stats, need it are read."""
     (N, V), device = logits.shape, logits.device
-    token, asked, u, drawn = settle(key, xt, mixture, V)
+    token, asked, u, drawn = settled or settle(key, xt, mixture, V)
     rows = torch.arange(N, device=device) if stats else asked.nonzero()[:, 0]
     if len(rows) == 0:
         return token, *(torch.empty(4, 0, device=device) if stats else [None] * 4)
@@ -204,10 +205,11 @@ def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, tran
     L, tiles = mass.size(1), -(-V // (8 * LANES))
     lane, member = torch.arange(L, device=device), torch.arange(min(8 * tiles, V), device=device)
     key = key[go, None]
-    lane = (mass[go] / clocks(key, 3 + lane)).argmax(-1, keepdim=True) if L > 1 else torch.zeros_like(key)
+    lane_clock, clock = clocks(key, 3 + torch.cat((lane, LANES + member))).split_with_sizes((L, len(member)), dim=-1)
+    lane = (mass[go] / lane_clock).argmax(-1, keepdim=True)
     ids = member // 8 * (8 * LANES) + member % 8 + 8 * lane  # (n, 8 tiles)
     weight = torch.where(ids < V, z_at(go, ids.clamp(max=V - 1)).exp(), 0.0)
-    y[go] = ids.gather(1, (weight / clocks(key, 3 + LANES + member)).argmax(-1, keepdim=True))[:, 0]
+    y[go] = ids.gather(1, (weight / clock).argmax(-1, keepdim=True))[:, 0]
     y = torch.where(total.isnan(), -1, y)
     token[rows] = y
     if not stats:

@@ -73,6 +73,7 @@ class KVCache:
         # what the last layer made of each clean token: for a next-token network, the prediction of the one behind it
         self.out = torch.zeros(batch_size, shape[3] if cfg.next_token else 0, cfg.d_model, device=device, dtype=out_dtype or dtype)
         self.length, self.rows = 0, None
+        self.kept = {}  # weights and angles as a pass wants them
         self.levels = {}  # what adaLN makes of a noise level, of all layers: a block after the other goes through the same ones
 
     def extend(self, layer, k, v):
@@ -107,17 +108,31 @@ def rotate(x, cos, sin):
     return torch.addcmul(wide * cos, wide.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)
 
 
-def linear(x, layer, gelu=False, rows=slice(None)):
+def linear(x, layer, cache=None, gelu=False, rows=None):
     """
-    layer(x), or some rows of its output, and GELU of that. Without gradients on a CPU by oneDNN: at the few tokens of a sampling pass it is
-    10 to 30 % faster than what F.linear calls, and it applies the GELU as it writes (docs/log.md).
+    layer(x), or some rows of its output (no bias then), and GELU of that. Without gradients on a CPU by oneDNN: at the few tokens of a
+    sampling pass it is 10 to 30 % faster than what F.linear calls, and it applies the GELU as it writes. The cache, which is of these very
+    weights, keeps them in the order in which oneDNN reads them: another 10 % (docs/log.md).
     """
-    weight, bias = layer.weight[rows], None if layer.bias is None else layer.bias[rows]
+    weight, bias = layer.weight if rows is None else layer.weight[rows], layer.bias
     plain = x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     if plain and not torch.compiler.is_compiling() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # private, not in every build
+        if cache is not None:
+            pack = lambda: torch.ops.mkldnn._reorder_linear_weight(weight, x[..., 0].numel())
+            weight = known(cache.kept, (layer, None if rows is None else rows.start), pack)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
     y = F.linear(x, weight, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
+
+
+def modulated(x, norm, n_clean, m):
+    """norm(x) moved and stretched by m, two vectors (B, 1 or 2, D), or as it is without: at once where one serves all tokens."""
+    if m is None:
+        return norm(x)
+    shift, stretch = m
+    if shift.numel() == x.size(-1):
+        return F.layer_norm(x, x.shape[-1:], norm.weight * stretch.flatten(), shift.flatten())
+    return per_stream(modulate, n_clean, [norm(x)], m)
 
 
 def per_stream(f, n_clean, xs, ms):
@@ -180,17 +195,17 @@ class Layer(nn.Module):
         """
         B, S, D = x.shape
         m = None if cond is None else known(level, index, lambda: modulation(self.modulation, cond, 6))
-        heads = lambda y: y.unflatten(-1, (-1, D // self.n_heads)).transpose(1, 2)  # (B, S, D) -> (B, H, S, D/H)
+        width = D // self.n_heads
+        heads = lambda y: y.view(B, -1, y.size(-1) // width, width).transpose(1, 2)  # (B, S, D) -> (B, H, S, D/H)
         cos, sin = rope
 
-        h = self.norm1(x)
-        h = h if m is None else per_stream(modulate, n_clean, [h], m[:2])
+        h = modulated(x, self.norm1, n_clean, m and m[:2])
         if skip:
-            q = rotate(heads(linear(h[:, skip:], self.qkv, rows=slice(D))), cos[skip:], sin[skip:])
-            k, v = map(heads, linear(h, self.qkv, rows=slice(D, None)).chunk(2, dim=-1))
+            q = rotate(heads(linear(h[:, skip:], self.qkv, cache, rows=slice(0, D))), cos[skip:], sin[skip:])
+            k, v = map(heads, linear(h, self.qkv, cache, rows=slice(D, None)).chunk(2, dim=-1))
             k = rotate(k, cos, sin)
         else:  # queries and keys turn together
-            qk, v = map(heads, linear(h, self.qkv).split_with_sizes((2 * D, D), dim=-1))
+            qk, v = map(heads, linear(h, self.qkv, cache).split_with_sizes((2 * D, D), dim=-1))
             q, k = rotate(qk, cos, sin).chunk(2, dim=1)
         if cache is not None:
             k, v = (y.to(q.dtype) for y in cache.extend(index, k, v))
@@ -204,11 +219,10 @@ class Layer(nn.Module):
         if ask is not None:  # from here on a token is on its own
             x, y = x[ask][:, None], y[ask][:, None]
             m = None if m is None else [each(z, ask) for z in m]
-        y = self.dropout(linear(y, self.out))
+        y = self.dropout(linear(y, self.out, cache))
         x = x + y if m is None else per_stream(torch.addcmul, n_clean, [x, y], m[2:3])  # x + gate y
-        h = self.norm2(x)
-        h = h if m is None else per_stream(modulate, n_clean, [h], m[3:5])
-        y = self.dropout(linear(linear(h, self.mlp[0], gelu=True), self.mlp[2]))
+        h = modulated(x, self.norm2, n_clean, m and m[3:5])
+        y = self.dropout(linear(linear(h, self.mlp[0], cache, gelu=True), self.mlp[2], cache))
         return x + y if m is None else per_stream(torch.addcmul, n_clean, [x, y], m[5:])
 
 
@@ -265,7 +279,9 @@ class Transformer(nn.Module):
         if max(n_past + C, end) > self.cfg.seq_len:
             raise ValueError(f"positions up to {max(n_past + C, end)}, but the model has seq_len {self.cfg.seq_len}")
         noisy_at = torch.arange(int(start), end, device=x.device) if one_start else start.to(x.device)  # (N,)
-        rope = self._rope(torch.cat((torch.arange(n_past, n_past + C, device=x.device), noisy_at)))
+        at = torch.cat((torch.arange(n_past, n_past + C, device=x.device), noisy_at))
+        angles = lambda: self._rope(torch.arange(self.cfg.seq_len, device=x.device))
+        rope = self._rope(at) if cache is None else [table[at] for table in known(cache.kept, "rope", angles)]
         level = None
         if self.time is not None and cache is not None and (sigma is None or sigma.numel() == 1 and sigma.is_cpu):
             if len(cache.levels) > 64:  # each is as large as a token's keys and values; a sampler without a grid never meets one again

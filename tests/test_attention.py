@@ -29,6 +29,25 @@ def in_blocks(monkeypatch):
     monkeypatch.setattr(attention, "compiled", lambda: (flex_attention, create_block_mask))
 
 
+@pytest.mark.parametrize("rows, asks, reads", [(4, 16, 80), (1, 16, 80), (4, 3, 80), (4, 128, 130), (4, 0, 8)])
+@pytest.mark.parametrize("masks", [0, 1, 4])
+def test_attention_written_out_is_that_of_the_library(monkeypatch, rows, asks, reads, masks):
+    """Values and gradients, of keys that are a view of a longer buffer; and SDPA is asked where there are few heads, or many scores."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(rows, 2, n, 8).requires_grad_() for n in (asks, 200, 200))
+    seen = torch.rand(masks, 1, asks, reads) < 0.5
+    seen[..., :1] = True
+    added = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[: rows or None] if masks else None
+    both, library = [], torch.nn.functional.scaled_dot_product_attention
+    calls = []
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", lambda *a, **how: calls.append(1) or library(*a, **how))
+    for run in (attention.softmax_attention, lambda q, k, v, added: library(q, k, v, attn_mask=added)):
+        y = run(q, k[:, :, :reads], v[:, :, :reads], added)
+        both.append([y, *torch.autograd.grad(y.square().sum(), (q, k, v))])
+    assert all((a - b).abs().max() < 1e-4 for a, b in zip(*both, strict=True) if a.numel())
+    assert bool(calls) == ((rows, asks) != (4, 16))
+
+
 @pytest.mark.parametrize("sizes, start, causal", SIZES)
 @torch.no_grad()
 def test_attention_in_blocks_is_the_dense_one(monkeypatch, in_blocks, sizes, start, causal):

@@ -271,6 +271,27 @@ def test_only_the_tokens_asked_for(kind, rows):
 
 
 @pytest.mark.parametrize("timed", [False, True])
+def test_passes_without_gradients_are_those_with(timed):
+    """Block after block of 16 in float32: by oneDNN, from weights kept in its order, with one noise level for all, asked for some."""
+    net = m.Transformer(m.ModelConfig(11, 64, n_layers=2, n_heads=2, d_model=64, cond_dim=16, time_conditioning=timed))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.1)
+    x, noisy, ask, level = torch.randint(11, (6, 48)), torch.randint(11, (6, 16)), torch.rand(6, 16) < 0.5, torch.tensor([0.3])
+    cache = m.KVCache(net.cfg, 6)
+    for start in (16, 32, 48):
+        want = net(x[:, :start], noisy, 16, start, level.expand(6))
+        verdict = net(x[:, :start], noisy, 1, start - 16, level.expand(6))
+        with torch.no_grad():
+            got = net(x[:, start - 16 : start], noisy, 1, start - 16, level, cache)
+            assert (got - verdict).abs().max() < 1e-4 * verdict.abs().max()
+            for how in ({}, {"ask": ask}):
+                got = net(None, noisy, 16, start, level, cache, **how)
+                assert (got - (want[ask] if how else want)).abs().max() < 1e-4 * want.abs().max()
+    weights = [name[0] for name in cache.kept if isinstance(name, tuple)]
+    assert set(weights) == {p for p in net.layers.modules() if isinstance(p, torch.nn.Linear)} - {layer.modulation for layer in net.layers}
+
+
+@pytest.mark.parametrize("timed", [False, True])
 @pytest.mark.parametrize("piece", [4, 8, 10, 24])
 @pytest.mark.parametrize(
     "sizes, start, causal", [(4, 0, True), (8, 0, False), (1, 5, True), ([1, 4, 8], 8, True), ([2, 4, 4], 0, True), (6, 12, True)]
@@ -280,10 +301,8 @@ def test_attention_in_pieces_is_the_dense_one(monkeypatch, sizes, start, causal,
     net = small(clean_causal=causal, time_conditioning=timed).double()
     clean, noisy = torch.randint(11, (3, 24)), torch.randint(11, (3, 24 - start))
     b, sigma = (sizes if isinstance(sizes, int) else torch.tensor(sizes)), torch.tensor([0.1, 1.0, 3.0]).double()
-    found, seen, dense_attention = [], [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        attention.F, "scaled_dot_product_attention", lambda q, *a, **k: seen.append(q.size(2)) or dense_attention(q, *a, **k)
-    )
+    found, seen, one = [], [], attention.softmax_attention
+    monkeypatch.setattr(attention, "softmax_attention", lambda q, *a: seen.append(q.size(2)) or one(q, *a))
     for size in (1000, piece):
         monkeypatch.setattr(attention, "PIECE", size)
         seen.clear()
