@@ -334,10 +334,13 @@ def token_loss(model, process, x0, block_size, t, objective, answer=None, schedu
     parts += [part(price, pays & taught(name)) for name, price in (("elbo", process.nll), ("last", last)) if name in names.values()]
 
     def readout(hidden, weight, bias):
-        total, each = 0.0, hidden.new_zeros(x.numel())
+        total, each, hidden = 0.0, hidden.new_zeros(x.numel()), hidden.flatten(0, -2)  # of all tokens, or of those that pay
+        place = pays.flatten().cumsum(0) - 1
         for index, loss in parts:
-            more, each[index] = through_head(hidden.flatten(0, 1).index_select(0, index), weight, bias, loss)
+            at = index if len(hidden) == x.numel() else place[index]
+            more, each[index] = through_head(hidden.index_select(0, at), weight, bias, loss)
             total = total + more
         return total, each.view_as(x)
 
-    return model(x0, read, block_size, start, level, readout=readout)
+    ask = pays if t.dim() == 1 and sum(len(index) for index, _ in parts) < x.numel() else None
+    return model(x0, read, block_size, start, level, readout=readout, ask=ask)

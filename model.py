@@ -260,8 +260,8 @@ class Transformer(nn.Module):
         cache       a KVCache: adds the clean tokens before, and commits `clean` to it
         Returns logits (B, N, V) float32 for the noisy positions, nothing forbidden, not normalised. Or, so that no one has to hold all
         logits, readout(hidden (B, N, D) float32, weight (V, D), bias (V,)): logits are hidden @ weight.T + bias.
-        ask (B, N)  bool: the tokens whose logits are wanted, (M, V) in their order; not with one sigma a token. The others cost the
-                    last layer their keys and values only, and the head nothing
+        ask (B, N)  bool: the tokens whose logits are wanted, (M, V) in their order, or hidden (M, D) for the readout (all of them under
+                    torch.compile); not with one sigma a token. The others cost the last layer keys and values only, and the head nothing
         """
         n_past = cache.length if cache is not None else 0
         if not getattr(block_size, "ndim", 0):
@@ -299,6 +299,8 @@ class Transformer(nn.Module):
 
         per_token = sigma is not None and sigma.dim() == 2
         assert ask is None or not per_token, "ask is for one noise level a row"
+        if torch.compiler.is_compiling() and readout is not None:
+            ask = None  # as many tokens as another step asks for would be compiled anew
         ask = None if ask is None else ask.nonzero(as_tuple=True)
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1  # nobody reads its clean outputs, only keys and values
@@ -309,9 +311,9 @@ class Transformer(nn.Module):
         if cond is not None:
             wide = lambda c: precise(self.modulation(c))
             m = known(level, "head", lambda: modulation(wide, cond[:, -N if per_token else -1 :], 2))
-            m = m if ask is None else [each(z, ask) for z in m]
-        out = self._say(x, readout, *m)
-        return out if ask is None else out[:, 0]
+        if ask is not None:
+            x, m = x[:, 0], [each(z, ask)[:, 0] for z in m]
+        return self._say(x, readout, *m)
 
     @property
     def timeless(self):

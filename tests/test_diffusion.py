@@ -313,7 +313,7 @@ def test_a_model_that_knows_nothing_costs_log_V(name, b):
         blank = lambda clean, noisy, b, start, sigma: torch.zeros(*noisy.shape, V3).scatter(
             -1, noisy[..., None], torch.log1p(V3 * (-sigma).exp() / -torch.expm1(-sigma)).float()[:, None, None].expand(*noisy.shape, 1)
         )
-    _, loss = d.token_loss(lambda *a, readout: say(blank(*a), readout), process, x0, b, t, "elbo")
+    _, loss = d.token_loss(lambda *a, readout, ask: say(blank(*a), readout), process, x0, b, t, "elbo")
     loss = loss.double()
     error = loss.mean(-1).std() / math.sqrt(n)
     assert abs(loss.mean() - want) < 5 * error + 1e-6, f"{loss.mean():.4f} +- {error:.4f} nats, log V = {want:.4f}"
@@ -334,6 +334,24 @@ def test_prompts_cost_nothing_and_are_never_noised():
     assert (seen[0][0][(sizes == 1)][:, 5:] == V3).all(), "block size 1 is pure noise"
     _, tail = d.token_loss(spy, process, x0, sizes, t, "ce", answer, start=4, noise=noise(4))
     assert torch.allclose(tail, loss[:, 4:], atol=1e-6), "a noisy copy of the prompt's own blocks changes nothing"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_pay_nothing_are_not_asked_for(kind):
+    """Losses and gradients are those of a network that answers for every token: prompts, visible tokens, two objectives at once."""
+    make, kw = KINDS[kind]
+    process = make()
+    model, x0 = net(process, **kw), torch.randint(V3, (40, 8))
+    answer = torch.rand(40, 8) < 0.6
+    sizes, t = d.stratified_draw({1: 0.2, 2: 0.4, 4: 0.4}, 40, 0, 0)
+    asked, found = [], []
+    part = lambda *a, ask, **how: asked.append(ask) or model(*a, ask=ask, **how)
+    for run in (part, lambda *a, ask, **how: model(*a, **how), torch.compile(model, backend="eager") if kind == "masked" else model):
+        noise = d.Noise(1, torch.arange(40), torch.arange(8))
+        total, each = d.token_loss(run, process, x0, sizes, t, {2: "elbo", 4: "ce_noisy"}, answer, noise=noise)
+        found.append([each, *torch.autograd.grad(total, list(model.parameters()))])
+    assert all((a - b).abs().max() < 1e-5 * (1 + b.abs().max()) for one in found[1:] for a, b in zip(found[0], one, strict=True))
+    assert not asked[0][~answer].any() and not (found[0][0][~asked[0]] != 0).any() and asked[0].sum() < answer.sum()
 
 
 def test_objectives_can_differ_by_block_size():

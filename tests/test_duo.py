@@ -217,7 +217,7 @@ def test_the_loss_reads_soft_tokens_and_is_taken_at_the_hard_ones(k, ar_token):
     sizes, t = torch.tensor([1, 4, 8, 1]), torch.tensor([0.3, 0.1, 0.6, 0.9], dtype=torch.float64)
     seen = {}
 
-    def spy(clean, noisy, block_size, start, sigma, readout):
+    def spy(clean, noisy, block_size, start, sigma, readout, ask):
         seen.update(noisy=noisy, sigma=sigma, logits=model(clean, noisy, block_size, start, sigma))
         return say(seen["logits"], readout)
 
