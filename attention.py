@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
-def attention_mask(block_size, n_past, n_clean, n_noisy, start, clean_causal=True, device=None):
+def attention_mask(block_size, n_past, n_clean, n_noisy, start, clean_causal=True, device=None, width=None):
     """
     The rule of model.py as a (B or 1, S, n_past + S) bool tensor, True where a query (row) may read a key (column).
     Keys: clean 0..n_past+C-1, then noisy start..start+N-1; queries the same without the n_past cached ones.
+    With a width, n_past may be a tensor: keys are clean 0..width-1, of which those beyond n_past+C-1 are not read, then the noisy ones.
     With block_size 2 and four positions, input [clean | noisy]:
 
                    clean 0 1 2 3   noisy 0 1 2 3
@@ -35,14 +36,16 @@ def attention_mask(block_size, n_past, n_clean, n_noisy, start, clean_causal=Tru
     """
     b = torch.as_tensor(block_size, device=device)
     b = b[..., None] if b.dim() == 2 else b.view(-1, 1, 1)  # (1 or B, 1 or N, 1)
-    clean = torch.arange(n_past + n_clean, device=device)
+    clean = torch.arange(width or n_past + n_clean, device=device)
     noisy = start.to(device) if torch.is_tensor(start) else torch.arange(start, start + n_noisy, device=device)
-    ask = clean[n_past:, None]  # (C, 1)
+    ask = n_past + torch.arange(n_clean, device=device)[:, None]  # (C, 1)
     own = noisy[:, None] // b  # (1 or B, N, 1)
-    mask = torch.zeros(b.size(0), n_clean + n_noisy, n_past + n_clean + n_noisy, dtype=torch.bool, device=device)
-    mask[:, :n_clean, : n_past + n_clean] = clean <= ask if clean_causal else clean // b <= ask // b
-    mask[:, n_clean:, : n_past + n_clean] = clean // b < own
-    mask[:, n_clean:, n_past + n_clean :] = (own == own.mT) & (b == b.mT)
+    mask = torch.zeros(b.size(0), n_clean + n_noisy, len(clean) + n_noisy, dtype=torch.bool, device=device)
+    mask[:, :n_clean, : len(clean)] = clean <= ask if clean_causal else clean // b <= ask // b
+    mask[:, n_clean:, : len(clean)] = clean // b < own
+    mask[:, n_clean:, len(clean) :] = (own == own.mT) & (b == b.mT)
+    if width:
+        mask[:, :, :width] &= clean < n_past + n_clean
     return mask
 
 

@@ -125,7 +125,7 @@ def train_flops(size, name):
 
 
 def job_pair(size, process, device, what, batch):
-    """{"ours", "textbook"}: callables that do the same job with the same weights. what: train, ancestral or arpc."""
+    """{"ours", "textbook"}: callables that do the same job with the same weights; of sampling on CUDA also "recorded". what: train, ..."""
     torch.manual_seed(0)
     b = size.block_size
     T = size.train[1] if what == "train" else size.sample[1]
@@ -136,9 +136,9 @@ def job_pair(size, process, device, what, batch):
     if what != "train":
         model.eval()
 
-        def ours():
+        def ours(graphs=False):
             with fast():
-                how = {"sampler": SAMPLERS[what], "ar_tokens": b if what == "arpc" else 0}
+                how = {"sampler": SAMPLERS[what], "ar_tokens": b if what == "arpc" else 0, "graphs": graphs}
                 for _ in generate(model, process, [()] * batch, block_size=b, max_new_tokens=T, **how):
                     pass
 
@@ -146,7 +146,8 @@ def job_pair(size, process, device, what, batch):
             with fast():
                 textbook.generate(model, process, batch, T, b, b, guided=what == "arpc")
 
-        return {"ours": ours, "textbook": other}
+        recorded = {"recorded": lambda: ours(graphs=True)} if device.type == "cuda" else {}
+        return {"ours": ours, "textbook": other} | recorded
 
     x0 = torch.randint(size.V - 1, (batch, T), device=device)
     t = d.stratified_draw({b: 1.0}, batch, 0, 0)[1]
@@ -200,7 +201,7 @@ def table(cfg, device, sizes, whats):
                 median = {k: statistics.median(v) for k, v in ms.items()}
                 row = {"size": label, "job": what, "process": name, "batch": B, "tokens": T, **{f"{k}_ms": v for k, v in median.items()}}
                 row |= {"ratio": median["textbook"] / median["ours"], "tokens_per_s": 1000 * B * T / median["ours"]}
-                text = "  ".join(f"{k} {median[k]:8.1f} [{min(ms[k]):.1f}, {max(ms[k]):.1f}]" for k in ("ours", "textbook"))
+                text = "  ".join(f"{k} {median[k]:8.1f} [{min(ms[k]):.1f}, {max(ms[k]):.1f}]" for k in ms if k != "matmul")
                 text = f"  {what:>9} {name:>7} {B:>3} x {T:<4} {text} ms  {row['ratio']:5.2f} x  {row['tokens_per_s']:9,.0f} tokens/s"
                 if what == "train":
                     rate = train_flops(size, name) / median["ours"] * median["matmul"] / flops

@@ -14,6 +14,7 @@ from diffusion import loglinear, sigma_for
 from draws import Noise, sample, sharpen
 from guided import agreement, arpc, edlm, speculation
 from model import KVCache
+from recorded import Recorded
 from samplers import ancestral, ar, first_hitting, gibbs, max_coupling, psi, remdm_cap, remdm_conf, remdm_loop, remdm_rescale
 from unmasking import confidence, entropy_bound, factor, prophet, rcr, saber, sched, threshold
 
@@ -56,8 +57,11 @@ class Block:
     process, steps, temperature, top_p
     """
 
-    def __init__(self, *, model, process, cache, counts, text, rows, span, open, seed, trained, steps, schedule, temperature, top_p):
-        self.model, self.process, self.cache, self.counts, self.seed, self.trained = model, process, cache, counts, seed, trained
+    def __init__(
+        self, *, model, passes, process, cache, counts, text, rows, span, open, seed, trained, steps, schedule, temperature, top_p
+    ):
+        self.model, self.passes, self.process, self.cache, self.counts = model, passes, process, cache, counts
+        self.seed, self.trained = seed, trained
         self.temperature, self.top_p, self.schedule, self.text = temperature, top_p, schedule, text
         self.rows, self.positions, self.open = rows.to(text.device), span.to(text.device), open.to(text.device)
         self.given = text[self.rows[:, None], self.positions]  # prompt, and whatever stands in rows that wait
@@ -176,7 +180,7 @@ class Block:
         begin, device, R = int(self.positions[0]), self.model.embed.weight.device, len(self.rows)
         start = begin if start is None else start
         have = self.cache.length if self.cache is not None else 0
-        run = torch.ones_like(need) if self.cache is not None and have < begin else need
+        run = torch.ones_like(need) if self.cache is not None and have < begin or self.passes is not self.model else need
         everyone, index, cache = bool(run.all()), run.nonzero()[:, 0], self.cache
         if cache is not None:
             cache.rows = None if everyone else index.to(device)
@@ -187,7 +191,7 @@ class Block:
         if level is not None:
             level = level[index] if level.dim() else level[None]  # one for all rows is computed once
         asked = None if ask is None else ask[index].to(device)
-        logits = self.model(clean.to(device), noisy[index].to(device), block_size, start, level, cache, ask=asked).to(self.x.device)
+        logits = self.passes(clean.to(device), noisy[index].to(device), block_size, start, level, cache, ask=asked).to(self.x.device)
         if cache is not None:
             cache.length, cache.rows = begin, None
         self.counts["nfe"] += 1
@@ -200,7 +204,7 @@ class Block:
 
 @torch.no_grad()
 def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=None, max_new_tokens=None, ar_tokens=0, temperature=1.0,
-             top_p=1.0, seed=0, eos_id=None, schedule=loglinear, trained=None, use_cache=True, **options):  # fmt: skip
+             top_p=1.0, seed=0, eos_id=None, schedule=loglinear, trained=None, use_cache=True, graphs=False, **options):  # fmt: skip
     """
     Block-by-block sampling (BD3-LM, arXiv 2503.09573; BlockGen, arXiv 2606.02241), an iterator of States, at least one.
 
@@ -216,6 +220,7 @@ def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=Non
     seed            same seed, same row number, same prompt: same text, whatever else is in the batch
     trained         the block sizes the network was trained with, to refuse others; None: anything goes
     use_cache       False recomputes everything at every pass: slow, equal, for tests
+    graphs          on CUDA, passes are recorded and played (recorded.py); every pass is then of the whole batch
 
     A prompt that ends inside a block is read as part of that block: well understood by masked models (visible is known); a
     time-conditioned uniform model trained without prompts takes it for noise at first. End it at a block, or use ar_tokens.
@@ -267,6 +272,8 @@ def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=Non
     weight = model.embed.weight
     cache = KVCache(cfg, B, W + 2 * block_size, device, dtype_of(weight), weight.dtype) if use_cache else None
 
+    passes = Recorded(model) if graphs and use_cache else model
+
     def state(span, step, finished=False):
         now = (counts["nfe"], counts["nfe_rows"].clone(), counts["token_forwards"])
         return State(x.clone(), (int(span[0]), int(span[-1]) + 1), step, finished, done.clone(), *now)
@@ -296,7 +303,7 @@ def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=Non
             if not open.any():
                 continue  # prompt in every row: the next pass reads it
             block = Block(
-                model=model, process=process, cache=cache, counts=counts, text=x, rows=rows, span=span, open=open, seed=seed,
+                model=model, passes=passes, process=process, cache=cache, counts=counts, text=x, rows=rows, span=span, open=open, seed=seed,
                 trained=trained, steps=steps, schedule=schedule, temperature=temperature, top_p=top_p,
             )  # fmt: skip
             if b > 1:

@@ -65,6 +65,7 @@ class KVCache:
     A forward commits the clean tokens it was given and nothing else; noisy keys pass through the free space behind
     `length` and are forgotten. Setting `length` back forgets committed tokens (a verifier does: its block is a guess).
     With rows (R',), indices, the next forwards are of these rows of the B only; what they commit is of use to them alone.
+    `length` may be a tensor (recorded.py): then no shape depends on it. Attention reads the whole buffers, and noisy keys lie at their end.
     """
 
     def __init__(self, cfg, batch_size, max_len=None, device=None, dtype=torch.float32, out_dtype=None):
@@ -72,12 +73,14 @@ class KVCache:
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
         # what the last layer made of each clean token: for a next-token network, the prediction of the one behind it
         self.out = torch.zeros(batch_size, shape[3] if cfg.next_token else 0, cfg.d_model, device=device, dtype=out_dtype or dtype)
-        self.length, self.rows = 0, None
+        self.length, self.rows, self.places = 0, None, None
         self.kept = {}  # weights and angles as a pass wants them
         self.levels = {}  # what adaLN makes of a noise level, of all layers: a block after the other goes through the same ones
 
     def extend(self, layer, k, v):
         """Put (B or R', H, S, D/H) behind the committed tokens and return views of everything up to them, of all B rows."""
+        if self.places is not None:
+            return [all_[layer].index_copy_(2, self.places, new.to(all_.dtype)) for all_, new in ((self.k, k), (self.v, v))]
         end = self.length + k.size(2)
         assert end <= self.k.size(3), f"the cache holds {self.k.size(3)} tokens, asked for {end}"
         both = self.k[layer].narrow(2, 0, end), self.v[layer].narrow(2, 0, end)
@@ -268,7 +271,8 @@ class Transformer(nn.Module):
             block_size = int(block_size)  # a 0-d array or tensor
         N = 0 if noisy is None else noisy[0].size(1) if isinstance(noisy, tuple) else noisy.size(1)
         one_start = not getattr(start, "ndim", 0)
-        end = int(start) + N if one_start else int(start.max()) + 1
+        recorded = torch.is_tensor(n_past)  # lengths and positions are read as the pass runs: nothing here may look at them
+        end = None if recorded else int(start) + N if one_start else int(start.max()) + 1
         if self.cfg.next_token:
             return self._next_token(clean, N, block_size, start, cache, readout, ask)
         if cache is None and isinstance(block_size, int) and N and end <= block_size:
@@ -276,14 +280,14 @@ class Transformer(nn.Module):
         x = torch.cat([self._read(s) for s in (clean, noisy) if s is not None], dim=1)  # (B, S, D)
         B, S, _ = x.shape
         C = S - N
-        if max(n_past + C, end) > self.cfg.seq_len:
+        if not recorded and max(n_past + C, end) > self.cfg.seq_len:
             raise ValueError(f"positions up to {max(n_past + C, end)}, but the model has seq_len {self.cfg.seq_len}")
         noisy_at = torch.arange(int(start), end, device=x.device) if one_start else start.to(x.device)  # (N,)
-        at = torch.cat((torch.arange(n_past, n_past + C, device=x.device), noisy_at))
+        at = torch.cat((n_past + torch.arange(C, device=x.device), noisy_at))
         angles = lambda: self._rope(torch.arange(self.cfg.seq_len, device=x.device))
         rope = self._rope(at) if cache is None else [table[at] for table in known(cache.kept, "rope", angles)]
         level = None
-        if self.time is not None and cache is not None and (sigma is None or sigma.numel() == 1 and sigma.is_cpu):
+        if self.time is not None and cache is not None and not recorded and (sigma is None or sigma.numel() == 1 and sigma.is_cpu):
             if len(cache.levels) > 64:  # each is as large as a token's keys and values; a sampler without a grid never meets one again
                 cache.levels.clear()
             level = cache.levels.setdefault((0.0 if sigma is None else float(sigma), C > 0), {})  # one for all rows, known to the host
@@ -295,7 +299,10 @@ class Transformer(nn.Module):
         elif cache is None and one_start and C == end:
             mask = training_mask(x, self.cfg.n_heads, block_size, C, N, int(start), self.cfg.clean_causal)
         else:
-            mask = added(x, attention_mask(block_size, n_past, C, N, noisy_at, self.cfg.clean_causal, x.device))
+            width = cache.k.size(3) - N if recorded else None
+            mask = added(x, attention_mask(block_size, n_past, C, N, noisy_at, self.cfg.clean_causal, x.device, width))
+            if recorded:
+                cache.places = torch.cat((at[:C], width + torch.arange(N, device=x.device)))
 
         per_token = sigma is not None and sigma.dim() == 2
         assert ask is None or not per_token, "ask is for one noise level a row"
@@ -306,7 +313,7 @@ class Transformer(nn.Module):
             last = i == len(self.layers) - 1  # nobody reads its clean outputs, only keys and values
             x = layer(x, C, C * last, rope, mask, cond, cache, i, ask if last else None, level)
         if cache is not None:
-            cache.length += C
+            cache.length, cache.places = n_past + C, None
         m = []
         if cond is not None:
             wide = lambda c: precise(self.modulation(c))

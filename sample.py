@@ -45,6 +45,7 @@ class SampleConfig:
     animate: bool = False  # redraw the block at work in place; plain text where output is not a terminal
     fps: float = 8.0  # frames a second of --animate, at most
     device: str = "auto"
+    graphs: bool = False  # record passes as CUDA graphs and play them: for few rows on a GPU (recorded.py); not tried on one yet
 
 
 # ----- samplers and their own options
@@ -272,7 +273,7 @@ def main():
     states = generate(
         model, process, prompts, block_size=b, sampler=sampler, steps=cfg.steps or None, max_new_tokens=cfg.max_new_tokens or None,
         ar_tokens=cfg.ar_tokens, temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed, eos_id=meta.get("eos_id"),
-        schedule=SCHEDULES[run.schedule], trained=trained, **own,
+        schedule=SCHEDULES[run.schedule], trained=trained, graphs=cfg.graphs, **own,
     )  # fmt: skip
     states = timed(states, spent)
     try:

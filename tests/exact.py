@@ -40,12 +40,12 @@ def noise(rows, L=1, seed=0):
     return d.Noise(seed, torch.arange(rows), torch.arange(L))
 
 
-def net(process, seed=0, **kw):
+def net(process, seed=0, seq_len=8, **kw):
     """A small Transformer with random weights and peaked outputs."""
     torch.manual_seed(seed)
     extra = 1 if getattr(process, "ar_token", None) is not None else 0
     model = Transformer(
-        ModelConfig(process.vocab_size, 8, n_layers=2, n_heads=2, d_model=16, cond_dim=8, n_extra_tokens=extra, **kw)
+        ModelConfig(process.vocab_size, seq_len, n_layers=2, n_heads=2, d_model=16, cond_dim=8, n_extra_tokens=extra, **kw)
     ).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.5)

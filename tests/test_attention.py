@@ -29,6 +29,17 @@ def in_blocks(monkeypatch):
     monkeypatch.setattr(attention, "compiled", lambda: (flex_attention, create_block_mask))
 
 
+@pytest.mark.parametrize("b", [1, 4, torch.tensor([[1, 1, 4, 4]])])
+def test_the_mask_of_a_whole_buffer(b):
+    """The length is a tensor, and what lies behind the context is not read."""
+    at, want = torch.tensor([12, 13, 12, 13]), torch.zeros(1, 8, 24, dtype=torch.bool)
+    narrow = attention.attention_mask(b, 8, 4, 4, at)
+    want[:, :, :12], want[:, :, 20:] = narrow[:, :, :12], narrow[:, :, 12:]
+    assert torch.equal(attention.attention_mask(b, torch.tensor(8), 4, 4, at, width=20), want)
+    at = at + 4  # a gap between context and noisy tokens: nobody reads it
+    assert not attention.attention_mask(b, torch.tensor(8), 4, 4, at, width=20)[:, :, 12:20].any()
+
+
 @pytest.mark.parametrize("rows, asks, reads", [(4, 16, 80), (1, 16, 80), (4, 3, 80), (4, 128, 130), (4, 0, 8)])
 @pytest.mark.parametrize("masks", [0, 1, 4])
 def test_attention_written_out_is_that_of_the_library(monkeypatch, rows, asks, reads, masks):
