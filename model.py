@@ -121,7 +121,7 @@ def linear(x, layer, cache=None, gelu=False, rows=None):
     plain = x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     if plain and not torch.compiler.is_compiling() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # private, not in every build
         if cache is not None:
-            pack = lambda: torch.ops.mkldnn._reorder_linear_weight(weight, x[..., 0].numel())
+            pack = lambda: torch.ops.mkldnn._reorder_linear_weight(weight, max(8, x[..., 0].numel()))
             weight = known(cache.kept, (layer, None if rows is None else rows.start), pack)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
     y = F.linear(x, weight, bias)
@@ -134,7 +134,8 @@ def modulated(x, norm, n_clean, m):
         return norm(x)
     shift, stretch = m
     if shift.numel() == x.size(-1):
-        return F.layer_norm(x, x.shape[-1:], norm.weight * stretch.flatten(), shift.flatten())
+        weight, bias = norm.weight * stretch.flatten(), shift.flatten()
+        return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype))  # autocast converts them on a GPU only
     return per_stream(modulate, n_clean, [norm(x)], m)
 
 
@@ -199,7 +200,7 @@ class Layer(nn.Module):
         B, S, D = x.shape
         m = None if cond is None else known(level, index, lambda: modulation(self.modulation, cond, 6))
         width = D // self.n_heads
-        heads = lambda y: y.view(B, -1, y.size(-1) // width, width).transpose(1, 2)  # (B, S, D) -> (B, H, S, D/H)
+        heads = lambda y: y.view(*y.shape[:2], y.size(2) // width, width).transpose(1, 2)  # (B, S, D) -> (B, H, S, D/H)
         cos, sin = rope
 
         h = modulated(x, self.norm1, n_clean, m and m[:2])
@@ -273,6 +274,8 @@ class Transformer(nn.Module):
         one_start = not getattr(start, "ndim", 0)
         recorded = torch.is_tensor(n_past)  # lengths and positions are read as the pass runs: nothing here may look at them
         end = None if recorded else int(start) + N if one_start else int(start.max()) + 1
+        if torch.compiler.is_compiling() and readout is not None:
+            ask = None  # as many tokens as another step asks for would be compiled anew
         if self.cfg.next_token:
             return self._next_token(clean, N, block_size, start, cache, readout, ask)
         if cache is None and isinstance(block_size, int) and N and end <= block_size:
@@ -306,8 +309,6 @@ class Transformer(nn.Module):
 
         per_token = sigma is not None and sigma.dim() == 2
         assert ask is None or not per_token, "ask is for one noise level a row"
-        if torch.compiler.is_compiling() and readout is not None:
-            ask = None  # as many tokens as another step asks for would be compiled anew
         ask = None if ask is None else ask.nonzero(as_tuple=True)
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1  # nobody reads its clean outputs, only keys and values

@@ -291,6 +291,21 @@ def test_passes_without_gradients_are_those_with(timed):
     assert set(weights) == {p for p in net.layers.modules() if isinstance(p, torch.nn.Linear)} - {layer.modulation for layer in net.layers}
 
 
+@pytest.mark.parametrize("ask", [None, [0, 1], [0, 0]])
+def test_one_noise_level_under_autocast(ask):
+    """One row, or one token asked for: what adaLN makes of its level is bfloat16 then, what it moves and stretches is not."""
+    net = small(time_conditioning=True).float()
+    clean, noisy = torch.randint(11, (2, 1, 8))
+    asked = None if ask is None else torch.tensor([ask[:1] * 7 + ask[1:]]).bool()
+    found = []
+    for on in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            found.append(net(clean, noisy, 4, sigma=torch.tensor([0.5]), ask=asked))
+    exact, rounded = found
+    assert rounded.dtype == torch.float32 and (rounded - exact).norm() <= 0.05 * exact.norm()
+    assert torch.autograd.grad(rounded.sum(), net.layers[0].norm1.weight)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("timed", [False, True])
 @pytest.mark.parametrize("piece", [4, 8, 10, 24])
 @pytest.mark.parametrize(

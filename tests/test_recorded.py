@@ -4,35 +4,48 @@ that whatever a recording would freeze is frozen, and a question to the host is 
 """
 
 import functools
+import weakref
 
 import pytest
 import torch
 from exact import KINDS, V3, last, net
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import generate as g
 import samplers as s
 from model import KVCache
-from recorded import Recorded
+from recorded import Recorded, record
 
 
 class Tape(TorchDispatchMode):
-    """Notes operations with the very tensors they read, and plays them again: what they return goes where it was."""
+    """
+    Notes operations with the very tensors they read, and plays them again: what they return goes where it was. What was not made while it
+    ran is for others to keep alive.
+    """
 
     def __init__(self):
         super().__init__()
-        self.notes = []
+        self.notes, self.made = [], {}
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         if f in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             raise RuntimeError(f"{f} asks the host\nwhile it is being recorded")
-        out = f(*args, **(kwargs or {}))
-        self.notes.append((f, args, kwargs or {}, out))
+        out, kwargs = f(*args, **(kwargs or {})), kwargs or {}
+        note = lambda x: weakref.ref(x) if torch.is_tensor(x) and id(x) not in self.made else x
+        self.notes.append((f, *tree_map(note, (args, kwargs)), out))
+        self.made |= {id(x): x for x in tree_leaves(out) if torch.is_tensor(x) and not any(x is y for y in tree_leaves(args))}
         return out
 
     def play(self):
+        def alive(x):
+            if isinstance(x, weakref.ref):
+                assert x() is not None, "freed, and still read"
+                return x()
+            return x
+
         for f, args, kwargs, out in self.notes:
+            args, kwargs = tree_map(alive, (args, kwargs))
             for old, new in zip(tree_leaves(out), tree_leaves(f(*args, **kwargs)), strict=True):
                 if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():  # no view, and nothing in place
                     old.copy_(new)
@@ -110,26 +123,53 @@ def test_a_recorded_pass_is_a_forward(timed):
     assert passes.works and len(passes.kinds) == 3
 
 
-def test_what_cannot_be_recorded_is_run(capsys, monkeypatch):
-    """Without a GPU, or where a pass asks the host, or where playing gives something else: a warning, and the same text."""
+def wrong(run):
+    play, out = on_tape(run)
+    return lambda: (play(), out.add_(1)), out
+
+
+def late(run):
+    """The first playing is right, and later ones give the same again."""
+    play, out = on_tape(run)
+    played = []
+    return lambda: played or (play(), played.append(1)), out
+
+
+def spoils(run):
+    """It writes where it should not."""
+    play, out = on_tape(run)
+    cache = next(c.cell_contents for c in run.__closure__ if isinstance(c.cell_contents, KVCache))
+    return lambda: (play(), cache.k.zero_(), out.zero_()), out
+
+
+def asks(run):
+    return on_tape(lambda: run() + run().sum().item())
+
+
+CANNOT = {record: "", asks: "asks the host", wrong: "something else", late: "something else", spoils: "something else",
+          lambda run: (lambda: None, run()): "something else"}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", CANNOT, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("sampler, b", [(s.ancestral, 4), (s.ar, 1)], ids=["blocks", "ar"])
+def test_what_cannot_be_recorded_is_run(capsys, monkeypatch, how, sampler, b):
+    """Without a GPU, or where a pass asks the host, or where playing gives something else: one warning, and the same text."""
     process = KINDS["masked"][0]()
     model = net(process, seq_len=32).double()
-    run = lambda graphs: last(g.generate(model, process, [()] * 3, block_size=4, seed=3, graphs=graphs)).x
+    run = lambda graphs: last(g.generate(model, process, [()] * 3, block_size=b, sampler=sampler, seed=3, graphs=graphs)).x
     want = run(False)
+    monkeypatch.setattr(g, "Recorded", functools.partial(Recorded, record=how))
+    assert torch.equal(run(True), want)
+    err = capsys.readouterr().err
+    assert err.startswith("WARNING: no CUDA graphs: ") and CANNOT[how] in err and err.count("\n") == 1
 
-    def wrong(run):
-        play, out = on_tape(run)
-        return lambda: (play(), out.add_(1)), out
 
-    def asks(run):
-        return on_tape(lambda: run() + run().sum().item())
-
-    for make, said in (
-        (Recorded, ""),
-        (functools.partial(Recorded, record=asks), "asks the host"),
-        (functools.partial(Recorded, record=wrong), "else"),
-    ):
-        monkeypatch.setattr(g, "Recorded", make)
-        assert torch.equal(run(True), want)
-        err = capsys.readouterr().err
-        assert err.startswith("WARNING: no CUDA graphs: ") and said in err and err.count("\n") == 1
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind, sampler", SERVED, ids=lambda v: getattr(v, "__name__", v))
+def test_graphs_write_the_same_text(capsys, kind, sampler):
+    make, kw = KINDS[kind]
+    process = make()
+    model = net(process, seq_len=64, **kw).double().cuda()
+    how = {"block_size": 4, "sampler": sampler, "ar_tokens": 8, "seed": 3}
+    texts = [last(g.generate(model, process, [(), (1,), (2, 0, 1)], graphs=graphs, **how)).x for graphs in (False, True)]
+    assert torch.equal(*texts) and not capsys.readouterr().err
