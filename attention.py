@@ -194,9 +194,12 @@ def attend(q, k, v, mask, skip):
 
 
 def softmax_attention(q, k, v, added):
-    """softmax(q k' / sqrt(D/H) + added) v. Written out for many heads with few scores each: on a CPU SDPA takes up to twice as long."""
+    """
+    softmax(q k' / sqrt(D/H) + added) v. Written out for many heads with few scores each: on a CPU SDPA takes up to twice as long. With
+    gradients the scores are kept, so there are fewer of them to be few.
+    """
     B, H, S, width = q.shape
-    few = B * H >= 8 and S >= 4 and S * k.size(2) <= 1 << 14
+    few = B * H >= 8 and S >= 4 and S * k.size(2) <= 1 << (12 if torch.is_grad_enabled() else 14)
     if not few or not q.is_cpu or q.dtype != torch.float32 or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=added)
     scores = (q * width**-0.5) @ k.mT

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from kernels import cross_entropy
 from samplers import entropy, margin, need, pick, top
 from unmasking import unmask
 
@@ -16,16 +17,16 @@ def kl(p, q):
     return torch.where(p > -math.inf, p.exp() * (p - q), 0.0).sum(-1)
 
 
-SCORES = {  # how bad a token y is, (R, b), with log p (R, b, V) of the diffusion mode and log p_AR; the first is the default
+SCORES = {  # how bad a token y is, (R, b), with log p (R, b, V) of the diffusion mode and the logits of p_AR; the first is the default
     "ar": {
-        "nll": lambda y, p, ar: -pick(ar, y),
+        "nll": lambda y, p, ar: cross_entropy(ar.flatten(0, 1), y.flatten())[0].view_as(y),
         "gap": lambda y, p, ar: ar.amax(-1) - pick(ar, y),
-        "entropy": lambda y, p, ar: entropy(ar),
+        "entropy": lambda y, p, ar: entropy(ar.log_softmax(-1)),
     },
     "divergence": {
-        "kl": lambda y, p, ar: kl(ar, p),
-        "reverse_kl": lambda y, p, ar: kl(p, ar),
-        "tv": lambda y, p, ar: (ar.exp() - p.exp()).abs().sum(-1) / 2,
+        "kl": lambda y, p, ar: kl(ar.log_softmax(-1), p),
+        "reverse_kl": lambda y, p, ar: kl(p, ar.log_softmax(-1)),
+        "tv": lambda y, p, ar: (ar.softmax(-1) - p.exp()).abs().sum(-1) / 2,
     },
     "diffusion": {
         "entropy": lambda y, p, ar: entropy(p),
@@ -66,7 +67,7 @@ def arpc(block, *, guide_every=1, warmup=0, corruption="ar", metric="", verify_t
     need(asks or verify_temperature == 1, "verify_temperature", verify_temperature, f"left out: corruption {corruption} asks no verifier")
     if asks:
         block.need_ar_mode()
-    process, p, p_ar = block.process, None, None
+    process, p, ar = block.process, None, None
     for k in range(block.steps):
         (a_t, a_s), noise = block.alpha[k : k + 2], block.noise(k)
         logits = None
@@ -81,11 +82,12 @@ def arpc(block, *, guide_every=1, warmup=0, corruption="ar", metric="", verify_t
             continue
         y = torch.where(block.open, block.reverse(a_t, a_t, 1.0, noise, logits=logits), block.x)
         if asks:
-            p_ar = (process.loo_logits(block.verify(y), block.x, 0.0) / verify_temperature).log_softmax(-1)
+            ar = process.loo_logits(block.verify(y), block.x, 0.0)
+            ar = ar if verify_temperature == 1 else ar / verify_temperature
         if corruption == "random":
             score = noise.uniform(1)[..., 0]
         else:
-            score = SCORES[corruption][metric or next(iter(SCORES[corruption]))](y, p, p_ar)
+            score = SCORES[corruption][metric or next(iter(SCORES[corruption]))](y, p, ar)
         n = ((1 - a_s) * block.open.sum(1).double() + 0.5 + 1e-9).floor()  # 1e-9: 1 - a_s is a hair below the fraction it stands for
         block.write(torch.where(top(score, n, block.open), block.prior(noise), y))
         yield

@@ -288,7 +288,8 @@ def test_passes_without_gradients_are_those_with(timed):
                 got = net(None, noisy, 16, start, level, cache, **how)
                 assert (got - (want[ask] if how else want)).abs().max() < 1e-4 * want.abs().max()
     weights = [name[0] for name in cache.kept if isinstance(name, tuple)]
-    assert set(weights) == {p for p in net.layers.modules() if isinstance(p, torch.nn.Linear)} - {layer.modulation for layer in net.layers}
+    linears = {net.head} | {p for p in net.layers.modules() if isinstance(p, torch.nn.Linear)}
+    assert set(weights) == linears - {layer.modulation for layer in net.layers}
 
 
 @pytest.mark.parametrize("ask", [None, [0, 1], [0, 0]])
