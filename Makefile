@@ -6,7 +6,7 @@
 
 PY := .venv/bin/python
 PYTHON ?= python3
-SECOND := $(addprefix tests/,test_samplers.py test_eval.py test_corpus.py test_gsm8k.py test_published.py test_attention.py test_distill.py)
+SECOND := $(addprefix tests/,test_samplers.py test_eval.py test_corpus.py test_gsm8k.py test_published.py test_attention.py test_distill.py test_recorded.py)
 
 .PHONY: demo paper test faults lint
 .DELETE_ON_ERROR:

@@ -72,7 +72,7 @@ def test_bounds_are_the_enumerated_ones_and_their_errors_hold(kind, b):
     process, model = setup(kind)
     x0 = some(12)
     truth = quadrature(model, process, x0, b, LAST if process.mask_id is None else 0.0).sum().item() / x0.numel()
-    x0 = x0.repeat(10, 1)  # with a dozen windows the errors themselves would be guesses
+    x0 = x0.repeat(5, 1)  # with a dozen windows the errors themselves would be guesses
     runs = [
         estimate(found.nats[b], found.tokens) for found in (likelihood(model, process, Rows(x0), [b], n_mc=8, seed=s) for s in range(100))
     ]
