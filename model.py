@@ -121,8 +121,12 @@ def linear(x, layer, cache=None, gelu=False, rows=None):
     plain = x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     if plain and not torch.compiler.is_compiling() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # private, not in every build
         if cache is not None:
-            pack = lambda: torch.ops.mkldnn._reorder_linear_weight(weight, max(8, x[..., 0].numel()))
-            weight = known(cache.kept, (layer, None if rows is None else rows.start), pack)
+            key = layer, None if rows is None else rows.start
+            kept = cache.kept.get(key, 0)  # how often it was wanted; the fourth time, itself: a text of few passes is sooner without
+            if isinstance(kept, int):
+                pack = lambda: torch.ops.mkldnn._reorder_linear_weight(weight, max(8, x[..., 0].numel()))
+                kept = cache.kept[key] = kept + 1 if kept < 3 else pack()
+            weight = kept if torch.is_tensor(kept) else weight
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
     y = F.linear(x, weight, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
