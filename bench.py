@@ -1,7 +1,7 @@
 """
 How fast is it, and than what? Ours against the textbook form (textbook.py) with the same weights, interleaved in one run.
 
-    python bench.py                                   training and sampling, networks of 1M to 30M parameters: 25 minutes on 2 cores
+    python bench.py                                   training and sampling, networks of 1M to 30M parameters: half an hour on 2 cores
     python bench.py --sizes 4M --sample [--json FILE] some of it
     python bench.py --duo                             Duo's soft tokens at vocabularies of 128, 50,000 and 250,000
     python bench.py --growth 8192 --plot docs/speed.png    how the cost of training and of generating grows with the length

@@ -366,9 +366,14 @@ class Transformer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x = F.layer_norm(precise(x), x.shape[-1:], precise(self.norm.weight))
             x = x if shift is None else modulate(x, shift, stretch)
-            if readout is None and self.head.weight.dtype == x.dtype:
-                return linear(x, self.head, cache)
-            return (readout or F.linear)(x, precise(self.head.weight), precise(self.head.bias))
+            return self.logits(x, cache) if readout is None else readout(x, precise(self.head.weight), precise(self.head.bias))
+
+    def logits(self, hidden, cache=None):
+        """hidden (..., D), as a readout gets them, -> (..., V) float32 or better."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            if self.head.weight.dtype == hidden.dtype:
+                return linear(hidden, self.head, cache)
+            return F.linear(hidden, precise(self.head.weight), precise(self.head.bias))
 
     def _read(self, tokens):
         """The vectors of ids (B, N), or of soft tokens: weights @ embeddings, in full precision."""

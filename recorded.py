@@ -4,7 +4,7 @@ How does a GPU sample without waiting for Python? A pass of generation is record
 A pass of a few tokens is hundreds of kernels of microseconds each, and launching them takes longer than running them. A graph is launched
 as one, but it is what was launched when it was recorded: the same shapes, the same addresses, no question to the host. So its inputs
 lie in buffers; the length of the context and all positions are tensors; attention reads the cache's whole buffers under a mask; and it
-runs all rows. Its output are hidden states: the head is asked only for the tokens a step depends on, as without graphs.
+runs all rows. It puts out hidden states: the head is asked only for the tokens a step depends on, as without graphs.
 
 Not measured on a GPU. On a CPU the tests play a tape of the same operations: nothing that a graph would freeze may change.
 """
@@ -16,7 +16,6 @@ import sys
 import torch
 
 from attention import dtype_of
-from model import precise
 
 EAGER, TRIED = 2, 2  # passes of a kind before it is worth a recording, and how many playings are compared with the network itself
 
@@ -105,6 +104,4 @@ class Recorded:
         for x, new in zip(inputs, given, strict=True):
             x.copy_(new, non_blocking=True)
         play()
-        head = self.model.head
-        with torch.autocast(hidden.device.type, enabled=False):
-            return torch.nn.functional.linear(hidden if ask is None else hidden[ask], precise(head.weight), precise(head.bias))
+        return self.model.logits(hidden if ask is None else hidden[ask])

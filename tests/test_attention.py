@@ -40,7 +40,7 @@ def test_the_mask_of_a_whole_buffer(b):
     assert not attention.attention_mask(b, torch.tensor(8), 4, 4, at, width=20)[:, :, 12:20].any()
 
 
-@pytest.mark.parametrize("rows, asks, reads", [(4, 16, 80), (1, 16, 80), (4, 3, 80), (4, 128, 130), (4, 0, 8)])
+@pytest.mark.parametrize("rows, asks, reads", [(4, 16, 80), (1, 16, 80), (4, 3, 80), (4, 128, 130), (4, 64, 80), (4, 0, 8)])
 @pytest.mark.parametrize("masks", [0, 1, 4])
 def test_attention_written_out_is_that_of_the_library(monkeypatch, rows, asks, reads, masks):
     """Values and gradients, of keys that are a view of a longer buffer; and SDPA is asked where there are few heads, or many scores."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from exact import KINDS, P_VALUE, V3, chi_squared, enumerated, enumerated_ar, forward_probs, net, quadrature, say, states
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffusion as d
 import draws
@@ -352,6 +353,19 @@ def test_tokens_that_pay_nothing_are_not_asked_for(kind):
         found.append([each, *torch.autograd.grad(total, list(model.parameters()))])
     assert all((a - b).abs().max() < 1e-5 * (1 + b.abs().max()) for one in found[1:] for a, b in zip(found[0], one, strict=True))
     assert not asked[0][~answer].any() and not (found[0][0][~asked[0]] != 0).any() and asked[0].sum() < answer.sum()
+
+
+def test_another_number_of_paying_tokens_compiles_nothing_anew():
+    """Under torch.compile the network answers for all of them: how many pay differs from step to step."""
+    torch._dynamo.reset()
+    process, frames = d.Masked(V3 + 1, V3), []
+    counter = CompileCounterWithBackend("eager")
+    model, x0 = torch.compile(net(process), backend=counter), torch.randint(V3, (40, 8))
+    for seed in range(4):
+        sizes, t = d.stratified_draw({2: 0.5, 4: 0.5}, 40, seed, 0)
+        d.token_loss(model, process, x0, sizes, t, "ce", noise=d.Noise(seed, torch.arange(40), torch.arange(8)))
+        frames.append(counter.frame_count)
+    assert frames[0] > 0 and len(set(frames)) == 1, frames
 
 
 def test_objectives_can_differ_by_block_size():
