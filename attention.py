@@ -34,10 +34,10 @@ def attention_mask(block_size, n_past, n_clean, n_noisy, start, clean_causal=Tru
         noisy 2          # # . .         . . # #      and the clean blocks before it,
         noisy 3          # # . .         . . # #      never its own clean copy: that would leak the answer
     """
-    b = torch.as_tensor(block_size, device=device)
+    b = placed(block_size, device)
     b = b[..., None] if b.dim() == 2 else b.view(-1, 1, 1)  # (1 or B, 1 or N, 1)
     clean = torch.arange(width or n_past + n_clean, device=device)
-    noisy = start.to(device) if torch.is_tensor(start) else torch.arange(start, start + n_noisy, device=device)
+    noisy = start.to(device, non_blocking=True) if torch.is_tensor(start) else torch.arange(start, start + n_noisy, device=device)
     ask = n_past + torch.arange(n_clean, device=device)[:, None]  # (C, 1)
     own = noisy[:, None] // b  # (1 or B, N, 1)
     mask = torch.zeros(b.size(0), n_clean + n_noisy, len(clean) + n_noisy, dtype=torch.bool, device=device)
@@ -47,6 +47,11 @@ def attention_mask(block_size, n_past, n_clean, n_noisy, start, clean_causal=Tru
     if width:
         mask[:, :, :width] &= clean < n_past + n_clean
     return mask
+
+
+def placed(block_size, device):
+    """A block size, or several, as a tensor on the device; the host does not wait for it."""
+    return block_size.to(device, non_blocking=True) if torch.is_tensor(block_size) else torch.full((), block_size, device=device)
 
 
 def added(x, mask):
@@ -138,7 +143,7 @@ def blocks(block_size, B, C, N, start, clean_causal, device):
     The rule as a function of two places in [clean | noisy], for FlexAttention. Block sizes are data, one a row, and so is `start`: another
     mixture compiles nothing anew.
     """
-    size = torch.as_tensor(block_size, device=device).expand(B).contiguous()
+    size = placed(block_size, device).expand(B).contiguous()
     edge, shift = (torch.full((B,), n, device=device) for n in (C, start - C))
 
     def rule(row, head, ask, key):

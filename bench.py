@@ -151,7 +151,7 @@ def job_pair(size, process, device, what, batch):
         recorded = {"recorded": lambda: ours(graphs=True)} if device.type == "cuda" else {}
         return {"ours": ours, "textbook": other} | recorded
 
-    x0 = torch.randint(size.V - 1, (batch, T), device=device)
+    x0 = torch.randint(size.V - 1, (batch, T))
     t = d.stratified_draw({b: 1.0}, batch, 0, 0)[1]
     optimizers = [torch.optim.AdamW(model.parameters(), lr=0.0, fused=True), torch.optim.AdamW(model.parameters(), lr=0.0)]
 
@@ -162,15 +162,15 @@ def job_pair(size, process, device, what, batch):
 
     def ours():
         with fast():
-            loss = d.token_loss(model, process, x0, b, t, "elbo")[0] / x0.numel()
+            loss = d.token_loss(model, process, x0, b, t, "elbo", device=device)[0] / x0.numel()
         finish(loss, optimizers[0])
 
     def other():
-        alpha, dalpha = (y[:, None].to(device) for y in d.loglinear(t))
-        xt = process.corrupt(x0, alpha)
+        x, alpha, dalpha = x0.to(device), *(y[:, None].to(device) for y in d.loglinear(t))
+        xt = process.corrupt(x, alpha)
         with fast():
-            logits = textbook.forward(model, x0, xt, b, 0, d.sigma(alpha[:, 0]))
-        finish(textbook.nll(process, logits.float(), x0, xt, alpha, dalpha).mean(), optimizers[1])
+            logits = textbook.forward(model, x, xt, b, 0, d.sigma(alpha[:, 0]))
+        finish(textbook.nll(process, logits.float(), x, xt, alpha, dalpha).mean(), optimizers[1])
 
     return {"ours": ours, "textbook": other}
 

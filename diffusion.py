@@ -53,7 +53,9 @@ def sigma_for(model, alpha):
 
 def _column(alpha, like):
     """An alpha as float64 that broadcasts against (B, L); small numbers like 1 - alpha must not be rounded first."""
-    alpha = torch.as_tensor(alpha, dtype=float64(like.device), device=like.device)  # a Python float as it is, not by way of float32
+    if not torch.is_tensor(alpha):  # a Python float as it is, not by way of float32; a fill, for which no host waits
+        return torch.full((), alpha, dtype=float64(like.device), device=like.device)
+    alpha = alpha.to(like.device, float64(like.device), non_blocking=True)
     return alpha[:, None] if alpha.dim() == 1 else alpha
 
 
@@ -66,17 +68,18 @@ def _reverse_step(process, logits, xt, alpha_t, alpha_s, temperature, top_p, noi
     """posterior_sample of both processes: draws.sample does it, whatever the noise."""
     a_t, a_s, key = _column(alpha_t, xt).expand(xt.shape), _column(alpha_s, xt), (noise or Noise.like(xt)).keys()
     mixture = torch.stack([x.expand(xt.shape) for x in process.mixture(xt, a_t, a_s)], -1)
-    some, settled = lambda y: y.flatten(0, 1), None  # the tokens that are drawn, all of them
+    x, key, mixture, a_t = (y.flatten(0, 1) for y in (xt, key, mixture, a_t))  # a row a token
+    token = settled = None
     if callable(logits):
-        settled = [y.view_as(xt) for y in settle(key.flatten(), xt.flatten(), mixture.flatten(0, 1), process.vocab_size)]
-        token, asked = settled[0], settled[1] if where is None else settled[1] & where
-        logits, some = logits(asked), lambda y: y[asked]
-        settled = [some(y) for y in settled]
+        settled = settle(key, x, mixture, process.vocab_size)
+        token, asked = settled[0], settled[1].view_as(xt)
+        asked = (asked if where is None else asked & where).cpu()  # once: the host decides what is run
+        logits, index = logits(asked), asked.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
+        x, key, mixture, a_t, *settled = (y[index] for y in (x, key, mixture, a_t, *settled))
     plain = 0 < temperature < math.inf and top_p == 1
     how = {"temperature": temperature} if plain else {"transform": lambda z: sharpen(z, temperature, top_p)}
-    x, how = some(xt), how | process.edit(some(xt), some(a_t)) | {"settled": settled}
-    drawn = sample(logits.flatten(0, -2), some(key), xt=x, mixture=some(mixture), **how).token
-    token = token.masked_scatter(asked, drawn) if len(drawn) < xt.numel() else drawn.view_as(xt)
+    drawn = sample(logits.flatten(0, -2), key, xt=x, mixture=mixture, **how, **process.edit(x, a_t), settled=settled).token
+    token = (drawn if token is None else token.index_copy(0, index, drawn)).view_as(xt)
     return token if where is None else torch.where(where, token, xt)
 
 
@@ -139,7 +142,8 @@ class Masked:
     def posterior_sample(self, logits, xt, alpha_t, alpha_s, temperature=1.0, top_p=1.0, noise=None, where=None):
         """
         One draw of the above, (B, L) int64. Logits matter only at the masks that lift in this step, and which ones do is settled without
-        them: so logits are (B, L, V), or a function that is told (B, L) bool and returns theirs, (M, V). where (B, L) bool: x_t elsewhere.
+        them: so logits are (B, L, V), or a function that is told (B, L) bool, on the CPU, and returns theirs, (M, V). where (B, L) bool:
+        x_t elsewhere.
         """
         return _reverse_step(self, logits, xt, alpha_t, alpha_s, temperature, top_p, noise, where)
 
@@ -280,7 +284,9 @@ def stratified_draw(block_sizes, n, seed, step):
     return sizes[which][order], t[order].clamp(1e-9, 1 - 1e-9)
 
 
-def token_loss(model, process, x0, block_size, t, objective, answer=None, schedule=loglinear, start=0, noise=None, relaxation=None):
+def token_loss(
+    model, process, x0, block_size, t, objective, answer=None, schedule=loglinear, start=0, noise=None, device=None, relaxation=None
+):
     """
     The loss in nats, one forward: (total, each), the sum over tokens with its gradients and, without, its terms (B, L - start). Logits
     are made for tokens that cost something, some at a time (kernels.through_head).
@@ -294,13 +300,19 @@ def token_loss(model, process, x0, block_size, t, objective, answer=None, schedu
     answer (B, L) bool: tokens to predict; the others are prompts, never noised, and their loss is 0. None: all.
     start: the first position with a noisy copy, a multiple of every block size, no answer before it.
     noise: a Noise for (B, L - start).
+    device: where the network is, if x0, answer and noise are on the CPU. Then they are corrupted there, the host knows which tokens cost
+    something, and no step waits for a GPU to tell. None: where x0 is.
     relaxation: a duo.Relaxation, for soft noisy tokens and its own relation of alpha and t.
     """
+    device = device or x0.device
+    there = lambda y: y.to(device, float64(device) if y.dtype == torch.float64 else y.dtype, non_blocking=True)
+    if relaxation is not None:  # soft tokens are made where they are read
+        x0, answer, noise = there(x0), answer if answer is None else there(answer), noise and noise.to(device)
     x = x0[:, start:]
     noise = noise or Noise.like(x)
     sizes = torch.full((x.size(0),), block_size) if isinstance(block_size, int) else block_size
     names = {s: objective if isinstance(objective, str) else objective[s] for s in set(sizes.tolist()) - {1}}
-    ar = (sizes == 1)[:, None].to(x.device)
+    ar = (sizes == 1)[:, None].to(x.device, non_blocking=True)
     open = torch.ones_like(x, dtype=torch.bool) if answer is None else answer[:, start:]
     pure = process.prior(x.shape, noise, x.device)
     if relaxation is None:
@@ -310,23 +322,26 @@ def token_loss(model, process, x0, block_size, t, objective, answer=None, schedu
         soft, xt, alpha, dalpha = relaxation.corrupt(x, t, noise)
     xt = torch.where(ar, pure, xt)
     xt = torch.where(open, xt, x)  # what the loss calls noisy
-    read = torch.where(ar & open, process.ar_input(x.shape, noise, x.device), xt)  # what the network is fed
+    read = there(torch.where(ar & open, process.ar_input(x.shape, noise, x.device), xt))  # what the network is fed
     if relaxation is not None:
         read = relaxation.harden(soft, read, ar | ~open)
     level = sigma_for(model, torch.where(sizes.view(-1, *[1] * (t.dim() - 1)) == 1, 0.0, alpha))  # block size 1 is pure noise: alpha 0
 
     # which token costs what
-    taught = lambda name: torch.isin(sizes, torch.tensor([s for s in names if names[s] == name])).to(x.device)[:, None]  # (B, 1)
+    rows = lambda name: torch.isin(sizes, torch.tensor([s for s in names if names[s] == name]))[:, None]  # (B, 1)
+    taught = lambda name: rows(name).to(x.device, non_blocking=True)
     assert set(names.values()) <= {"elbo", "ce", "ce_noisy", "last"}, f"objective {objective!r}: elbo, ce, ce_noisy or last"
     pays = open & ~(taught("ce_noisy") & (xt == x))
     if process.mask_id is not None:
         pays = pays & (xt == process.mask_id)  # a visible token is known
-    flat = [y.expand_as(x).flatten() for y in (x, xt, _column(alpha, x), _column(dalpha, x))]
+    flat = [there(y.expand_as(x).flatten()) for y in (x, xt, _column(alpha, x), _column(dalpha, x))]
+    place = pays.flatten().cumsum(0) - 1  # of a token among those that pay
 
     def part(price, tokens):
-        """Some of the tokens, and their losses as through_head wants them."""
+        """Some of the tokens, their places among those that pay, and their losses as through_head wants them."""
         index = tokens.flatten().nonzero()[:, 0]
-        return index, lambda logits, rows: price(logits[None], *(y[index[rows]][None] for y in flat), overwrite=True)[0]
+        index, among = there(index), there(place[index])
+        return index, among, lambda logits, rows: price(logits[None], *(y[index[rows]][None] for y in flat), overwrite=True)[0]
 
     ce = lambda logits, x0, xt, *_, overwrite: process.ce(logits, x0, xt, overwrite)
     last = lambda logits, x0, xt, alpha, _, overwrite: process.last_step(logits, x0, xt, alpha, overwrite)
@@ -335,12 +350,11 @@ def token_loss(model, process, x0, block_size, t, objective, answer=None, schedu
 
     def readout(hidden, weight, bias):
         total, each, hidden = 0.0, hidden.new_zeros(x.numel()), hidden.flatten(0, -2)  # of all tokens, or of those that pay
-        place = pays.flatten().cumsum(0) - 1
-        for index, loss in parts:
-            at = index if len(hidden) == x.numel() else place[index]
+        for index, among, loss in parts:
+            at = index if len(hidden) == x.numel() else among
             more, each[index] = through_head(hidden.index_select(0, at), weight, bias, loss)
             total = total + more
         return total, each.view_as(x)
 
-    ask = pays if t.dim() == 1 and sum(len(index) for index, _ in parts) < x.numel() else None
-    return model(x0, read, block_size, start, level, readout=readout, ask=ask)
+    ask = pays if t.dim() == 1 and sum(len(index) for index, *_ in parts) < x.numel() else None
+    return model(there(x0), read, block_size, start, level, readout=readout, ask=ask)

@@ -81,17 +81,18 @@ def dcd(teacher, process, x0, xt, alpha_t, alpha_s, noise):
     return log_p(process, teacher(xs, alpha_s), xs, alpha_s)
 
 
-def distill_loss(forward, process, x0, block_size, t, objective, answer, schedule, start, noise, *, teacher, dt):
+def distill_loss(forward, process, x0, block_size, t, objective, answer, schedule, start, noise, device=None, *, teacher, dt):
     """
     Takes the place of token_loss, arguments there: KL(student || teacher), the reverse KL, which prefers one way of completing
     the text to the average of all; in nats. Block size 1 goes on with cross-entropy.
     teacher: a Transformer. dt: how far ahead of the student it is; the SDTT student learns 2 dt in one step.
     """
-    x = x0[:, start:]
-    ar = (torch.as_tensor(block_size, device=x.device) == 1).view(-1, 1)
-    open = answer[:, start:]
+    device = device or x0.device
+    x0, answer, noise = x0.to(device, non_blocking=True), answer.to(device, non_blocking=True), noise.to(device)
+    x, open, ar = x0[:, start:], answer[:, start:], torch.as_tensor(block_size).view(-1, 1) == 1
     t = t if process.mask_id is not None else (t + dt).clamp(max=1.0)
     alpha_t, alpha_s = schedule(t)[0], schedule((t - dt).clamp(min=1e-5))[0]
+    level, ar = sigma_for(forward, torch.where(ar[:, 0], 0.0, alpha_t)), ar.to(x.device, non_blocking=True)
     here = copy.copy(noise)  # so that both draws of a trajectory begin with the same random numbers
     xt = torch.where(open, process.corrupt(x, alpha_t, here), x)
 
@@ -101,7 +102,7 @@ def distill_loss(forward, process, x0, block_size, t, objective, answer, schedul
 
     target = (dcd if process.mask_id is None else sdtt)(ask, process, x, xt, alpha_t, alpha_s, noise if process.mask_id is None else here)
     read = torch.where(ar & open, process.ar_input(x.shape, here, x.device), xt)
-    logits = forward(x0, read, block_size, start, sigma_for(forward, torch.where(ar[:, 0].cpu(), 0.0, alpha_t)))
+    logits = forward(x0, read, block_size, start, level)
     log_q = log_p(process, logits, xt, alpha_t)
     kl = (log_q.exp() * (log_q - target)).sum(-1)
     noisy = open if process.mask_id is None else open & (xt == process.mask_id)

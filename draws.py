@@ -50,8 +50,8 @@ class Noise:
     """
     Uniform numbers in (0, 1] with 63 random bits that depend on (seed, row, position, step, how many were taken before) and on
     nothing else: not on the batch mates, the number of processes, the device or any global state.
-    rows (B,), positions (L,): integer tensors. noise.uniform(n) is (B, L, n) float64 (float32 on MPS); with `where` (B, L) bool,
-    (M, n). Rows and steps -1 and -2 exist too: streams for what belongs to no row, or comes before the first step.
+    rows (B,), positions (L,): integer tensors. noise.uniform(n) is (B, L, n) float64 (float32 on MPS). Rows and steps
+    -1 and -2 exist too: streams for what belongs to no row, or comes before the first step.
     """
 
     def __init__(self, seed, rows, positions, step=0):
@@ -66,16 +66,20 @@ class Noise:
         seed = torch.randint(1 << 62, ()).item()
         return cls(seed, torch.arange(x.size(0), device=x.device), torch.arange(x.size(1), device=x.device))
 
-    def uniform(self, n, where=None):
-        key = self.key if where is None else self.key[where]
-        count = torch.arange(self.taken + 1, self.taken + 1 + n, device=key.device)
-        self.taken += n  # the same for everyone, whoever takes part
-        return uniforms(key[..., None], count)
+    def to(self, device):
+        """This very Noise, elsewhere: the same numbers."""
+        self.key = self.key.to(device, non_blocking=True)
+        return self
 
-    def keys(self, where=None):
-        """For draws.sample: (B, L) int64, with `where` (M,). Their counts begin somewhere else than those of `uniform`, far away."""
+    def uniform(self, n):
+        count = torch.arange(self.taken + 1, self.taken + 1 + n, device=self.key.device)
+        self.taken += n
+        return uniforms(self.key[..., None], count)
+
+    def keys(self):
+        """For draws.sample: (B, L) int64. Their counts begin somewhere else than those of `uniform`, far away."""
         self.taken += 1
-        return (self.key if where is None else self.key[where]) + mix(self.taken)
+        return self.key + mix(self.taken)
 
 
 # ----- draws
@@ -152,7 +156,7 @@ def sample(logits, key, temperature=1.0, xt=None, mixture=None, shift=None, forb
         raise ValueError(f"temperature must be above 0 and finite, not {temperature}")
     N, device, logits = len(logits), logits.device, as_rows(logits.detach())
     xt, key, temperature = (torch.zeros_like(key) if xt is None else xt).contiguous(), key.contiguous(), max(temperature, 1e-30)
-    mixture = torch.tensor([0.0, 1, 0, 0], device=device, dtype=float64(device)).expand(N, 4) if mixture is None else mixture
+    mixture = torch.eye(4, device=device, dtype=float64(device))[1].expand(N, 4) if mixture is None else mixture  # all from p
     edit = xt if forbidden is None else torch.full_like(xt, forbidden)
     add = -full(shift, N, device, torch.float32, 0.0) if forbidden is None else torch.full((N,), -math.inf, device=device)
     assert shift is None or forbidden is None, "masked noise has a forbidden id, uniform noise a shift"

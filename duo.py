@@ -128,7 +128,7 @@ class Relaxation:
         """(soft tokens as model.forward takes them, x_t (B, L), alpha (B,), dalpha / dt (B,)) for x0 (B, L) and times t (B,)."""
         noise, V, device = noise or Noise.like(x0), self.process.vocab_size, x0.device
         if device.type == "mps":  # Apple's GPUs have neither float64 nor Phi^-1: drawn on the CPU
-            x0, noise.key = x0.cpu(), noise.key.cpu()
+            x0, noise = x0.cpu(), noise.to("cpu")
         gamma = self.gamma_0 + (self.gamma_1 - self.gamma_0) * t
         alpha, slope = transform(gamma, V)
         if self.k:
@@ -137,7 +137,7 @@ class Relaxation:
         else:
             weights, xt = soften(x0, gamma, V, self.tau, noise)
             soft = weights.float().to(device)
-        noise.key = noise.key.to(device)
+        noise.to(device)
         return soft, xt.to(device), alpha, slope * (self.gamma_1 - self.gamma_0)
 
     def harden(self, soft, ids, where):

@@ -63,7 +63,8 @@ class Block:
         self.model, self.passes, self.process, self.cache, self.counts = model, passes, process, cache, counts
         self.seed, self.trained = seed, trained
         self.temperature, self.top_p, self.schedule, self.text = temperature, top_p, schedule, text
-        self.rows, self.positions, self.open = rows.to(text.device), span.to(text.device), open.to(text.device)
+        self.here, self.span = rows, span  # on the CPU
+        self.rows, self.positions, self.open, self.where = (self.there(y) for y in (rows, span, open, open.flatten().nonzero()[:, 0]))
         self.given = text[self.rows[:, None], self.positions]  # prompt, and whatever stands in rows that wait
         self.steps = steps or len(span)
         self.alpha = self.grid(self.steps)
@@ -72,6 +73,10 @@ class Block:
         self.read = self.logits = None  # what the last predict read, and said
 
     # ----- what a sampler may do
+
+    def there(self, x):
+        """x where sampling is done; the host does not wait for it."""
+        return x.to(self.text.device, non_blocking=True)
 
     def noise(self, k):
         """Random numbers of step k >= 0; -1 made the pure noise, -2 what block size 1 reads."""
@@ -97,8 +102,8 @@ class Block:
         x, need = self.x if x is None else x, self.live
         if self.model.timeless and self.read is not None:
             need = need & (x != self.read).any(1)
-        if need.any():
-            logits = self._forward(need, None, x, len(self.positions), alpha)
+        if (run := need.cpu()).any():
+            logits = self._forward(run, None, x, len(self.positions), alpha)
             self.logits = logits if self.logits is None else torch.where(need[:, None, None], logits, self.logits)
             self.read = x
         return self.logits
@@ -112,8 +117,8 @@ class Block:
         """Both in one pass of three tokens a position: verify(y), and predict(alpha) of the block as it stands."""
         self.need_ar_mode()
         b = len(self.positions)
-        sizes, at = torch.tensor([[1] * b + [b] * b]), torch.cat((self.positions, self.positions)).cpu()
-        level = torch.cat((torch.zeros(len(self.rows), b).to(alpha), alpha[:, None].expand(-1, b)), dim=1)
+        sizes, at = torch.tensor([[1] * b + [b] * b]), torch.cat((self.span, self.span))
+        level = torch.cat((alpha.new_zeros(len(self.rows), b), alpha[:, None].expand(-1, b)), dim=1)
         logits = self._forward(self.live, y, torch.cat((self.ar_input(), self.x), dim=1), sizes, level, at)
         return logits[:, :b], logits[:, b:]
 
@@ -145,9 +150,8 @@ class Block:
 
     def draw(self, logits, noise):
         """A token from softmax(logits), (R, b); x where nothing is open."""
-        y = self.x.clone()
-        y[self.open] = sample(logits[self.open], noise.keys(self.open)).token
-        return y
+        z, key = logits.flatten(0, 1)[self.where], noise.keys().flatten()[self.where]
+        return self.x.flatten().index_copy(0, self.where, sample(z, key).token).view_as(self.x)
 
     def ar_input(self):
         """What block size 1 reads in place of the tokens it predicts, (R, b): the same at every pass, so that AR has one answer."""
@@ -174,29 +178,31 @@ class Block:
     def _forward(self, need, gen, noisy, block_size, alpha, start=None, ask=None):
         """
         One pass: what the cache lacks of the context, then `gen` (R, b) as clean text or None, then noisy (R, N). Returns logits
-        (R, N, V), zeros in rows that were not needed; with ask (R, N) bool (M, V). The context enters the cache, for all rows; `gen`
-        never does.
+        (R, N, V), zeros in rows that were not needed; with ask (R, N) bool, on the CPU, (M, V). The context enters the cache, for all
+        rows; `gen` never does.
         """
-        begin, device, R = int(self.positions[0]), self.model.embed.weight.device, len(self.rows)
+        begin, device, R, need = int(self.span[0]), self.model.embed.weight.device, len(self.here), need.cpu()
         start = begin if start is None else start
         have = self.cache.length if self.cache is not None else 0
         run = torch.ones_like(need) if self.cache is not None and have < begin or self.passes is not self.model else need
-        everyone, index, cache = bool(run.all()), run.nonzero()[:, 0], self.cache
+        rows, cache = run.nonzero()[:, 0], self.cache
+        everyone, index = len(rows) == R, self.there(rows)
         if cache is not None:
-            cache.rows = None if everyone else index.to(device)
+            cache.rows = None if everyone else rows.to(device, non_blocking=True)
         clean = self.text[self.rows[index], have:begin].clamp(min=0)  # NOTHING only in rows that wait: rolled back in generate
         if gen is not None:
             clean = torch.cat((clean, gen[index]), dim=1)
+        noisy = noisy[index]
         level = sigma_for(self.model, torch.as_tensor(alpha, dtype=torch.float64))
         if level is not None:
-            level = level[index] if level.dim() else level[None]  # one for all rows is computed once
-        asked = None if ask is None else ask[index].to(device)
-        logits = self.passes(clean.to(device), noisy[index].to(device), block_size, start, level, cache, ask=asked).to(self.x.device)
+            level = level[rows if level.is_cpu else index] if level.dim() else level[None]  # one for all rows is computed once
+        asked = None if ask is None else ask[rows]
+        logits = self.passes(clean.to(device), noisy.to(device), block_size, start, level, cache, ask=asked).to(self.x.device)
         if cache is not None:
             cache.length, cache.rows = begin, None
         self.counts["nfe"] += 1
-        self.counts["token_forwards"] += clean.numel() + noisy[index].numel()
-        self.counts["nfe_rows"][self.rows[need].cpu()] += 1
+        self.counts["token_forwards"] += clean.numel() + noisy.numel()
+        self.counts["nfe_rows"][self.here[need]] += 1
         if everyone or ask is not None:
             return logits
         return logits.new_zeros(R, *logits.shape[1:]).index_copy(0, index, logits)
@@ -283,7 +289,7 @@ def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=Non
         nonlocal rows
         stay = ~done[rows]
         if cache is not None and not stay.all():
-            cache.keep(stay.to(device))
+            cache.keep(stay.nonzero()[:, 0].to(device, non_blocking=True))
         rows = rows[stay]
 
     yield state((0, -1), 0, True)
@@ -323,7 +329,7 @@ def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=Non
                 cut = torch.where(hit.any(1), span[hit.int().argmax(1)] + 1, cut)
             over = known[rows] >= cut
             done[rows[over]] = True
-            ended = rows[over].to(home)
-            x[ended] = torch.where(torch.arange(W, device=home) < cut[over].to(home)[:, None], x[ended], NOTHING)
+            ended = block.there(rows[over])
+            x[ended] = torch.where(torch.arange(W, device=home) < block.there(cut[over])[:, None], x[ended], NOTHING)
             yield state(span, step, True)
             leave()

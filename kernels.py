@@ -127,8 +127,10 @@ def pieces(logits, dtype, buffers):
 
 
 def full(x, N, device, dtype, none=1.0):
-    """A number a row, (N,), from a number, a tensor that broadcasts, or None."""
-    return torch.as_tensor(none if x is None else x, device=device, dtype=dtype).expand(N).contiguous()
+    """A number a row, (N,), from a number, a tensor that broadcasts, or None; the host waits for nothing."""
+    if torch.is_tensor(x):
+        return x.to(device, dtype, non_blocking=True).expand(N).contiguous()
+    return torch.full((N,), none if x is None else x, device=device, dtype=dtype)
 
 
 # ----- what the kernels share
@@ -199,7 +201,7 @@ class _Rows(torch.autograd.Function):
         assert grad is not None, "this gradient was handed out before"
         if fused(grad):
             _scale(grad, g.float().contiguous())
-        elif grad.is_cuda or not (g == 1).all():
+        elif not grad.is_cpu or not (g == 1).all():  # a question that a GPU would be waited for
             grad.mul_(g[:, None])
         return grad, None, None, None
 

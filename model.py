@@ -268,8 +268,8 @@ class Transformer(nn.Module):
         cache       a KVCache: adds the clean tokens before, and commits `clean` to it
         Returns logits (B, N, V) float32 for the noisy positions, nothing forbidden, not normalised. Or, so that no one has to hold all
         logits, readout(hidden (B, N, D) float32, weight (V, D), bias (V,)): logits are hidden @ weight.T + bias.
-        ask (B, N)  bool: the tokens whose logits are wanted, (M, V) in their order, or hidden (M, D) for the readout (all of them under
-                    torch.compile); not with one sigma a token. The others cost the last layer keys and values only, and the head nothing
+        ask (B, N)  bool, best on the CPU: the tokens whose logits are wanted, (M, V) in their order, or hidden (M, D) for the readout
+                    (all under torch.compile); not with one sigma a token. The others cost the last layer keys and values only
         """
         n_past = cache.length if cache is not None else 0
         if not getattr(block_size, "ndim", 0):
@@ -289,7 +289,7 @@ class Transformer(nn.Module):
         C = S - N
         if not recorded and max(n_past + C, end) > self.cfg.seq_len:
             raise ValueError(f"positions up to {max(n_past + C, end)}, but the model has seq_len {self.cfg.seq_len}")
-        noisy_at = torch.arange(int(start), end, device=x.device) if one_start else start.to(x.device)  # (N,)
+        noisy_at = torch.arange(int(start), end, device=x.device) if one_start else start.to(x.device, non_blocking=True)  # (N,)
         at = torch.cat((n_past + torch.arange(C, device=x.device), noisy_at))
         angles = lambda: self._rope(torch.arange(self.cfg.seq_len, device=x.device))
         rope = self._rope(at) if cache is None else [table[at] for table in known(cache.kept, "rope", angles)]
@@ -313,7 +313,7 @@ class Transformer(nn.Module):
 
         per_token = sigma is not None and sigma.dim() == 2
         assert ask is None or not per_token, "ask is for one noise level a row"
-        ask = None if ask is None else ask.nonzero(as_tuple=True)
+        ask = None if ask is None else tuple(i.to(x.device, non_blocking=True) for i in ask.nonzero(as_tuple=True))
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1  # nobody reads its clean outputs, only keys and values
             x = layer(x, C, C * last, rope, mask, cond, cache, i, ask if last else None, level)
@@ -398,7 +398,7 @@ class Transformer(nn.Module):
         (B or 1, 1 or 2, cond_dim): one vector a stream; one for the clean stream and N more with a sigma (B, N).
         The clean stream sees sigma = 0 always, so that its cache holds for any t.
         """
-        sigma = self.embed.weight.new_zeros(1) if sigma is None else sigma.to(self.embed.weight)  # one serves all rows
+        sigma = self.embed.weight.new_zeros(1) if sigma is None else sigma.to(self.embed.weight, non_blocking=True)  # one for all
         streams = sigma.view(len(sigma), -1)
         if C and not self.cfg.condition_clean and not self.timeless:
             streams = torch.cat((torch.zeros_like(streams[:, :1]), streams), dim=1)

@@ -85,7 +85,7 @@ class Recorded:
 
     def prepare(self, kind, given, block_size, cache):
         """Record a pass; its inputs lie where they stay."""
-        inputs = [x.to(self.model.embed.weight.device, copy=True) for x in given]
+        inputs = [x.clone() for x in given]
         size = torch.as_tensor(block_size, device=inputs[0].device)
         size = size if size.dim() else size[None]  # a number would be copied to the GPU by every pass
 
@@ -104,4 +104,5 @@ class Recorded:
         for x, new in zip(inputs, given, strict=True):
             x.copy_(new, non_blocking=True)
         play()
-        return self.model.logits(hidden if ask is None else hidden[ask])
+        where = ... if ask is None else tuple(i.to(hidden.device, non_blocking=True) for i in ask.nonzero(as_tuple=True))
+        return self.model.logits(hidden[where])

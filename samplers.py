@@ -27,7 +27,7 @@ def top(score, n, among):
     """(R, b) bool: in every row the n highest scores among the positions `among`; n an int or (R,). Ties go left."""
     score = torch.where(among, score.double().clamp(min=-1e300), -math.inf)  # an impossible token still beats a place that is not asked
     rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return (rank < torch.as_tensor(n, device=score.device).view(-1, 1)) & among
+    return (rank < (n.view(-1, 1) if torch.is_tensor(n) else n)) & among
 
 
 def pick(x, ids):

@@ -325,12 +325,12 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
         loss = torch.zeros((), device=device)
         for k, (x0, answer, sizes, t, slots) in enumerate(batches):
             prompt = int(answer.any(0).int().argmax()) // unit * unit  # blocks before it need no noisy copy
-            x0, answer, slots = (x.to(device, non_blocking=True) for x in (x0, answer, slots))
-            noise = Noise(cfg.seed, slots, torch.arange(prompt, cfg.seq_len, device=device), step)
+            noise = Noise(cfg.seed, slots, torch.arange(prompt, cfg.seq_len), step)  # all of it on the CPU, while a GPU is still busy
             with machine.without_sync(forward) if k + 1 < len(batches) else nullcontext():
                 with amp:
+                    schedule = SCHEDULES[cfg.schedule]
                     summed, _ = loss_of(
-                        forward, process, x0, block_size or sizes, t, cfg.objectives(), answer, SCHEDULES[cfg.schedule], prompt, noise
+                        forward, process, x0, block_size or sizes, t, cfg.objectives(), answer, schedule, prompt, noise, device
                     )
                 part = summed / n_answers
                 # DDP and FSDP average over processes, we want their sum; a loss that is not finite makes a gradient that is not
