@@ -207,5 +207,7 @@ def softmax_attention(q, k, v, added):
     few = B * H >= 8 and S >= 4 and S * k.size(2) <= 1 << (12 if torch.is_grad_enabled() else 14)
     if not few or not q.is_cpu or q.dtype != torch.float32 or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=added)
-    scores = (q * width**-0.5) @ k.mT
-    return (scores if added is None else scores + added).softmax(-1) @ v
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B H, S or keys, D/H)
+    scores = ((q * width**-0.5) @ k.mT).view(B, H, S, -1)
+    scores = scores if added is None else scores.add_(added)
+    return (scores.softmax(-1).flatten(0, 1) @ v).view(B, H, S, -1)

@@ -8,6 +8,7 @@ How is a token drawn? Exactly, tail included, from logits alone, and by random n
 Letters as in kernels.py, which says when Triton runs: N rows, V vocabulary, z logits, p = softmax(z / T).
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ class Noise:
     Uniform numbers in (0, 1] with 63 random bits that depend on (seed, row, position, step, how many were taken before) and on
     nothing else: not on the batch mates, the number of processes, the device or any global state.
     rows (B,), positions (L,): integer tensors. noise.uniform(n) is (B, L, n) float64 (float32 on MPS). Rows and steps
-    -1 and -2 exist too: streams for what belongs to no row, or comes before the first step.
+    -1 and -2 exist too: streams for what belongs to no row, or comes before the first step. step: an int, or (K, 1, 1), for `unbind`.
     """
 
     def __init__(self, seed, rows, positions, step=0):
@@ -65,6 +66,14 @@ class Noise:
         """Noise for x (B, L), seeded from torch's global generator: what the methods below use when given none."""
         seed = torch.randint(1 << 62, ()).item()
         return cls(seed, torch.arange(x.size(0), device=x.device), torch.arange(x.size(1), device=x.device))
+
+    def unbind(self):
+        """K of them, one a step: many small operations become one."""
+        several = []
+        for key in self.key.unbind():
+            several.append(copy.copy(self))
+            several[-1].key = key
+        return several
 
     def to(self, device):
         """This very Noise, elsewhere: the same numbers."""
@@ -168,23 +177,24 @@ def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, tran
     """In PyTorch: only rows whose token, or stats, need it are read."""
     (N, V), device = logits.shape, logits.device
     token, asked, u, drawn = settled or settle(key, xt, mixture, V)
-    rows = torch.arange(N, device=device) if stats else asked.nonzero()[:, 0]
+    rows = torch.arange(N, device=device) if stats or settled else asked.nonzero()[:, 0]
     if len(rows) == 0:
         return token, *(torch.empty(4, 0, device=device) if stats else [None] * 4)
     if len(rows) < N:
         u, drawn, key, xt, edit, add, mixture = (x[rows] for x in (u, drawn, key, xt, edit, add, mixture))
     seen, rest, fresh, stay = mixture.unbind(-1)
+    every = source = rows if len(rows) == N else torch.arange(len(rows), device=device)
     if transform is not None:  # a new (n, V) of logits, as they are drawn from
         logits = transform(logits.index_select(0, rows).to(wide(logits)).scatter_add_(1, edit[:, None], add[:, None].to(wide(logits))))
-        add, temperature, source = torch.zeros_like(add), 1.0, torch.arange(len(rows), device=device)
+        add, temperature = torch.zeros_like(add), 1.0
     else:
         source = rows
 
     # one reading: the maximum m, the mass of every lane relative to it, and sum w log w
     n = max(1, CHUNK // V)
     work = torch.empty(1 + stats, min(n, len(rows)), V, dtype=logits.dtype, device=device)  # see kernels.pieces
-    m, mass, h = [], [], []
-    for part in torch.arange(len(rows), device=device).split(n):
+    m, mass, w_xt, h = [], [], [], []
+    for part in every.split(n):
         z = torch.index_select(logits, 0, source[part], out=work[0, : len(part)]).to(wide(logits))
         z.scatter_add_(1, edit[part, None], add[part, None].to(z))
         m.append(z.amax(-1, keepdim=True))
@@ -192,8 +202,9 @@ def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, tran
         z = z if temperature == 1 else z.div_(temperature)
         w = torch.exp(z, out=work[1, : len(part)]) if stats and z.dtype == work.dtype else z.exp() if stats else z.exp_()
         mass.append(_lanes(w))
+        w_xt.append(w.gather(1, xt[part, None]))
         h += [z.clamp_(min=-1e30).mul_(w).sum(-1)] if stats else []
-    m, mass = torch.cat(m), torch.cat(mass)
+    m, mass, w_xt = torch.cat(m), torch.cat(mass), torch.cat(w_xt)[:, 0]
     total = mass.sum(-1)
 
     def z_at(index, ids):
@@ -201,8 +212,7 @@ def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, tran
         z = logits[source[index, None], ids].to(m) + torch.where(ids == edit[index, None], add[index, None], 0.0)
         return (z - m[index]) / temperature
 
-    every = torch.arange(len(rows), device=device)
-    p_xt = z_at(every, xt[:, None]).exp()[:, 0] / total
+    p_xt = w_xt / total
     at = u * (seen * p_xt + rest)
     y = torch.where(at < fresh, drawn, xt)
     go = (at > fresh + seen * p_xt + stay).nonzero()[:, 0]
@@ -212,8 +222,9 @@ def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, tran
     lane_clock, clock = clocks(key, 3 + torch.cat((lane, LANES + member))).split_with_sizes((L, len(member)), dim=-1)
     lane = (mass[go] / lane_clock).argmax(-1, keepdim=True)
     ids = member // 8 * (8 * LANES) + member % 8 + 8 * lane  # (n, 8 tiles)
-    weight = torch.where(ids < V, z_at(go, ids.clamp(max=V - 1)).exp(), 0.0)
-    y[go] = ids.gather(1, (weight / clock).argmax(-1, keepdim=True))[:, 0]
+    real = ids.clamp(max=V - 1)
+    weight = w.index_select(0, go).gather(1, real) if len(w) == len(rows) else z_at(go, real).exp()  # if it is all there still
+    y[go] = ids.gather(1, (torch.where(ids < V, weight, 0.0) / clock).argmax(-1, keepdim=True))[:, 0]
     y = torch.where(total.isnan(), -1, y)
     token[rows] = y
     if not stats:

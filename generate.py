@@ -5,15 +5,16 @@ What happens inside a block is a sampler's business: samplers.py, unmasking.py, 
 diffusion.py, and R the rows still in the batch, b the block size.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
 
 from attention import dtype_of
+from cache import KVCache
 from diffusion import loglinear, sigma_for
 from draws import Noise, sample, sharpen
 from guided import agreement, arpc, edlm, speculation
-from model import KVCache
 from recorded import Recorded
 from samplers import ancestral, ar, first_hitting, gibbs, max_coupling, psi, remdm_cap, remdm_conf, remdm_loop, remdm_rescale
 from unmasking import confidence, entropy_bound, factor, prophet, rcr, saber, sched, threshold
@@ -67,7 +68,7 @@ class Block:
         self.rows, self.positions, self.open, self.where = (self.there(y) for y in (rows, span, open, open.flatten().nonzero()[:, 0]))
         self.given = text[self.rows[:, None], self.positions]  # prompt, and whatever stands in rows that wait
         self.steps = steps or len(span)
-        self.alpha = self.grid(self.steps)
+        self.alpha, self.noises = self.grid(self.steps), {}
         self.live = self.open.any(1)
         self.x = torch.where(self.open, self.prior(self.noise(-1)), self.given.clamp(min=0))
         self.read = self.logits = None  # what the last predict read, and said
@@ -80,7 +81,10 @@ class Block:
 
     def noise(self, k):
         """Random numbers of step k >= 0; -1 made the pure noise, -2 what block size 1 reads."""
-        return Noise(self.seed, self.rows, self.positions, k)
+        if k not in self.noises:
+            steps = torch.arange(k, k + min(self.steps + 2, 18), device=self.rows.device)[:, None, None]  # as fast as one
+            self.noises |= dict(enumerate(Noise(self.seed, self.rows, self.positions, steps).unbind(), k))
+        return copy.copy(self.noises[k])
 
     def grid(self, steps):
         """alpha at steps + 1 equally spaced times from 1 to 0; the last is 1 exactly, whatever the schedule rounds to."""

@@ -34,6 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import added, attend, attention_mask, training_mask
+from cache import by_onednn, known, linear
 
 
 @dataclass
@@ -55,45 +56,6 @@ class ModelConfig:
     dropout: float = 0.0  # of what attention and the MLP add, in training
 
 
-# ----- the cache
-
-
-class KVCache:
-    """
-    Keys and values of clean tokens at positions 0..length-1, in buffers (n_layers, B, H, max_len, D/H) that never grow; of a next-token
-    network also the last layer's output, (B, max_len, D).
-    A forward commits the clean tokens it was given and nothing else; noisy keys pass through the free space behind
-    `length` and are forgotten. Setting `length` back forgets committed tokens (a verifier does: its block is a guess).
-    With rows (R',), indices, the next forwards are of these rows of the B only; what they commit is of use to them alone.
-    `length` may be a tensor (recorded.py): then no shape depends on it. Attention reads the whole buffers, and noisy keys lie at their end.
-    """
-
-    def __init__(self, cfg, batch_size, max_len=None, device=None, dtype=torch.float32, out_dtype=None):
-        shape = (cfg.n_layers, batch_size, cfg.n_heads, max_len or 2 * cfg.seq_len, cfg.d_model // cfg.n_heads)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-        # what the last layer made of each clean token: for a next-token network, the prediction of the one behind it
-        self.out = torch.zeros(batch_size, shape[3] if cfg.next_token else 0, cfg.d_model, device=device, dtype=out_dtype or dtype)
-        self.length, self.rows, self.places = 0, None, None
-        self.kept = {}  # weights and angles as a pass wants them
-        self.levels = {}  # what adaLN makes of a noise level, of all layers: a block after the other goes through the same ones
-
-    def extend(self, layer, k, v):
-        """Put (B or R', H, S, D/H) behind the committed tokens and return views of everything up to them, of all B rows."""
-        if self.places is not None:
-            return [all_[layer].index_copy_(2, self.places, new.to(all_.dtype)) for all_, new in ((self.k, k), (self.v, v))]
-        end = self.length + k.size(2)
-        assert end <= self.k.size(3), f"the cache holds {self.k.size(3)} tokens, asked for {end}"
-        both = self.k[layer].narrow(2, 0, end), self.v[layer].narrow(2, 0, end)
-        for all_, new in zip(both, (k, v), strict=True):
-            place = all_.narrow(2, self.length, k.size(2))
-            place.copy_(new) if self.rows is None else place.index_copy_(0, self.rows, new.to(place.dtype))
-        return both
-
-    def keep(self, rows):
-        """Drop the batch rows not in `rows` (bool or indices): a finished row costs nothing more."""
-        self.k, self.v, self.out = self.k[:, rows], self.v[:, rows], self.out[rows]
-
-
 # ----- the layers
 
 
@@ -111,53 +73,40 @@ def rotate(x, cos, sin):
     return torch.addcmul(wide * cos, wide.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)
 
 
-def linear(x, layer, cache=None, gelu=False, rows=None):
-    """
-    layer(x), or some rows of its output (no bias then), and GELU of that. Without gradients on a CPU by oneDNN: at the few tokens of a
-    sampling pass it is 10 to 30 % faster than what F.linear calls, and it applies the GELU as it writes. The cache, which is of these very
-    weights, keeps them in the order in which oneDNN reads them: another 10 %, and half the time of a large head (docs/log.md).
-    """
-    weight, bias = layer.weight if rows is None else layer.weight[rows], layer.bias
-    plain = x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-    if plain and not torch.compiler.is_compiling() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # private, not in every build
-        if cache is not None:
-            key = layer, None if rows is None else rows.start
-            kept = cache.kept.get(key, 0)  # how often it was wanted; the fourth time, itself: a text of few passes is sooner without
-            if isinstance(kept, int):
-                pack = lambda: torch.ops.mkldnn._reorder_linear_weight(weight, max(8, x[..., 0].numel()))
-                kept = cache.kept[key] = kept + 1 if kept < 3 else pack()
-            weight = kept if torch.is_tensor(kept) else weight
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
-    y = F.linear(x, weight, bias)
-    return F.gelu(y, approximate="tanh") if gelu else y
-
-
 def modulated(x, norm, n_clean, m):
-    """norm(x) moved and stretched by m, two vectors (B, 1 or 2, D), or as it is without: at once where one serves all tokens."""
+    """norm(x) moved and stretched by m, two vectors (B, 1 or 2, D), or as it is without. One for all tokens, (D,), is the norm's own."""
     if m is None:
         return norm(x)
-    shift, stretch = m
-    if shift.numel() == x.size(-1):
-        weight, bias = norm.weight * stretch.flatten(), shift.flatten()
-        return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype))  # autocast converts them on a GPU only
+    if m[0].dim() == 1:
+        return F.layer_norm(x, m[0].shape, *m)
     return per_stream(modulate, n_clean, [norm(x)], m)
 
 
+def fold(norm, shift, stretch):
+    """Where one shift and one stretch serve all tokens, the gain and bias (D,) of a LayerNorm that moves and stretches as well."""
+    if shift.numel() > shift.size(-1):
+        return shift, stretch
+    return [x.flatten().to(norm.weight.dtype) for x in (norm.weight * stretch, shift)]  # autocast converts them on a GPU only
+
+
 def per_stream(f, n_clean, xs, ms):
-    """f(*xs, *ms) of tokens xs (B, C + N, D) and vectors ms (B, 1 or 2 or 1 + N, D): one for all, one a stream, or one a noisy token."""
+    """f(*xs, *ms) of tokens xs (B, C + N, D) and vectors ms (B, ..., D): one for all, a token, a stream (2) or a noisy token (1 + N)."""
     S = xs[0].size(1)
-    if n_clean == 0 and ms[0].size(1) > 1:
-        ms = [m[:, 1:] for m in ms]
-    elif ms[0].size(1) == 2 and S == 2 * n_clean:  # streams of one length: nothing need be written out
+    if ms[0].size(1) in (1, S):
+        return f(*xs, *ms)
+    if ms[0].size(1) == 2 and S == 2 * n_clean:  # streams of one length: nothing need be written out
         return f(*(x.unflatten(1, (2, -1)) for x in xs), *(m[:, :, None] for m in ms)).flatten(1, 2)
-    elif ms[0].size(1) > 1:
-        ms = [torch.cat((m[:, :1].expand(-1, n_clean, -1), m[:, 1:].expand(-1, S - n_clean, -1)), dim=1) for m in ms]
-    return f(*xs, *ms)
+    return f(*xs, *(written_out(m, n_clean, S) for m in ms))
+
+
+def written_out(m, n_clean, S):
+    """Vectors (B, 2 or 1 + N, D), of a stream or a noisy token, as one for each of S tokens."""
+    return torch.cat((m[:, :1].expand(-1, n_clean, -1), m[:, 1:].expand(-1, S - n_clean, -1)), dim=1)
 
 
 def each(m, ask):
-    """The noisy stream's vectors (B or 1, 1 or 2, D) as those of the tokens asked for, (M or 1, 1, D)."""
-    return m[:, -1:] if len(m) == 1 else m[ask[0], -1:]
+    """The noisy stream's vectors (B or 1, 1, D), or (D,), as those of the tokens asked for, (M or 1, 1, D)."""
+    return m if m.dim() == 1 or len(m) == 1 else m[ask[0]]
 
 
 def modulation(layer, cond, n):
@@ -173,13 +122,8 @@ def modulate(h, shift, stretch):
     return torch.addcmul(shift, h, stretch)
 
 
-def known(level, what, make):
-    """make(), or what it gave before: level is a dict, or None."""
-    if level is None:
-        return make()
-    if what not in level:
-        level[what] = make()
-    return level[what]
+LETTERS = 256  # ids of a vocabulary that is an alphabet
+FEW = 64  # tokens a row up to which a cached level's vectors are written out, one a token: then the operations count, not their sizes
 
 
 class Layer(nn.Module):
@@ -194,26 +138,62 @@ class Layer(nn.Module):
         self.modulation = nn.Linear(cfg.cond_dim, 6 * D) if cfg.time_conditioning else None
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x, n_clean, skip, rope, mask, cond, cache, index, ask=None, level=None):
+    def moves(self, cond, n_clean, S, skip, few):
         """
-        x (B, C + N, D) -> (B, C + N - skip, D): keys and values from every token, an output for all but the first `skip`. With ask, rows
-        (M,) and places (M,), for these tokens behind `skip` only: (M, 1, D).
+        What adaLN makes of cond (B or 1, 1 or 2, cond_dim): what the first norm does and its gate, and the same of the second, whose tokens
+        are those behind `skip`. few: written out, a vector a token, of which there are S.
+        """
+
+        def vector(i, m):
+            if m.size(1) == 1:
+                return m
+            return m[:, 1:] if skip and i > 1 else written_out(m, n_clean, S) if few else m
+
+        shift1, stretch1, gate1, shift2, stretch2, gate2 = (vector(i, m) for i, m in enumerate(modulation(self.modulation, cond, 6)))
+        return fold(self.norm1, shift1, stretch1), gate1, fold(self.norm2, shift2, stretch2), gate2
+
+    def look_up(self, letters, n_clean, norm1, cache):
+        """
+        Queries, keys and values (B, S, 3 D) of the first layer from a table: they depend on a token and its stream's noise level only.
+        letters: ids (B, S), the vectors (V', D) of all ids, and a dict to keep the table in. norm1: of `moves`.
+        """
+        ids, embed, keep = letters
+
+        def table():
+            if norm1 is None or norm1[0].dim() == 1:
+                return linear(modulated(embed, self.norm1, 0, norm1), self.qkv, cache)
+            streams = [m[0, [0, -1], None] for m in norm1]  # a vector a stream, of those written out
+            return linear(modulate(self.norm1(embed), *streams), self.qkv, cache).flatten(0, 1)  # (2 V', 3 D): first the clean stream's
+
+        found = known(keep, "letters", table)
+        if len(found) > len(embed):
+            ids = torch.cat((ids[:, :n_clean], ids[:, n_clean:] + len(embed)), dim=1)
+        return F.embedding(ids, found)
+
+    def forward(self, x, n_clean, skip, rope, mask, cond, cache, index, ask=None, level=None, letters=None):
+        """
+        x (B, C + N, D) -> (B, C + N - skip, D): keys and values from every token, an output for all but the first `skip`, 0 or C. With ask,
+        rows (M,) and places (M,), for these tokens behind `skip` only: (M, 1, D).
         rope: cos and sin (S, D/H). mask (B or 1, 1, S - skip, keys). cond (B, 1 or 2, cond_dim), one vector a stream; level: of
-        cache.levels, where it is kept.
+        cache.levels, where it is kept. letters: see look_up.
         """
         B, S, D = x.shape
-        m = None if cond is None else known(level, index, lambda: modulation(self.modulation, cond, 6))
-        width = D // self.n_heads
+        norm1 = gate1 = norm2 = gate2 = None
+        if cond is not None:
+            few = level is not None and S <= FEW
+            norm1, gate1, norm2, gate2 = known(level, index, lambda: self.moves(cond, n_clean, S, skip, few))
+        width, drop = D // self.n_heads, self.dropout if self.training else lambda y: y
         heads = lambda y: y.view(*y.shape[:2], y.size(2) // width, width).transpose(1, 2)  # (B, S, D) -> (B, H, S, D/H)
         cos, sin = rope
 
-        h = modulated(x, self.norm1, n_clean, m and m[:2])
+        h = modulated(x, self.norm1, n_clean, norm1) if letters is None else None
         if skip:
             q = rotate(heads(linear(h[:, skip:], self.qkv, cache, rows=slice(0, D))), cos[skip:], sin[skip:])
-            k, v = map(heads, linear(h, self.qkv, cache, rows=slice(D, None)).chunk(2, dim=-1))
+            k, v = heads(linear(h, self.qkv, cache, rows=slice(D, None))).chunk(2, dim=1)
             k = rotate(k, cos, sin)
         else:  # queries and keys turn together
-            qk, v = map(heads, linear(h, self.qkv, cache).split_with_sizes((2 * D, D), dim=-1))
+            y = linear(h, self.qkv, cache) if letters is None else self.look_up(letters, n_clean, norm1, cache)
+            qk, v = heads(y).split_with_sizes((2 * self.n_heads, self.n_heads), dim=1)
             q, k = rotate(qk, cos, sin).chunk(2, dim=1)
         if cache is not None:
             k, v = (y.to(q.dtype) for y in cache.extend(index, k, v))
@@ -226,12 +206,12 @@ class Layer(nn.Module):
         x, y, n_clean = x[:, skip:] if skip else x, y.transpose(1, 2).flatten(2), n_clean - skip
         if ask is not None:  # from here on a token is on its own
             x, y = x[ask][:, None], y[ask][:, None]
-            m = None if m is None else [each(z, ask) for z in m]
-        y = self.dropout(linear(y, self.out, cache))
-        x = x + y if m is None else per_stream(torch.addcmul, n_clean, [x, y], m[2:3])  # x + gate y
-        h = modulated(x, self.norm2, n_clean, m and m[3:5])
-        y = self.dropout(linear(linear(h, self.mlp[0], cache, gelu=True), self.mlp[2], cache))
-        return x + y if m is None else per_stream(torch.addcmul, n_clean, [x, y], m[5:])
+            if cond is not None:
+                gate1, norm2, gate2 = each(gate1, ask), [each(z, ask) for z in norm2], each(gate2, ask)
+        plus = lambda x, y, gate: x + y if gate is None else per_stream(torch.addcmul, n_clean, [x, y], [gate])  # x + gate y
+        x = plus(x, drop(linear(y, self.out, cache)), gate1)
+        h = modulated(x, self.norm2, n_clean, norm2)
+        return plus(x, drop(linear(linear(h, self.mlp[0], cache, gelu=True), self.mlp[2], cache)), gate2)
 
 
 class Transformer(nn.Module):
@@ -284,39 +264,55 @@ class Transformer(nn.Module):
             return self._next_token(clean, N, block_size, start, cache, readout, ask)
         if cache is None and isinstance(block_size, int) and N and end <= block_size:
             clean = None  # every noisy token is in the first block: no one would read the clean stream
-        x = torch.cat([self._read(s) for s in (clean, noisy) if s is not None], dim=1)  # (B, S, D)
+        streams = [s for s in (clean, noisy) if s is not None]
+        ids = None if any(isinstance(s, tuple) or s.is_floating_point() for s in streams) else torch.cat(streams, dim=1)
+        x = self._read(ids) if ids is not None else torch.cat([self._read(s) for s in streams], dim=1)  # (B, S, D)
         B, S, _ = x.shape
         C = S - N
         if not recorded and max(n_past + C, end) > self.cfg.seq_len:
             raise ValueError(f"positions up to {max(n_past + C, end)}, but the model has seq_len {self.cfg.seq_len}")
-        noisy_at = torch.arange(int(start), end, device=x.device) if one_start else start.to(x.device, non_blocking=True)  # (N,)
-        at = torch.cat((n_past + torch.arange(C, device=x.device), noisy_at))
-        angles = lambda: self._rope(torch.arange(self.cfg.seq_len, device=x.device))
-        rope = self._rope(at) if cache is None else [table[at] for table in known(cache.kept, "rope", angles)]
-        level = None
-        if self.time is not None and cache is not None and not recorded and (sigma is None or sigma.numel() == 1 and sigma.is_cpu):
-            if len(cache.levels) > 64:  # each is as large as a token's keys and values; a sampler without a grid never meets one again
-                cache.levels.clear()
-            level = cache.levels.setdefault((0.0 if sigma is None else float(sigma), C > 0), {})  # one for all rows, known to the host
-        cond = known(level, "cond", lambda: self._condition(sigma, C)) if self.time is not None else None
+        one_size = isinstance(block_size, int)
+        one_block = one_size and C == 0 and one_start and (end - 1) // block_size == int(start) // block_size
 
-        one_block = isinstance(block_size, int) and C == 0 and one_start and (end - 1) // block_size == int(start) // block_size
-        if one_block and n_past <= (end - 1) // block_size * block_size:
-            mask = None  # one block, and all it reads lies before it
-        elif cache is None and one_start and C == end:
-            mask = training_mask(x, self.cfg.n_heads, block_size, C, N, int(start), self.cfg.clean_causal)
-        else:
+        def around():
+            """What a pass knows of its tokens before it has seen any: rotary angles, and who may read whom."""
+            noisy_at = torch.arange(int(start), end, device=x.device) if one_start else start.to(x.device, non_blocking=True)  # (N,)
+            at = torch.cat((n_past + torch.arange(C, device=x.device), noisy_at))
+            angles = lambda: self._rope(torch.arange(self.cfg.seq_len, device=x.device))
+            rope = self._rope(at) if cache is None else [table[at] for table in known(cache.kept, "rope", angles)]
+            if one_block and n_past <= (end - 1) // block_size * block_size:
+                return rope, None  # one block, and all it reads lies before it
+            if cache is None and one_start and C == end:
+                return rope, training_mask(x, self.cfg.n_heads, block_size, C, N, int(start), self.cfg.clean_causal)
             width = cache.k.size(3) - N if recorded else None
-            mask = added(x, attention_mask(block_size, n_past, C, N, noisy_at, self.cfg.clean_causal, x.device, width))
             if recorded:
                 cache.places = torch.cat((at[:C], width + torch.arange(N, device=x.device)))
+            return rope, added(x, attention_mask(block_size, n_past, C, N, noisy_at, self.cfg.clean_causal, x.device, width))
 
+        if cache is not None and one_start and one_size and not recorded:
+            if cache.block != int(start):
+                cache.block, cache.passes = int(start), {}
+            rope, mask = known(cache.passes, (n_past, C, N, block_size), around)
+        else:
+            rope, mask = around()
+        level = None
+        if self.time is not None and cache is not None and not recorded and (sigma is None or sigma.numel() == 1 and sigma.is_cpu):
+            if len(cache.levels) > 64:  # they take memory, and a sampler without a grid never meets one again
+                cache.levels.clear()
+            level = cache.levels.setdefault((0.0 if sigma is None else float(sigma), C, N), {})  # one for all rows, known to the host
+        cond = known(level, "cond", lambda: self._condition(sigma, C)) if self.time is not None else None
+
+        letters, keep = None, level if self.time is not None else None if cache is None else cache.kept
+        alphabet = len(self.embed.weight) <= min(LETTERS, B * S) and len(self.layers) > 1
+        if alphabet and keep is not None and ids is not None and by_onednn(x):
+            letters = (ids, self.embed.weight, keep) if "met" in keep else None  # a level that is met once needs no table
+            keep["met"] = True
         per_token = sigma is not None and sigma.dim() == 2
         assert ask is None or not per_token, "ask is for one noise level a row"
         ask = None if ask is None else tuple(i.to(x.device, non_blocking=True) for i in ask.nonzero(as_tuple=True))
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1  # nobody reads its clean outputs, only keys and values
-            x = layer(x, C, C * last, rope, mask, cond, cache, i, ask if last else None, level)
+            x = layer(x, C, C * last, rope, mask, cond, cache, i, ask if last else None, level, None if i else letters)
         if cache is not None:
             cache.length, cache.places = n_past + C, None
         m = []

@@ -52,7 +52,7 @@ def layer_forward(layer, x, rope, mask, m, cache, i):
 
 
 class GrowingCache:
-    """Keys and values by concatenation, the interface of model.KVCache."""
+    """Keys and values by concatenation, the interface of cache.KVCache."""
 
     def __init__(self, n_layers):
         self.length, self.k, self.v, self.new = 0, [None] * n_layers, [None] * n_layers, [None] * n_layers

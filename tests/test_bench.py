@@ -7,8 +7,9 @@ from exact import P_VALUE, V3, chi_squared, code, last, net
 import bench
 import diffusion as d
 import textbook
+from cache import KVCache
 from generate import SAMPLERS, generate
-from model import KVCache, ModelConfig, Transformer
+from model import ModelConfig, Transformer
 
 
 def pair(kind):

@@ -9,6 +9,7 @@ import torch
 import attention
 import diffusion as d
 import model as m
+from cache import KVCache
 from generate import generate
 from published import from_reference
 
@@ -53,7 +54,7 @@ def test_golden_generate_and_verify_cached_and_not(name):
     close(net(a["arv.x0"], a["arv_rand.xt"], 1, start=v, sigma=sigma), a["arv_rand.logits"])
     close(net(a["arv_noctx.x0"], a["arv_noctx.xt"], 1, sigma=sigma), a["arv_noctx.logits"])
 
-    cache = m.KVCache(net.cfg, 2)
+    cache = KVCache(net.cfg, 2)
     for i in range(0, ctx, b):  # each call commits the block before it and reads the next one
         prev = a["gen.x0"][:, i - b : i] if i else None
         net(prev, a["x0"][:, i : i + b], b, start=i, sigma=sigma, cache=cache)
@@ -122,7 +123,7 @@ def test_the_clean_stream_does_not_see_time():
     """Else a cache filled at one noise level would be wrong at the next. Two sigmas, one cache."""
     net = small(time_conditioning=True)
     clean, noisy = torch.randint(11, (2, 8)), torch.randint(11, (2, 4))
-    a, b = m.KVCache(net.cfg, 2), m.KVCache(net.cfg, 2)
+    a, b = KVCache(net.cfg, 2), KVCache(net.cfg, 2)
     la = net(clean, noisy, 4, start=8, sigma=torch.tensor([0.1, 0.2]), cache=a)
     lb = net(clean, noisy, 4, start=8, sigma=torch.tensor([3.0, 4.0]), cache=b)
     assert torch.equal(a.k[..., :8, :], b.k[..., :8, :]) and torch.equal(a.v[..., :8, :], b.v[..., :8, :])
@@ -136,7 +137,7 @@ def test_the_clean_stream_does_not_see_time():
 def test_clean_tokens_alone_are_committed():
     """A prefill: no noisy token, no logits, and the same cache as with one."""
     net, ids = small(), torch.randint(11, (2, 12))
-    a, b = m.KVCache(net.cfg, 2), m.KVCache(net.cfg, 2)
+    a, b = KVCache(net.cfg, 2), KVCache(net.cfg, 2)
     assert net(ids[:, :8], None, 4, cache=a).shape == (2, 0, 11) and net(ids[:, :8], None, 4).shape == (2, 0, 11)
     close(net(None, ids[:, 8:], 4, start=8, cache=a), net(ids[:, :8], ids[:, 8:], 4, start=8, cache=b))
     assert a.length == b.length == 8
@@ -212,7 +213,7 @@ def test_several_readings_of_a_block_share_a_pass(timed, cached):
     def run(noisy, block_size, start, level, clean):
         if not cached:
             return net(torch.cat((context, clean), 1), noisy, block_size, start, level)
-        cache = m.KVCache(cfg, 3, 32, dtype=torch.float64)
+        cache = KVCache(cfg, 3, 32, dtype=torch.float64)
         net(context, None, 1, cache=cache)
         return net(clean, noisy, block_size, start, level, cache)
 
@@ -255,7 +256,7 @@ def test_only_the_tokens_asked_for(kind, rows):
     ask[0] = torch.tensor([True, False, False, True])
     want = net(torch.cat((context, clean), 1), noisy, b, start, level)
     assert (net(torch.cat((context, clean), 1), noisy, b, start, level, ask=ask) - want[ask]).abs().max() < 1e-12
-    cache = m.KVCache(net.cfg, 4, dtype=torch.float64)
+    cache = KVCache(net.cfg, 4, dtype=torch.float64)
     net(context, None, b, cache=cache)
     if rows is not None:
         cache.k[:, :, :, 8:] = cache.v[:, :, :, 8:] = torch.nan  # as free space may be
@@ -277,7 +278,7 @@ def test_passes_without_gradients_are_those_with(timed):
     for p in net.parameters():
         torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.1)
     x, noisy, ask, level = torch.randint(11, (6, 48)), torch.randint(11, (6, 16)), torch.rand(6, 16) < 0.5, torch.tensor([0.3])
-    cache = m.KVCache(net.cfg, 6)
+    cache = KVCache(net.cfg, 6)
     for start in (16, 32, 48):
         want = net(x[:, :start], noisy, 16, start, level.expand(6))
         verdict = net(x[:, :start], noisy, 1, start - 16, level.expand(6))
@@ -287,9 +288,20 @@ def test_passes_without_gradients_are_those_with(timed):
             for how in ({}, {"ask": ask}):
                 got = net(None, noisy, 16, start, level, cache, **how)
                 assert (got - (want[ask] if how else want)).abs().max() < 1e-4 * want.abs().max()
+    assert len(cache.passes) == 1, "angles and masks of one block, not of all"
     weights = [name[0] for name, kept in cache.kept.items() if isinstance(name, tuple) and torch.is_tensor(kept)]
     linears = {net.head} | {p for p in net.layers.modules() if isinstance(p, torch.nn.Linear)}
-    assert set(weights) == linears - {layer.modulation for layer in net.layers}
+    assert set(weights) | {net.layers[0].qkv} == linears - {layer.modulation for layer in net.layers}
+    kept = [cache.kept] if not timed else cache.levels.values()
+    tables = [level["letters"] for level in kept]  # an alphabet of 11: what the first layer makes of it was looked up
+    assert {len(table) for table in tables} == ({11} if not timed else {11, 22})
+    big = KVCache(net.cfg, 6)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(m, "LETTERS", 10)
+        for _ in range(3):
+            big.length = 0
+            assert (net(x[:, :16], noisy, 1, 0, level, big) - net(x[:, :16], noisy, 1, 0, level)).abs().max() < 1e-4
+    assert not any("letters" in level for level in [big.kept, *big.levels.values()])
 
 
 @pytest.mark.parametrize("ask", [None, [0, 1], [0, 0]])

@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 
 import checkpoint
 import hub
+from cache import KVCache
 from diffusion import Masked, token_loss
 from eval import likelihood
 from generate import NOTHING, SAMPLERS, generate
-from model import KVCache, ModelConfig, Transformer
+from model import ModelConfig, Transformer
 from restore import begin_from, dataset_for, rebuild
 from train import TrainConfig, train
 

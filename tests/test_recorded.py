@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import generate as g
 import samplers as s
-from model import KVCache
+from cache import KVCache
 from recorded import Recorded, record
 
 
