@@ -9,6 +9,7 @@ How fast is it, and than what? Ours against the textbook form (textbook.py) with
 """
 
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -28,7 +29,7 @@ import plots
 import textbook
 from draws import sample
 from generate import SAMPLERS, generate
-from machine import peak_mb, pick_device, runs_on
+from machine import mixed, peak_mb, pick_device, runs_on
 from model import ModelConfig, Transformer
 from settings import die, load_config, writable
 
@@ -127,14 +128,17 @@ def train_flops(size, name):
 
 
 def job_pair(size, process, device, what, batch):
-    """{"ours", "textbook"}: callables that do the same job with the same weights; of sampling on CUDA also "recorded". what: train, ..."""
+    """
+    {"ours", "textbook"}: callables that do the same job with the same weights; on CUDA also "compiled" of training and "recorded" of
+    sampling. what: train, ancestral, arpc.
+    """
     torch.manual_seed(0)
     b = size.block_size
     T = size.train[1] if what == "train" else size.sample[1]
     model = Transformer(ModelConfig(process.vocab_size, T, size.n_layers, size.n_heads, size.d_model, time_conditioning=True)).to(device)
     for m in [model.head, model.modulation] + [layer.modulation for layer in model.layers]:
         torch.nn.init.normal_(m.weight, std=0.02)  # nothing is multiplied by zero
-    fast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    fast = lambda: mixed(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if what != "train":
         model.eval()
 
@@ -154,13 +158,14 @@ def job_pair(size, process, device, what, batch):
     x0 = torch.randint(size.V - 1, (batch, T))
     t = d.stratified_draw({b: 1.0}, batch, 0, 0)[1]
     optimizers = [torch.optim.AdamW(model.parameters(), lr=0.0, fused=True), torch.optim.AdamW(model.parameters(), lr=0.0)]
+    forward = torch.compile(model)
 
     def finish(loss, optimizer):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    def ours():
+    def ours(model=model):
         with fast():
             loss = d.token_loss(model, process, x0, b, t, "elbo", device=device)[0] / x0.numel()
         finish(loss, optimizers[0])
@@ -172,7 +177,7 @@ def job_pair(size, process, device, what, batch):
             logits = textbook.forward(model, x, xt, b, 0, d.sigma(alpha[:, 0]))
         finish(textbook.nll(process, logits.float(), x, xt, alpha, dalpha).mean(), optimizers[1])
 
-    return {"ours": ours, "textbook": other}
+    return {"ours": ours, "textbook": other} | ({"compiled": lambda: ours(forward)} if device.type == "cuda" else {})
 
 
 def process_of(name, V):
@@ -199,19 +204,19 @@ def table(cfg, device, sizes, whats):
         for what, B, T in [j for j in jobs if j[0] in whats and (j[2] > size.block_size or j[0] != "arpc")]:
             for name in ("masked", "uniform"):
                 flops, matmul = matmul_job(device)
-                ms = medians(job_pair(size, process_of(name, size.V), device, what, B) | {"matmul": matmul}, cfg.repeats, device)
+                pair = job_pair(size, process_of(name, size.V), device, what, B)
+                ms = medians(pair | {"matmul": matmul}, cfg.repeats, device)
                 median = {k: statistics.median(v) for k, v in ms.items()}
                 row = {"size": label, "job": what, "process": name, "batch": B, "tokens": T, **{f"{k}_ms": v for k, v in median.items()}}
                 row |= {"ratio": median["textbook"] / median["ours"], "tokens_per_s": 1000 * B * T / median["ours"]}
                 text = "  ".join(f"{k} {median[k]:8.1f} [{min(ms[k]):.1f}, {max(ms[k]):.1f}]" for k in ms if k != "matmul")
                 text = f"  {what:>9} {name:>7} {B:>3} x {T:<4} {text} ms  {row['ratio']:5.2f} x  {row['tokens_per_s']:9,.0f} tokens/s"
                 if what == "train":
-                    rate = train_flops(size, name) / median["ours"] * median["matmul"] / flops
-                    mb = {
-                        who: fresh(peak_of, size, name, what, B, who, str(device), torch.get_num_threads()) for who in ("ours", "textbook")
-                    }
+                    best = min(median["ours"], median.get("compiled", math.inf))
+                    rate = train_flops(size, name) / best * median["matmul"] / flops
+                    mb = {who: fresh(peak_of, size, name, what, B, who, str(device), torch.get_num_threads()) for who in pair}
                     row |= {"of_matmul": rate, **{f"{k}_mb": v for k, v in mb.items()}}
-                    text += f"  {mb['ours']:,.0f} for {mb['textbook']:,.0f} MB  {100 * rate:.0f} % of matmul's rate"
+                    text += f"  {' for '.join(f'{x:,.0f}' for x in mb.values())} MB  {100 * rate:.0f} % of matmul's rate"
                 if device.type == "cpu" and (label, what, name) in PUBLIC:
                     row["of_public"] = median["ours"] / PUBLIC[label, what, name] * PUBLIC_MATMUL / median["matmul"]
                     text += f"  {row['of_public']:.2f} of the public code's time"

@@ -305,7 +305,12 @@ def token_loss(
     relaxation: a duo.Relaxation, for soft noisy tokens and its own relation of alpha and t.
     """
     device = device or x0.device
-    there = lambda y: y.to(device, float64(device) if y.dtype == torch.float64 else y.dtype, non_blocking=True)
+
+    def there(y):
+        """y on the device. The host goes on at once, if what it sends lies in pages that stay where they are."""
+        y = y.pin_memory() if device.type == "cuda" and y.is_cpu else y
+        return y.to(device, float64(device) if y.dtype == torch.float64 else y.dtype, non_blocking=True)
+
     if relaxation is not None:  # soft tokens are made where they are read
         x0, answer, noise = there(x0), answer if answer is None else there(answer), noise and noise.to(device)
     x = x0[:, start:]

@@ -7,6 +7,7 @@ What does it run on? A device and a dtype; one process, or as many as torchrun s
     guard, Signals              what a machine does to a run: no memory, no disk; "stop now"
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -59,6 +60,24 @@ def pick_dtype(name, device, n_params):
     if device.type == "cpu" and n_params > 5e6 and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16, "the CPU has it, and the model is large enough to gain"
     return torch.float32, "small model or no fast bfloat16"
+
+
+@contextlib.contextmanager
+def mixed(device, dtype):
+    """
+    A forward in dtype by autocast; in float32 as it is. The head stays float32 (model.py): on a GPU its products then read TF32, 10 bits
+    of numbers that come of others with 8, and add up float32. A training step's head would take longer than all its layers otherwise.
+    """
+    if dtype == torch.float32:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    try:
+        with torch.autocast(device.type, dtype):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # ----- memory

@@ -318,7 +318,6 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
     unit = math.lcm(*cfg.block_sizes)
     block_size = next(iter(cfg.block_sizes)) if len(cfg.block_sizes) == 1 else None  # one for all rows: an int
-    amp = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
     def backward(batches, step, loss_of, n_answers):
         """Gradients of one optimizer step, and this process's part of its loss, in nats per token."""
@@ -327,7 +326,7 @@ def learn(cfg, data, device, why_device, rank, world, signals, loss_at, weights,
             prompt = int(answer.any(0).int().argmax()) // unit * unit  # blocks before it need no noisy copy
             noise = Noise(cfg.seed, slots, torch.arange(prompt, cfg.seq_len), step)  # all of it on the CPU, while a GPU is still busy
             with machine.without_sync(forward) if k + 1 < len(batches) else nullcontext():
-                with amp:
+                with machine.mixed(device, dtype):
                     schedule = SCHEDULES[cfg.schedule]
                     summed, _ = loss_of(
                         forward, process, x0, block_size or sizes, t, cfg.objectives(), answer, schedule, prompt, noise, device

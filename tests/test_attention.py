@@ -1,6 +1,6 @@
 """
 Why believe attention.py? The rule is drawn by brute force in tests/test_model.py; here the ways to compute it are compared with dense
-attention. FlexAttention runs as plain PyTorch on a CPU, forwards only: what a GPU makes of it is not tested here.
+attention. FlexAttention runs as plain PyTorch on a CPU: what a GPU makes of it is not tested here.
 """
 
 import pytest
@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 import attention
+import diffusion as d
 import model as m
 
 SIZES = [(4, 0, True), (8, 0, False), (1, 5, True), ([1, 4, 8], 8, True), ([2, 4, 4], 0, True), (6, 12, True)]
@@ -96,6 +97,33 @@ def test_another_mixture_of_block_sizes_compiles_nothing_anew(monkeypatch, in_bl
     monkeypatch.setattr(attention, "PIECE", 1000)
     for sizes, logits in zip(([1, 4, 8], [8, 2, 2], [24, 1, 1]), found, strict=True):
         assert (logits - net(clean, noisy, torch.tensor(sizes), sigma=sigma)).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_training_step_in_blocks_is_the_dense_one(monkeypatch, in_blocks, whole):
+    """Loss and gradients, eager and under --compile. Here FlexAttention's backward exists in Python, and would rather not be asked."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *a, **k: None)
+    net, process, x0 = small().float(), d.Masked(11, 10), torch.randint(10, (3, 24))
+    count = CompileCounterWithBackend("aot_eager")
+    run, t = torch.compile(net, backend=count) if whole else net, torch.tensor([0.3, 0.5, 0.9]).double()
+
+    def step(run, sizes):
+        net.zero_grad()
+        noise = d.Noise(0, torch.arange(3), torch.arange(24))
+        loss, _ = d.token_loss(run, process, x0, torch.tensor(sizes), t, "elbo", noise=noise)
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in net.parameters())]
+
+    found, frames = [], []
+    for sizes in ([1, 4, 8], [8, 2, 2], [24, 1, 1]):
+        found.append(step(run, sizes))
+        frames.append(count.frame_count)
+    assert frames[0] == frames[-1] and bool(frames[0]) == whole, "another mixture, or number of masks, compiles nothing anew"
+    monkeypatch.undo()
+    for sizes, got in zip(([1, 4, 8], [8, 2, 2], [24, 1, 1]), found, strict=True):
+        for a, b in zip(step(net, sizes), got, strict=True):
+            assert (a - b).abs().max() < 1e-4 * (1 + a.abs().max())
 
 
 def test_what_runs_where_and_why(monkeypatch):
