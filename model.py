@@ -122,7 +122,7 @@ def modulate(h, shift, stretch):
     return torch.addcmul(shift, h, stretch)
 
 
-LETTERS = 256  # ids of a vocabulary that is an alphabet
+LETTERS = 256  # ids up to which a vocabulary is an alphabet, and the first layer is looked up while sampling on a CPU (see look_up)
 FEW = 64  # tokens a row up to which a cached level's vectors are written out, one a token: then the operations count, not their sizes
 
 
@@ -147,7 +147,7 @@ class Layer(nn.Module):
         def vector(i, m):
             if m.size(1) == 1:
                 return m
-            return m[:, 1:] if skip and i > 1 else written_out(m, n_clean, S) if few else m
+            return m[:, 1:] if skip and i > 1 else written_out(m, n_clean, S) if few else m  # the gate is behind `skip` already
 
         shift1, stretch1, gate1, shift2, stretch2, gate2 = (vector(i, m) for i, m in enumerate(modulation(self.modulation, cond, 6)))
         return fold(self.norm1, shift1, stretch1), gate1, fold(self.norm2, shift2, stretch2), gate2
