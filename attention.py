@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from kernels import send
+
 
 def attention_mask(block_size, n_past, n_clean, n_noisy, start, clean_causal=True, device=None, width=None):
     """
@@ -37,7 +39,7 @@ def attention_mask(block_size, n_past, n_clean, n_noisy, start, clean_causal=Tru
     b = placed(block_size, device)
     b = b[..., None] if b.dim() == 2 else b.view(-1, 1, 1)  # (1 or B, 1 or N, 1)
     clean = torch.arange(width or n_past + n_clean, device=device)
-    noisy = start.to(device, non_blocking=True) if torch.is_tensor(start) else torch.arange(start, start + n_noisy, device=device)
+    noisy = send(start, device or start.device) if torch.is_tensor(start) else torch.arange(start, start + n_noisy, device=device)
     ask = n_past + torch.arange(n_clean, device=device)[:, None]  # (C, 1)
     own = noisy[:, None] // b  # (1 or B, N, 1)
     mask = torch.zeros(b.size(0), n_clean + n_noisy, len(clean) + n_noisy, dtype=torch.bool, device=device)
@@ -51,7 +53,7 @@ def attention_mask(block_size, n_past, n_clean, n_noisy, start, clean_causal=Tru
 
 def placed(block_size, device):
     """A block size, or several, as a tensor on the device; the host does not wait for it."""
-    return block_size.to(device, non_blocking=True) if torch.is_tensor(block_size) else torch.full((), block_size, device=device)
+    return send(block_size, device or block_size.device) if torch.is_tensor(block_size) else torch.full((), block_size, device=device)
 
 
 def added(x, mask):

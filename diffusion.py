@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from draws import Noise, sample, settle, sharpen
-from kernels import cross_entropy, float64, through_head, uniform_nll
+from kernels import cross_entropy, float64, send, through_head, uniform_nll
 from model import precise
 
 # ----- schedules
@@ -55,7 +55,7 @@ def _column(alpha, like):
     """An alpha as float64 that broadcasts against (B, L); small numbers like 1 - alpha must not be rounded first."""
     if not torch.is_tensor(alpha):  # a Python float as it is, not by way of float32; a fill, for which no host waits
         return torch.full((), alpha, dtype=float64(like.device), device=like.device)
-    alpha = alpha.to(like.device, float64(like.device), non_blocking=True)
+    alpha = send(alpha, like.device, float64(like.device))
     return alpha[:, None] if alpha.dim() == 1 else alpha
 
 
@@ -74,7 +74,7 @@ def _reverse_step(process, logits, xt, alpha_t, alpha_s, temperature, top_p, noi
         settled = settle(key, x, mixture, process.vocab_size)
         token, asked = settled[0], settled[1].view_as(xt)
         asked = (asked if where is None else asked & where).cpu()  # once: the host decides what is run
-        logits, index = logits(asked), asked.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
+        logits, index = logits(asked), send(asked.flatten().nonzero()[:, 0], x.device)
         x, key, mixture, a_t, *settled = (y[index] for y in (x, key, mixture, a_t, *settled))
     plain = 0 < temperature < math.inf and top_p == 1
     how = {"temperature": temperature} if plain else {"transform": lambda z: sharpen(z, temperature, top_p)}
@@ -305,19 +305,14 @@ def token_loss(
     relaxation: a duo.Relaxation, for soft noisy tokens and its own relation of alpha and t.
     """
     device = device or x0.device
-
-    def there(y):
-        """y on the device. The host goes on at once, if what it sends lies in pages that stay where they are."""
-        y = y.pin_memory() if device.type == "cuda" and y.is_cpu else y
-        return y.to(device, float64(device) if y.dtype == torch.float64 else y.dtype, non_blocking=True)
-
+    there = lambda y: send(y, device, float64(device) if y.dtype == torch.float64 else None)
     if relaxation is not None:  # soft tokens are made where they are read
         x0, answer, noise = there(x0), answer if answer is None else there(answer), noise and noise.to(device)
     x = x0[:, start:]
     noise = noise or Noise.like(x)
     sizes = torch.full((x.size(0),), block_size) if isinstance(block_size, int) else block_size
     names = {s: objective if isinstance(objective, str) else objective[s] for s in set(sizes.tolist()) - {1}}
-    ar = (sizes == 1)[:, None].to(x.device, non_blocking=True)
+    ar = send((sizes == 1)[:, None], x.device)
     open = torch.ones_like(x, dtype=torch.bool) if answer is None else answer[:, start:]
     pure = process.prior(x.shape, noise, x.device)
     if relaxation is None:
@@ -334,7 +329,7 @@ def token_loss(
 
     # which token costs what
     rows = lambda name: torch.isin(sizes, torch.tensor([s for s in names if names[s] == name]))[:, None]  # (B, 1)
-    taught = lambda name: rows(name).to(x.device, non_blocking=True)
+    taught = lambda name: send(rows(name), x.device)
     assert set(names.values()) <= {"elbo", "ce", "ce_noisy", "last"}, f"objective {objective!r}: elbo, ce, ce_noisy or last"
     pays = open & ~(taught("ce_noisy") & (xt == x))
     if process.mask_id is not None:

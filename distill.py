@@ -20,6 +20,7 @@ import torch
 import checkpoint
 import machine
 from diffusion import sigma_for
+from kernels import send
 from published import is_published, place
 from restore import same_tokens, take_up, trained_with
 from settings import die, load_config
@@ -88,11 +89,11 @@ def distill_loss(forward, process, x0, block_size, t, objective, answer, schedul
     teacher: a Transformer. dt: how far ahead of the student it is; the SDTT student learns 2 dt in one step.
     """
     device = device or x0.device
-    x0, answer, noise = x0.to(device, non_blocking=True), answer.to(device, non_blocking=True), noise.to(device)
+    x0, answer, noise = send(x0, device), send(answer, device), noise.to(device)
     x, open, ar = x0[:, start:], answer[:, start:], torch.as_tensor(block_size).view(-1, 1) == 1
     t = t if process.mask_id is not None else (t + dt).clamp(max=1.0)
     alpha_t, alpha_s = schedule(t)[0], schedule((t - dt).clamp(min=1e-5))[0]
-    level, ar = sigma_for(forward, torch.where(ar[:, 0], 0.0, alpha_t)), ar.to(x.device, non_blocking=True)
+    level, ar = sigma_for(forward, torch.where(ar[:, 0], 0.0, alpha_t)), send(ar, x.device)
     here = copy.copy(noise)  # so that both draws of a trajectory begin with the same random numbers
     xt = torch.where(open, process.corrupt(x, alpha_t, here), x)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kernels import CHUNK, as_rows, blocks, float64, full, fused, jit, launch, log1p, tile, tl, wide
+from kernels import CHUNK, as_rows, blocks, float64, full, fused, jit, launch, log1p, send, tile, tl, wide
 
 # ----- random numbers
 
@@ -77,7 +77,7 @@ class Noise:
 
     def to(self, device):
         """This very Noise, elsewhere: the same numbers."""
-        self.key = self.key.to(device, non_blocking=True)
+        self.key = send(self.key, device)
         return self
 
     def uniform(self, n):

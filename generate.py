@@ -15,6 +15,7 @@ from cache import KVCache
 from diffusion import loglinear, sigma_for
 from draws import Noise, sample, sharpen
 from guided import agreement, arpc, edlm, speculation
+from kernels import send
 from recorded import Recorded
 from samplers import ancestral, ar, first_hitting, gibbs, max_coupling, psi, remdm_cap, remdm_conf, remdm_loop, remdm_rescale
 from unmasking import confidence, entropy_bound, factor, prophet, rcr, saber, sched, threshold
@@ -77,13 +78,14 @@ class Block:
 
     def there(self, x):
         """x where sampling is done; the host does not wait for it."""
-        return x.to(self.text.device, non_blocking=True)
+        return send(x, self.text.device)
 
     def noise(self, k):
         """Random numbers of step k >= 0; -1 made the pure noise, -2 what block size 1 reads."""
-        if k not in self.noises:
-            steps = torch.arange(k, k + min(self.steps + 2, 18), device=self.rows.device)[:, None, None]  # as fast as one
-            self.noises |= dict(enumerate(Noise(self.seed, self.rows, self.positions, steps).unbind(), k))
+        if k not in self.noises:  # some steps at once take as long as one; those gone by are forgotten
+            steps = torch.arange(k, k + 1 if k < 0 else k + min(self.steps, 16), device=self.rows.device)[:, None, None]
+            before = {i: noise for i, noise in self.noises.items() if i < 0}
+            self.noises = before | dict(enumerate(Noise(self.seed, self.rows, self.positions, steps).unbind(), k))
         return copy.copy(self.noises[k])
 
     def grid(self, steps):
@@ -120,6 +122,8 @@ class Block:
     def verify_and_predict(self, y, alpha):
         """Both in one pass of three tokens a position: verify(y), and predict(alpha) of the block as it stands."""
         self.need_ar_mode()
+        if self.model.cfg.condition_clean and not self.model.timeless:
+            raise ValueError("the clean stream of this network sees the noise level, and one pass would have two: draft=diffusion")
         b = len(self.positions)
         sizes, at = torch.tensor([[1] * b + [b] * b]), torch.cat((self.span, self.span))
         level = torch.cat((alpha.new_zeros(len(self.rows), b), alpha[:, None].expand(-1, b)), dim=1)
@@ -192,7 +196,7 @@ class Block:
         rows, cache = run.nonzero()[:, 0], self.cache
         everyone, index = len(rows) == R, self.there(rows)
         if cache is not None:
-            cache.rows = None if everyone else rows.to(device, non_blocking=True)
+            cache.rows = None if everyone else send(rows, device)
         clean = self.text[self.rows[index], have:begin].clamp(min=0)  # NOTHING only in rows that wait: rolled back in generate
         if gen is not None:
             clean = torch.cat((clean, gen[index]), dim=1)
@@ -293,7 +297,7 @@ def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=Non
         nonlocal rows
         stay = ~done[rows]
         if cache is not None and not stay.all():
-            cache.keep(stay.nonzero()[:, 0].to(device, non_blocking=True))
+            cache.keep(send(stay.nonzero()[:, 0], device))
         rows = rows[stay]
 
     yield state((0, -1), 0, True)

@@ -92,6 +92,17 @@ def float64(device):
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def send(x, device, dtype=None):
+    """
+    x on a device. The host goes on at once: to CUDA what is large leaves from pinned memory, which nobody moves, and what is small goes
+    with the command. To the CPU, and to and from Apple's GPUs, it waits: there a tensor would be read before it is whole.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and x.is_cpu and x.nbytes > 1 << 16:
+        x = x.pin_memory()
+    return x.to(device=device, dtype=dtype or x.dtype, non_blocking=device.type not in ("cpu", "mps"))
+
+
 def as_rows(logits):
     """Logits of which every row lies in one piece."""
     return logits if logits.stride(-1) == 1 else logits.contiguous()
@@ -129,7 +140,7 @@ def pieces(logits, dtype, buffers):
 def full(x, N, device, dtype, none=1.0):
     """A number a row, (N,), from a number, a tensor that broadcasts, or None; the host waits for nothing."""
     if torch.is_tensor(x):
-        return x.to(device, dtype, non_blocking=True).expand(N).contiguous()
+        return send(x, device, dtype).expand(N).contiguous()
     return torch.full((N,), none if x is None else x, device=device, dtype=dtype)
 
 

@@ -65,19 +65,23 @@ def pick_dtype(name, device, n_params):
 @contextlib.contextmanager
 def mixed(device, dtype):
     """
-    A forward in dtype by autocast; in float32 as it is. The head stays float32 (model.py): on a GPU its products then read TF32, 10 bits
-    of numbers that come of others with 8, and add up float32. A training step's head would take longer than all its layers otherwise.
+    A forward in dtype by autocast; in float32 as it is. What stays float32 (model.py: the head, soft tokens) then reads TF32 on a GPU, 10
+    bits of every factor where all other products read bfloat16's 8, and adds up float32. Of a training step the head would otherwise take
+    longer than all layers. The price, emulated at V = 5000: a term of the uniform bound is off by up to 3e-3 nats at alpha = 0.5, 0.06 at
+    0.99, their mean by less than 1e-4. Validation and eval.py do not come this way.
     """
     if dtype == torch.float32:
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    fast = device.type == "cuda" and torch.get_float32_matmul_precision() == "highest"
+    if fast:
+        torch.set_float32_matmul_precision("high")
     try:
         with torch.autocast(device.type, dtype):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if fast:
+            torch.set_float32_matmul_precision("highest")
 
 
 # ----- memory

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 
 from attention import added, attend, attention_mask, training_mask
 from cache import by_onednn, known, linear
+from kernels import send
 
 
 @dataclass
@@ -123,7 +124,7 @@ def modulate(h, shift, stretch):
 
 
 LETTERS = 256  # ids up to which a vocabulary is an alphabet, and the first layer is looked up while sampling on a CPU (see look_up)
-FEW = 64  # tokens a row up to which a cached level's vectors are written out, one a token: then the operations count, not their sizes
+FEW = 1 << 14  # numbers of a row up to which a cached level's vectors are written out, one a token: there an operation costs, not its size
 
 
 class Layer(nn.Module):
@@ -180,7 +181,7 @@ class Layer(nn.Module):
         B, S, D = x.shape
         norm1 = gate1 = norm2 = gate2 = None
         if cond is not None:
-            few = level is not None and S <= FEW
+            few = level is not None and S * D <= FEW
             norm1, gate1, norm2, gate2 = known(level, index, lambda: self.moves(cond, n_clean, S, skip, few))
         width, drop = D // self.n_heads, self.dropout if self.training else lambda y: y
         heads = lambda y: y.view(*y.shape[:2], y.size(2) // width, width).transpose(1, 2)  # (B, S, D) -> (B, H, S, D/H)
@@ -276,7 +277,7 @@ class Transformer(nn.Module):
 
         def around():
             """What a pass knows of its tokens before it has seen any: rotary angles, and who may read whom."""
-            noisy_at = torch.arange(int(start), end, device=x.device) if one_start else start.to(x.device, non_blocking=True)  # (N,)
+            noisy_at = torch.arange(int(start), end, device=x.device) if one_start else send(start, x.device)  # (N,)
             at = torch.cat((n_past + torch.arange(C, device=x.device), noisy_at))
             angles = lambda: self._rope(torch.arange(self.cfg.seq_len, device=x.device))
             rope = self._rope(at) if cache is None else [table[at] for table in known(cache.kept, "rope", angles)]
@@ -309,7 +310,7 @@ class Transformer(nn.Module):
             keep["met"] = True
         per_token = sigma is not None and sigma.dim() == 2
         assert ask is None or not per_token, "ask is for one noise level a row"
-        ask = None if ask is None else tuple(i.to(x.device, non_blocking=True) for i in ask.nonzero(as_tuple=True))
+        ask = None if ask is None else tuple(send(i, x.device) for i in ask.nonzero(as_tuple=True))
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1  # nobody reads its clean outputs, only keys and values
             x = layer(x, C, C * last, rope, mask, cond, cache, i, ask if last else None, level, None if i else letters)
@@ -358,7 +359,7 @@ class Transformer(nn.Module):
         return self._say(out if ask is None else out[ask], readout, cache)
 
     def _say(self, x, readout, cache, shift=None, stretch=None):
-        """The head: a norm and the logits, in float32 or better: a bfloat16 logit keeps 3 digits, and the uniform bound needs 7."""
+        """The head: a norm and the logits, added up and kept in float32 or better (of bfloat16 the uniform bound would see 3 digits)."""
         with torch.autocast(x.device.type, enabled=False):
             x = F.layer_norm(precise(x), x.shape[-1:], precise(self.norm.weight))
             x = x if shift is None else modulate(x, shift, stretch)
@@ -372,7 +373,7 @@ class Transformer(nn.Module):
             return F.linear(hidden, precise(self.head.weight), precise(self.head.bias))
 
     def _read(self, tokens):
-        """The vectors of ids (B, N), or of soft tokens: weights @ embeddings, in full precision."""
+        """The vectors of ids (B, N), or of soft tokens: weights @ embeddings, in float32 (within machine.mixed on a GPU, of TF32)."""
         with torch.autocast(self.embed.weight.device.type, enabled=False):
             if isinstance(tokens, tuple):
                 ids, weights = tokens
@@ -394,7 +395,7 @@ class Transformer(nn.Module):
         (B or 1, 1 or 2, cond_dim): one vector a stream; one for the clean stream and N more with a sigma (B, N).
         The clean stream sees sigma = 0 always, so that its cache holds for any t.
         """
-        sigma = self.embed.weight.new_zeros(1) if sigma is None else sigma.to(self.embed.weight, non_blocking=True)  # one for all
+        sigma = self.embed.weight.new_zeros(1) if sigma is None else send(sigma, self.embed.weight.device, self.embed.weight.dtype)
         streams = sigma.view(len(sigma), -1)
         if C and not self.cfg.condition_clean and not self.timeless:
             streams = torch.cat((torch.zeros_like(streams[:, :1]), streams), dim=1)

@@ -16,6 +16,7 @@ import sys
 import torch
 
 from attention import dtype_of
+from kernels import send
 
 EAGER, TRIED = 2, 2  # passes of a kind before it is worth a recording, and how many playings are compared with the network itself
 
@@ -85,7 +86,7 @@ class Recorded:
 
     def prepare(self, kind, given, block_size, cache):
         """Record a pass; its inputs lie where they stay."""
-        inputs = [x.clone() for x in given]
+        inputs = [x.to(self.model.embed.weight.device, copy=True) for x in given]
         size = torch.as_tensor(block_size, device=inputs[0].device)
         size = size if size.dim() else size[None]  # a number would be copied to the GPU by every pass
 
@@ -104,5 +105,5 @@ class Recorded:
         for x, new in zip(inputs, given, strict=True):
             x.copy_(new, non_blocking=True)
         play()
-        where = ... if ask is None else tuple(i.to(hidden.device, non_blocking=True) for i in ask.nonzero(as_tuple=True))
+        where = ... if ask is None else tuple(send(i, hidden.device) for i in ask.nonzero(as_tuple=True))
         return self.model.logits(hidden[where])

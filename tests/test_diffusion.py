@@ -97,6 +97,8 @@ def test_noise_is_uniform_and_depends_on_its_names_only():
         r = (flat[lag:] * flat[:-lag]).mean() * 12 * math.sqrt(len(flat) - lag)
         assert abs(r) < 4, f"lag {lag}: {r:.1f} standard errors"
     assert torch.equal(d.Noise(1, rows[7:9], cols[3:5]).uniform(20), u[7:9, 3:5])
+    several = d.Noise(1, rows, cols, torch.arange(-1, 2)[:, None, None]).unbind()
+    assert torch.equal(several[1].uniform(20), u) and several[2].taken == 0, "several steps at once are each its own"
     keys = torch.cat([d.Noise(seed, rows[:20] - 2, cols, step).key.flatten() for seed in range(10) for step in range(-1, 10)])
     assert len(keys.unique()) == 10 * 11 * 20 * 50, "seed 0 at step 1 is not seed 1 at step 0"
 

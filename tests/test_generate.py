@@ -186,3 +186,20 @@ def test_few_rows_of_many_are_run_alone():
     model = net(process, time_conditioning=True).double()
     run = lambda **kw: last(generate(model, process, [()] * 24, block_size=4, steps=40, **kw)).x
     assert torch.equal(run(), run(use_cache=False))
+
+
+def test_a_sampler_meets_the_noise_of_every_step_and_old_steps_are_forgotten():
+    """However its random numbers are made: those of (seed, row, position, step), the same each time a step is asked for."""
+    kept = []
+
+    def watch(block):
+        for k in (-1, 0, 1, -2, 20, 3, 100, -2, *range(100, 140), 0):
+            want = d.Noise(7, block.rows, block.positions, k).uniform(2)
+            assert torch.equal(block.noise(k).uniform(2), want) and torch.equal(block.noise(k).uniform(2), want)
+            kept.append(len(block.noises))
+        block.live = torch.zeros_like(block.live)
+        yield
+
+    process = d.Masked(V3, V3 - 1)
+    last(generate(net(process, seq_len=8), process, [(), (1,)], block_size=4, steps=50, sampler=watch, seed=7))
+    assert max(kept) <= 18

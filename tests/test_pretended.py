@@ -198,3 +198,5 @@ def test_recorded_passes_there():
         patch.setattr(g, "Recorded", lambda model: tapes.append(Recorded(model, on_tape)) or tapes[0])
         *_, got = g.generate(copy.deepcopy(model).to(gpu.device), process, [(1, 2), (3,)], graphs=True, **how)
     assert torch.equal(want.x, near(got.x)) and tapes[0].works and tapes[0].kinds
+    inputs = [x for kind, *_ in tapes[0].kinds.values() for x in kind]
+    assert inputs and all(x.device == gpu.device for x in inputs), "a recording reads nothing of the host's"
