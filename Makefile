@@ -1,6 +1,6 @@
 # make demo    environment, data, training, tables, animated samples: 6 minutes on 2 CPU cores, no GPU
 # make paper   are BlockGen's claims true at this scale? 24 small networks, docs/paper.md: 36 minutes on the same machine
-# make test    what CI runs, 5 minutes
+# make test    what CI runs, 5 to 6 minutes
 # make faults  runs killed at random moments, full disks, malformed input: 10 minutes
 # make lint
 
