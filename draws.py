@@ -183,12 +183,11 @@ def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, tran
     if len(rows) < N:
         u, drawn, key, xt, edit, add, mixture = (x[rows] for x in (u, drawn, key, xt, edit, add, mixture))
     seen, rest, fresh, stay = mixture.unbind(-1)
-    every = source = rows if len(rows) == N else torch.arange(len(rows), device=device)
+    every = rows if len(rows) == N else torch.arange(len(rows), device=device)
+    source = rows if transform is None else every
     if transform is not None:  # a new (n, V) of logits, as they are drawn from
         logits = transform(logits.index_select(0, rows).to(wide(logits)).scatter_add_(1, edit[:, None], add[:, None].to(wide(logits))))
         add, temperature = torch.zeros_like(add), 1.0
-    else:
-        source = rows
 
     # one reading: the maximum m, the mass of every lane relative to it, and sum w log w
     n = max(1, CHUNK // V)

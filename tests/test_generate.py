@@ -11,6 +11,7 @@ from exact import KINDS, P_VALUE, V3, chi_squared, enumerated, enumerated_ar, la
 
 import diffusion as d
 from generate import NOTHING, generate
+from guided import speculation
 from samplers import psi
 
 
@@ -203,3 +204,13 @@ def test_a_sampler_meets_the_noise_of_every_step_and_old_steps_are_forgotten():
     process = d.Masked(V3, V3 - 1)
     last(generate(net(process, seq_len=8), process, [(), (1,)], block_size=4, steps=50, sampler=watch, seed=7))
     assert max(kept) <= 18
+
+
+def test_a_clean_stream_that_sees_the_noise_level_serves_no_merged_draft():
+    """One pass would have two levels; a draft in a pass of its own is served."""
+    process = d.Masked(V3, V3 - 1)
+    model = net(process, seq_len=8, time_conditioning=True, condition_clean=True)
+    run = lambda draft: last(generate(model, process, [()], block_size=4, sampler=speculation, draft=draft))
+    assert (run("diffusion").x >= 0).all()
+    with pytest.raises(ValueError, match="sees the noise level"):
+        run("merged")

@@ -310,3 +310,16 @@ def test_another_number_of_processes_keeps_the_rows_of_a_step(project, slip):
 
 def test_fsdp_wants_several_processes(project, slip):
     assert "torchrun" in slip(run, "--out_dir=a", "--fsdp")
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+@pytest.mark.parametrize("device, inside", [("cpu", "highest"), ("cuda", "high")])
+def test_a_mixed_forward_reads_tf32_on_a_gpu_and_leaves_the_setting_as_it_was(device, inside):
+    with pytest.raises(ZeroDivisionError):
+        with machine.mixed(torch.device(device), torch.bfloat16):
+            assert torch.get_float32_matmul_precision() == inside
+            assert device == "cuda" or torch.is_autocast_enabled("cpu")
+            raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled("cpu")
+    with machine.mixed(torch.device(device), torch.float32):
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(device)
