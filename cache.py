@@ -27,7 +27,7 @@ class KVCache:
         self.length, self.rows, self.places = 0, None, None
         self.kept = {}  # weights and angles as a pass wants them
         self.levels = {}  # what adaLN makes of a noise level, of all layers: a block after the other goes through the same ones
-        self.block, self.passes = None, {}  # angles and masks of the passes of one block: each is asked many times
+        self.past, self.passes = None, {}  # angles and masks of passes over one context: each is asked many times
 
     def extend(self, layer, k, v):
         """Put (B or R', H, S, D/H) behind the committed tokens and return views of everything up to them, of all B rows."""
@@ -58,10 +58,13 @@ def known(level, what, make):
 # ----- products
 
 
+ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # a private operation, which not every build has
+
+
 def by_onednn(x):
-    """Whether products of x are oneDNN's: without gradients on a CPU, in float32, and in a build that has this private operation."""
-    plain = x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-    return plain and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not torch.compiler.is_compiling()
+    """Whether products of x are oneDNN's: without gradients on a CPU, in float32."""
+    plain = ONEDNN and x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled()
+    return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
 def linear(x, layer, cache=None, gelu=False, rows=None):

@@ -98,6 +98,8 @@ def send(x, device, dtype=None):
     with the command. To the CPU, and to and from Apple's GPUs, it waits: there a tensor would be read before it is whole.
     """
     device = torch.device(device)
+    if x.device == device and dtype in (None, x.dtype):
+        return x
     if device.type == "cuda" and x.is_cpu and x.nbytes > 1 << 16:
         x = x.pin_memory()
     return x.to(device=device, dtype=dtype or x.dtype, non_blocking=device.type not in ("cpu", "mps"))

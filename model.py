@@ -62,7 +62,7 @@ class ModelConfig:
 
 def precise(x):
     """At least float32, whatever the weights' dtype."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype.itemsize >= 4 else x.float()
 
 
 def rotate(x, cos, sin):
@@ -291,9 +291,9 @@ class Transformer(nn.Module):
             return rope, added(x, attention_mask(block_size, n_past, C, N, noisy_at, self.cfg.clean_causal, x.device, width))
 
         if cache is not None and one_start and one_size and not recorded:
-            if cache.block != int(start):
-                cache.block, cache.passes = int(start), {}
-            rope, mask = known(cache.passes, (n_past, C, N, block_size), around)
+            if cache.past != n_past:
+                cache.past, cache.passes = n_past, {}
+            rope, mask = known(cache.passes, (int(start), C, N, block_size), around)
         else:
             rope, mask = around()
         level = None

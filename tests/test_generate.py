@@ -10,6 +10,7 @@ import torch
 from exact import KINDS, P_VALUE, V3, chi_squared, enumerated, enumerated_ar, last, net
 
 import diffusion as d
+import machine
 from generate import NOTHING, generate
 from guided import speculation
 from samplers import psi
@@ -214,3 +215,47 @@ def test_a_clean_stream_that_sees_the_noise_level_serves_no_merged_draft():
     assert (run("diffusion").x >= 0).all()
     with pytest.raises(ValueError, match="sees the noise level"):
         run("merged")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_texts_and_network_can_be_trained_afterwards(sharded):
+    """Inference mode leaves no trace in what is yielded, nor in the tensors that FSDP keeps from pass to pass."""
+    process = d.Masked(V3 + 1, V3)
+    model = net(process)
+    if sharded:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        if sharded:
+            machine.shard(torch.device("cpu"), model)
+        state = last(generate(model, process, [()] * 2, block_size=2))
+        assert not any(x.is_inference() for x in (state.x, state.done, state.nfe_rows)) and torch.is_grad_enabled()
+        total, _ = d.token_loss(model, process, state.x, 2, torch.tensor([0.5, 0.7], dtype=torch.float64), "ce")
+        total.backward()
+        assert all(p.grad is not None for p in model.parameters())
+    finally:
+        if sharded:
+            torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["masked", "uniform loo", "uniform denoiser, timed"])
+def test_a_verification_leaves_out_what_rests_on_nothing_new(kind):
+    """Of several texts of one block, each verified: what a network says that reads all of it, for two tokens a position less two."""
+    make, kw = KINDS[kind]
+    process, counted = make(), []
+    model = net(process, seq_len=8, **kw).double()
+    ys = torch.randint(V3, (3, 5, 4), generator=torch.Generator().manual_seed(0))
+
+    def asks(block):
+        context = block.text[:, : int(block.span[0])]
+        for i, y in enumerate(ys):
+            before = block.counts["token_forwards"]
+            got = block.verify(y)
+            counted.append((context.size(1), i, block.counts["token_forwards"] - before))
+            sigma = None if model.timeless else d.sigma(torch.zeros(1))
+            clean = torch.cat((context, y), dim=1)
+            assert torch.allclose(got, model(clean, block.ar_input(), 1, context.size(1), sigma), atol=1e-9)
+        block.write(ys[0])
+        yield
+
+    last(generate(model, process, [()] * 5, block_size=4, sampler=asks))
+    assert counted == [(at, i, 5 * (7 - (i > 0) + at * (i == 0))) for at in (0, 4) for i in range(3)]

@@ -29,6 +29,9 @@ class Tape(TorchDispatchMode):
         self.notes, self.made = [], {}
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        with self:  # under inference mode operations come whole, and would hide what they ask
+            if (out := f.decompose(*args, **(kwargs or {}))) is not NotImplemented:
+                return out
         if f in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             raise RuntimeError(f"{f} asks the host\nwhile it is being recorded")
         out, kwargs = f(*args, **(kwargs or {})), kwargs or {}
