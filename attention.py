@@ -102,19 +102,20 @@ def path(device, dtype, width, tokens):
 
 # ----- in pieces
 
-PIECE = 64  # positions that attend at once; of long rows a 32nd part, for joining pieces costs too
+PIECES = 32, 64  # least and most positions that attend at once; of long rows a 32nd part, for joining pieces costs too
 
 
 def piece(block_size, C):
     """Positions of a piece: whole blocks of every row's size."""
     unit = block_size if isinstance(block_size, int) else math.lcm(*block_size.unique().tolist())
-    return -(-max(PIECE, C // 32) // unit) * unit
+    least, most = PIECES
+    return -(-max(least, min(most, C // 8), C // 32) // unit) * unit
 
 
 def pieces(x, block_size, C, start, clean_causal, step):
     """
     [(clean tokens, noisy tokens, mask)] of pieces of `step` positions. A piece reads itself and the clean tokens before it, as a step of
-    generation does: of T clean and T noisy tokens T^2 + 3 T PIECE pairs are scored.
+    generation does: of T clean and T noisy tokens T^2 + 3 T step pairs are scored.
     """
     found = []
     for lo in range(0, C, step):
@@ -206,7 +207,7 @@ def softmax_attention(q, k, v, added):
     gradients the scores are kept, so there are fewer of them to be few.
     """
     B, H, S, width = q.shape
-    few = B * H >= 8 and S >= 4 and S * k.size(2) <= 1 << (12 if torch.is_grad_enabled() else 14)
+    few = B * H >= 8 and S >= 4 and S * k.size(2) <= 1 << (13 if torch.is_grad_enabled() else 14)
     if not few or not q.is_cpu or q.dtype != torch.float32 or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=added)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B H, S or keys, D/H)

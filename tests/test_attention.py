@@ -41,7 +41,7 @@ def test_the_mask_of_a_whole_buffer(b):
     assert not attention.attention_mask(b, torch.tensor(8), 4, 4, at, width=20)[:, :, 12:20].any()
 
 
-@pytest.mark.parametrize("rows, asks, reads", [(4, 16, 80), (1, 16, 80), (4, 3, 80), (4, 128, 130), (4, 64, 80), (4, 0, 8)])
+@pytest.mark.parametrize("rows, asks, reads", [(4, 16, 80), (1, 16, 80), (4, 3, 80), (4, 128, 130), (4, 64, 130), (4, 0, 8)])
 @pytest.mark.parametrize("masks", [0, 1, 4])
 def test_attention_written_out_is_that_of_the_library(monkeypatch, rows, asks, reads, masks):
     """Values and gradients, of keys that are a view of a longer buffer; and SDPA is asked where there are few heads, or many scores."""
@@ -74,7 +74,7 @@ def test_attention_in_blocks_is_the_dense_one(monkeypatch, in_blocks, sizes, sta
     monkeypatch.setattr(attention, "flex_attention", lambda *a, **k: seen.append(1))  # that of a compiled network: not asked
     logits = net(clean, noisy, b, start=start, sigma=sigma)
     monkeypatch.undo()
-    monkeypatch.setattr(attention, "PIECE", 1000)
+    monkeypatch.setattr(attention, "PIECES", (1000, 1000))
     assert (logits - net(clean, noisy, b, start=start, sigma=sigma)).abs().max() < 1e-11 and not seen
 
 
@@ -94,7 +94,7 @@ def test_another_mixture_of_block_sizes_compiles_nothing_anew(monkeypatch, in_bl
         frames.append(sum(c.frame_count for c in counts))
     assert frames[0] == frames[-1] > 0, frames
     monkeypatch.undo()
-    monkeypatch.setattr(attention, "PIECE", 1000)
+    monkeypatch.setattr(attention, "PIECES", (1000, 1000))
     for sizes, logits in zip(([1, 4, 8], [8, 2, 2], [24, 1, 1]), found, strict=True):
         assert (logits - net(clean, noisy, torch.tensor(sizes), sigma=sigma)).abs().max() < 1e-11
 

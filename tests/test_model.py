@@ -332,7 +332,7 @@ def test_attention_in_pieces_is_the_dense_one(monkeypatch, sizes, start, causal,
     found, seen, one = [], [], attention.softmax_attention
     monkeypatch.setattr(attention, "softmax_attention", lambda q, *a: seen.append(q.size(2)) or one(q, *a))
     for size in (1000, piece):
-        monkeypatch.setattr(attention, "PIECE", size)
+        monkeypatch.setattr(attention, "PIECES", (size, size))
         seen.clear()
         logits = net(clean, noisy, b, start=start, sigma=sigma)
         net.zero_grad()
@@ -347,5 +347,5 @@ def test_attention_in_pieces_is_the_dense_one(monkeypatch, sizes, start, causal,
 @pytest.mark.parametrize("name", BLOCKDIT)
 @torch.no_grad()
 def test_golden_training_in_pieces(monkeypatch, name):
-    monkeypatch.setattr(attention, "PIECE", 8)
+    monkeypatch.setattr(attention, "PIECES", (8, 8))
     test_golden_training_at_every_block_size(name)
