@@ -217,23 +217,25 @@ def test_a_clean_stream_that_sees_the_noise_level_serves_no_merged_draft():
         run("merged")
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", ["no", "yes", "but for the root"])
 def test_texts_and_network_can_be_trained_afterwards(sharded):
     """Inference mode leaves no trace in what is yielded, nor in the tensors that FSDP keeps from pass to pass."""
     process = d.Masked(V3 + 1, V3)
     model = net(process)
-    if sharded:
+    if sharded != "no":
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        if sharded:
+        if sharded != "no":
             machine.shard(torch.device("cpu"), model)
+        if sharded == "but for the root":  # as FSDP leaves a network after a forward
+            model.unshard()
         state = last(generate(model, process, [()] * 2, block_size=2))
         assert not any(x.is_inference() for x in (state.x, state.done, state.nfe_rows)) and torch.is_grad_enabled()
         total, _ = d.token_loss(model, process, state.x, 2, torch.tensor([0.5, 0.7], dtype=torch.float64), "ce")
         total.backward()
         assert all(p.grad is not None for p in model.parameters())
     finally:
-        if sharded:
+        if sharded != "no":
             torch.distributed.destroy_process_group()
 
 
@@ -254,6 +256,10 @@ def test_a_verification_leaves_out_what_rests_on_nothing_new(kind):
             sigma = None if model.timeless else d.sigma(torch.zeros(1))
             clean = torch.cat((context, y), dim=1)
             assert torch.allclose(got, model(clean, block.ar_input(), 1, context.size(1), sigma), atol=1e-9)
+            with torch.inference_mode(False):  # as guidance by a classifier would
+                z = got.clone().requires_grad_()
+                assert torch.equal(torch.autograd.grad(z.square().sum(), z)[0], 2 * got)
+            got.zero_()
         block.write(ys[0])
         yield
 
