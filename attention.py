@@ -102,7 +102,7 @@ def path(device, dtype, width, tokens):
 
 # ----- in pieces
 
-PIECES = 32, 64  # least and most positions that attend at once; of long rows a 32nd part, for joining pieces costs too
+PIECES = 32, 64  # positions that attend at once: an eighth of a row within these bounds, a 32nd part of long ones, for joining costs too
 
 
 def piece(block_size, C):

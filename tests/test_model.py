@@ -319,6 +319,19 @@ def test_one_noise_level_under_autocast(ask):
     assert torch.autograd.grad(rounded.sum(), net.layers[0].norm1.weight)[0].isfinite().all()
 
 
+@torch.no_grad()
+def test_what_is_kept_of_passes_over_one_context_is_of_their_start_too():
+    """Angles and masks: blocks at several places behind one context, and behind another one."""
+    net = small().double()
+    cache = KVCache(net.cfg, 2, 24, dtype=torch.float64)
+    clean, noisy = torch.randint(11, (2, 12)), torch.randint(11, (2, 2))
+    for n in (8, 12, 8):
+        cache.length = 0
+        net(clean[:, :n], None, 2, cache=cache)
+        for start in (n, n + 2, n):
+            assert (net(None, noisy, 2, start, cache=cache) - net(clean[:, :n], noisy, 2, start)).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("timed", [False, True])
 @pytest.mark.parametrize("piece", [4, 8, 10, 24])
 @pytest.mark.parametrize(
