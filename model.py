@@ -33,7 +33,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import added, attend, attention_mask, training_mask
+from attention import added, attend, attention_mask, dtype_of, training_mask
 from cache import by_onednn, known, linear
 from kernels import send
 
@@ -71,7 +71,7 @@ def rotate(x, cos, sin):
     (S, D) with a minus in front of its first half: (a cos - b sin, b cos + a sin) of halves a, b.
     """
     wide = precise(x)
-    return torch.addcmul(wide * cos, wide.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)
+    return torch.addcmul(wide * cos, wide.roll(x.size(-1) // 2, dims=-1), sin).to(dtype_of(x))
 
 
 def modulated(x, norm, n_clean, m):
@@ -197,7 +197,8 @@ class Layer(nn.Module):
             qk, v = heads(y).split_with_sizes((2 * self.n_heads, self.n_heads), dim=1)
             q, k = rotate(qk, cos, sin).chunk(2, dim=1)
         if cache is not None:
-            k, v = (y.to(q.dtype) for y in cache.extend(index, k, v))
+            k, v = cache.extend(index, k, v)
+        k, v = k.to(q.dtype), v.to(q.dtype)
         rows = None if cache is None else cache.rows
         if rows is not None and 4 * len(rows) > len(k):  # attention of all rows is cheaper than a copy of many rows' keys and values
             everyone = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, rows, q)

@@ -126,6 +126,25 @@ def test_a_training_step_in_blocks_is_the_dense_one(monkeypatch, in_blocks, whol
             assert (a - b).abs().max() < 1e-4 * (1 + a.abs().max())
 
 
+@pytest.mark.parametrize("step", [None, 16])
+def test_on_a_cpu_attention_stays_float32(step):
+    """Under autocast too, dense or in pieces, whatever queries, keys and values were multiplied in."""
+    B, T, sizes = 3, 48, torch.tensor([1, 4, 8])
+    q, k, v = torch.randn(3, B, 2, 2 * T, 16, requires_grad=True).unbind()
+    found = []
+    for on in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            assert attention.dtype_of(q) == torch.float32
+            assert attention.dtype_of(q.bfloat16()) == (torch.float32 if on else torch.bfloat16)
+            if step:
+                mask = attention.pieces(q, sizes, T, 0, True, step)
+            else:
+                mask = attention.added(q, attention.attention_mask(sizes, 0, T, T, 0))
+            y = attention.attend(q, k, v, mask, 0)
+            found.append([y, *torch.autograd.grad(y.sum(), (q, k, v))])
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_what_runs_where_and_why(monkeypatch):
     cuda, key = torch.device("cuda", 0), (torch.bfloat16, 64)
     assert (
