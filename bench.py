@@ -129,8 +129,8 @@ def train_flops(size, name):
 
 def job_pair(size, process, device, what, batch):
     """
-    {"ours", "textbook"}: callables that do the same job with the same weights; on CUDA also "compiled" of training and "recorded" of
-    sampling. what: train, ancestral, arpc.
+    {"ours", "textbook"}: callables that do the same job with the same weights, on CUDA in bfloat16; also "compiled" of training and
+    "recorded" of sampling there, and "bfloat16" on a CPU that multiplies it. what: train, ancestral, arpc.
     """
     torch.manual_seed(0)
     b = size.block_size
@@ -138,22 +138,24 @@ def job_pair(size, process, device, what, batch):
     model = Transformer(ModelConfig(process.vocab_size, T, size.n_layers, size.n_heads, size.d_model, time_conditioning=True)).to(device)
     for m in [model.head, model.modulation] + [layer.modulation for layer in model.layers]:
         torch.nn.init.normal_(m.weight, std=0.02)  # nothing is multiplied by zero
-    fast = lambda: mixed(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+    half = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if what != "train":
         model.eval()
 
-        def ours(graphs=False):
-            with fast():
+        def ours(graphs=False, dtype=usual):
+            with mixed(device, dtype):
                 how = {"sampler": SAMPLERS[what], "ar_tokens": b if what == "arpc" else 0, "graphs": graphs}
                 for _ in generate(model, process, [()] * batch, block_size=b, max_new_tokens=T, **how):
                     pass
 
         def other():
-            with fast():
+            with mixed(device, usual):
                 textbook.generate(model, process, batch, T, b, b, guided=what == "arpc")
 
-        recorded = {"recorded": lambda: ours(graphs=True)} if device.type == "cuda" else {}
-        return {"ours": ours, "textbook": other} | recorded
+        more = {"recorded": lambda: ours(graphs=True)} if device.type == "cuda" else {}
+        more |= {"bfloat16": lambda: ours(dtype=torch.bfloat16)} if half else {}
+        return {"ours": ours, "textbook": other} | more
 
     x0 = torch.randint(size.V - 1, (batch, T))
     t = d.stratified_draw({b: 1.0}, batch, 0, 0)[1]
@@ -164,20 +166,20 @@ def job_pair(size, process, device, what, batch):
         optimizer.step()
         optimizer.zero_grad()
 
-    def ours(model=model):
-        with fast():
+    def ours(model=model, dtype=usual):
+        with mixed(device, dtype):
             loss = d.token_loss(model, process, x0, b, t, "elbo", device=device)[0] / x0.numel()
         finish(loss, optimizers[0])
 
     def other():
         x, alpha, dalpha = x0.to(device), *(y[:, None].to(device) for y in d.loglinear(t))
         xt = process.corrupt(x, alpha)
-        with fast():
+        with mixed(device, usual):
             logits = textbook.forward(model, x, xt, b, 0, d.sigma(alpha[:, 0]))
         finish(textbook.nll(process, logits.float(), x, xt, alpha, dalpha).mean(), optimizers[1])
 
     if device.type != "cuda":  # the compiler alone takes 50 MB
-        return {"ours": ours, "textbook": other}
+        return {"ours": ours, "textbook": other} | ({"bfloat16": lambda: ours(dtype=torch.bfloat16)} if half else {})
     compiled = torch.compile(model)
     return {"ours": ours, "textbook": other, "compiled": lambda: ours(compiled)}
 

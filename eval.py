@@ -50,6 +50,7 @@ class EvalConfig:
     seed: int = 1
     json: str = ""  # the same numbers, in this file
     device: str = "auto"
+    dtype: str = "float32"  # bfloat16: the layers' products of --samples in it (autocast); likelihoods and judges stay float32
 
 
 # ----- likelihood
@@ -314,7 +315,7 @@ def samples(cfg, sampler, own, run, data, model, process, trained):
         how = {"block_size": b, "sampler": SAMPLERS[name], "steps": steps, "temperature": cfg.temperature, "trained": trained}
         how |= {"schedule": SCHEDULES[run.schedule], "max_new_tokens": cfg.max_new_tokens or None, **own}
         try:
-            rows, cost = generated(model, process, data, prompts, cfg.seed, **how)
+            rows, cost = generated(model, process, data, prompts, cfg.seed, dtype=machine.sampling_dtype(cfg.dtype), **how)
         except ValueError as e:
             bar.close()
             die(str(e), f"python eval.py --sampler {name} --help")
@@ -361,7 +362,7 @@ def main():
             die(f"{name} has settings of its own, which a file for eval.py does not hold", f"python eval.py --{name} --ckpt {cfg.ckpt}")
     if cfg.json:
         writable(cfg.json, "json")
-    usual, of_texts = EvalConfig(), ("sampler", "steps", "judge", "clues", "max_new_tokens", "temperature")
+    usual, of_texts = EvalConfig(), ("sampler", "steps", "judge", "clues", "max_new_tokens", "temperature", "dtype")
     for name in ("n_mc",) if cfg.samples else of_texts:
         value = getattr(cfg, name)
         if value != getattr(usual, name) and cfg.samples:
@@ -369,6 +370,7 @@ def main():
         if value != getattr(usual, name):
             die(f"--{name} is about samples, and this asks for the likelihood", f"--samples --{name} {value}")
     cfg.ckpt = cfg.init_from or cfg.ckpt
+    machine.sampling_dtype(cfg.dtype)  # now: nothing is loaded yet
     run, meta, step, model, process = restore(cfg.ckpt, cfg.device)
     data, trained = dataset_for(cfg.ckpt, run, meta, model, cfg.dataset), sorted(run.block_sizes)
     if cfg.block_size and cfg.block_size not in trained:
@@ -393,7 +395,8 @@ def main():
         facts = {"ckpt": cfg.ckpt, "dataset": data.folder.name, "process": run.process, "step": step}
         facts |= {"n_eval": cfg.n_eval, "seed": cfg.seed}
         if cfg.samples:
-            facts |= {"temperature": cfg.temperature, "clues": cfg.clues, "max_new_tokens": cfg.max_new_tokens, "options": own}
+            facts |= {"temperature": cfg.temperature, "dtype": cfg.dtype}
+            facts |= {"clues": cfg.clues, "max_new_tokens": cfg.max_new_tokens, "options": own}
         else:
             facts |= {"n_mc": cfg.n_mc}
         Path(cfg.json).write_text(json.dumps(facts | {"lines": lines}, indent=1) + "\n")

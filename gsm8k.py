@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import checkpoint
@@ -28,7 +27,7 @@ import published
 import sandbox
 from diffusion import SCHEDULES
 from generate import NOTHING, OWN_PACE, SAMPLERS, generate
-from machine import Signals, guard
+from machine import Signals, guard, mixed, sampling_dtype
 from restore import restore
 from sample import load_with_sampler
 from settings import die, said, writable
@@ -52,6 +51,7 @@ class Gsm8kConfig:
     weak_sandbox: bool = False  # run a model's programs where the system offers no boundary: on a machine you can lose
     seed: int = 1
     device: str = "auto"
+    dtype: str = "float32"  # bfloat16: the layers' products in it (autocast); logits and draws stay float32
 
 
 def questions(path, n):
@@ -138,7 +138,7 @@ def main(argv=None):
     holds, what = sandbox.isolation()
     if not holds and not cfg.weak_sandbox:
         die(f"sandbox: {what}", "a Linux machine, or --weak_sandbox on a machine you can lose")
-    spec, asked = cfg.init_from or cfg.ckpt, questions(cfg.input, cfg.n)
+    spec, asked, dtype = cfg.init_from or cfg.ckpt, questions(cfg.input, cfg.n), sampling_dtype(cfg.dtype)
     out = cfg.out or where_to(spec)
     if Path(out).suffix != ".jsonl":
         die(f"--out {out}: lines go to a .jsonl file, and the summary beside it", "--out out/gsm8k.jsonl")
@@ -153,6 +153,7 @@ def main(argv=None):
         "temperature": cfg.temperature, "batch_size": cfg.batch_size, "timeout": cfg.timeout, "seed": cfg.seed, "n": len(asked),
         "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12], "device": next(model.parameters()).device.type,
     }  # fmt: skip
+    settings |= {"dtype": cfg.dtype} if cfg.dtype != "float32" else {}  # older files do not name it
     layers = sandbox.LAYERS if holds else ()
     print(f"sandbox: {what}")
     print(f"{spec}, step {step}; {len(asked)} questions, {name}, block size {b}, {f'{steps} steps, ' if steps else ''}", end="")
@@ -166,7 +167,7 @@ def main(argv=None):
                 continue
             start = time.time()
             try:
-                rows = written(model, process, {i: tokenizer.prompt(asked[i][0]) for i in here}, cfg.seed + first, how)
+                rows = written(model, process, {i: tokenizer.prompt(asked[i][0]) for i in here}, cfg.seed + first, how, dtype)
             except ValueError as e:
                 bar.close()
                 die(str(e), f"python eval.py --gsm8k --sampler {name} --help")
@@ -193,12 +194,12 @@ def main(argv=None):
     show(out, settings, [lines[i] for i in range(len(asked))], made / spent if made else None)
 
 
-def written(model, process, prompts, seed, how):
+def written(model, process, prompts, seed, how, dtype):
     """{index: (new tokens, passes the row needed)} for prompts {index: ids}; those that leave no room in the context are left out."""
     prompts = {i: ids for i, ids in prompts.items() if len(ids) < model.cfg.seq_len}
     if not prompts:
         return {}
-    with torch.no_grad():
+    with mixed(model.head.weight.device, dtype):
         for state in generate(model, process, list(prompts.values()), seed=seed, **how):
             pass
     rows = [[token for token in row if token != NOTHING][len(p) :] for row, p in zip(state.x.tolist(), prompts.values(), strict=True)]

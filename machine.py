@@ -57,9 +57,16 @@ def pick_dtype(name, device, n_params):
             if torch.cuda.is_bf16_supported(including_emulation=False)
             else (torch.float32, "no bfloat16 on this GPU")
         )
-    if device.type == "cpu" and n_params > 5e6 and torch.cpu._is_avx512_bf16_supported():
+    if device.type == "cpu" and n_params > 1e6 and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16, "the CPU has it, and the model is large enough to gain"
     return torch.float32, "small model or no fast bfloat16"
+
+
+def sampling_dtype(name):
+    """The dtype of --dtype where texts are made: rounding is asked for there, not found out."""
+    if name not in ("float32", "bfloat16"):
+        die(f"dtype {name!r} is none of float32, bfloat16", "--dtype=float32")
+    return getattr(torch, name)
 
 
 @contextlib.contextmanager
@@ -68,7 +75,7 @@ def mixed(device, dtype):
     A forward in dtype by autocast; in float32 as it is. What stays float32 (model.py: the head, soft tokens) then reads TF32 on a GPU, 10
     bits of every factor where all other products read bfloat16's 8, and adds up float32. Of a training step the head would otherwise take
     longer than all layers. The price, emulated at V = 5000: a term of the uniform bound is off by up to 3e-3 nats at alpha = 0.5, 0.06 at
-    0.99, their mean by less than 1e-4. Validation and eval.py do not come this way.
+    0.99, their mean by less than 1e-4. Validation and likelihoods do not come this way, texts only if asked to (--dtype).
     """
     if dtype == torch.float32:
         yield

@@ -24,6 +24,7 @@ import checkpoint
 from diffusion import token_loss
 from draws import Noise
 from generate import NOTHING, generate
+from machine import mixed
 from restore import rebuild
 from settings import die
 from tokens import Tokenizer, gpt2
@@ -56,17 +57,18 @@ def real_rows(data, prompts, max_new_tokens=None):
     return rows
 
 
-def generated(model, process, data, prompts, seed, batch_size=256, **how):
+def generated(model, process, data, prompts, seed, batch_size=256, dtype=torch.float32, **how):
     """
-    Texts behind `prompts` (how: arguments of generate), prompts included, as lists of ids, and their cost:
+    Texts behind `prompts` (how: arguments of generate; dtype: of machine.mixed), prompts included, as lists of ids, and their cost:
         nfe   passes per batch; nfe_row the mean a row needed; nfe_token that over the tokens of a row
         token_forwards  per token; tokens_per_s
     """
     rows, tokens, nfe, nfe_rows, forwards, start = [], 0, 0, 0, 0, time.time()
     for i in range(0, len(prompts), batch_size):
         batch = prompts[i : i + batch_size]
-        for state in generate(model, process, batch, seed=seed + i, eos_id=data.meta.get("eos_id"), **how):
-            pass
+        with mixed(model.head.weight.device, dtype):
+            for state in generate(model, process, batch, seed=seed + i, eos_id=data.meta.get("eos_id"), **how):
+                pass
         tokens += int((state.x != NOTHING).sum()) - sum(map(len, batch))
         nfe, nfe_rows, forwards = max(nfe, state.nfe), nfe_rows + int(state.nfe_rows.sum()), forwards + state.token_forwards
         rows += [[token for token in row if token != NOTHING] for row in state.x.tolist()]

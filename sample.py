@@ -45,6 +45,7 @@ class SampleConfig:
     animate: bool = False  # redraw the block at work in place; plain text where output is not a terminal
     fps: float = 8.0  # frames a second of --animate, at most
     device: str = "auto"
+    dtype: str = "float32"  # bfloat16: the layers' products in it (autocast); logits and draws stay float32
     graphs: bool = False  # record passes as CUDA graphs and play them: for few rows on a GPU (recorded.py); not tried on one yet
 
 
@@ -204,7 +205,7 @@ def tokenizer_of(meta, run, asked):
 @machine.guard("a smaller --n_samples")
 def main():
     cfg, sampler, own = load_with_sampler(SampleConfig, sys.argv[1:])
-    cfg.ckpt = cfg.init_from or cfg.ckpt
+    cfg.ckpt, dtype = cfg.init_from or cfg.ckpt, machine.sampling_dtype(cfg.dtype)
     run, meta, _, model, process = restore(cfg.ckpt, cfg.device)
     tokenizer = tokenizer_of(meta, run, asked=cfg.prompt or cfg.prompt_file)
 
@@ -277,13 +278,14 @@ def main():
     )  # fmt: skip
     states = timed(states, spent)
     try:
-        states = itertools.chain(list(itertools.islice(states, 3)), states)  # before anything is shown, the sampler sees its options
-        if cfg.animate and sys.stdout.isatty():
-            states = animate(states, tokenizer, process.mask_id, meta, cfg.fps)
-        else:
-            states = stream(states, tokenizer, tokenizer.decode(prompts[0]))
-        for last in states:
-            pass
+        with machine.mixed(model.head.weight.device, dtype):
+            states = itertools.chain(list(itertools.islice(states, 3)), states)  # before anything is shown, the sampler sees its options
+            if cfg.animate and sys.stdout.isatty():
+                states = animate(states, tokenizer, process.mask_id, meta, cfg.fps)
+            else:
+                states = stream(states, tokenizer, tokenizer.decode(prompts[0]))
+            for last in states:
+                pass
     except ValueError as e:
         cannot = "AR mode" in str(e) or "not defined" in str(e)
         die(str(e), "--sampler ancestral, which every checkpoint serves" if cannot else f"python sample.py --sampler {cfg.sampler} --help")

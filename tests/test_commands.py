@@ -20,6 +20,7 @@ import plots
 import sample
 import train as training
 from generate import SAMPLERS
+from model import Transformer
 from sample import SampleConfig, load_with_sampler, options
 from settings import load_config
 from train import TrainConfig
@@ -185,6 +186,7 @@ def test_sampling_a_stream(home):
         (["sample.py", "--ckpt=out/half", "--sampler=arpc"], "without 1 it has no AR mode"),
         (["eval.py", "--ckpt=out/sudoku", "--samples", "--sampler=max_coupling"], "masked noise"),
         (["eval.py", "--ckpt=out/sudoku", "--samples", "--eta=2"], "psi"),
+        (["eval.py", "--ckpt=out/sudoku", "--dtype=bfloat16"], "--samples"),
         (["eval.py", "--sweep", "--ckpt=out/sudoku", "--samplers=ar,best"], "'best'"),
         (["eval.py", "--sweep", "--report=x", "--out=none.jsonl"], "none.jsonl"),
         (["sample.py", "--ckpt=out/digits", "--sampler=ar", "--steps=3"], "--steps"),
@@ -234,6 +236,31 @@ def test_eval(home):
     assert re.search(r"ar +1 +16 +16.0 ", out) and re.search(r"ancestral +16 +8 +8 ", out) and re.search(r"arpc +16 +8 +15 ", out)
     assert "with clues" in out and "without clues" in call(home, "eval.py", "--ckpt=out/sudoku", "--samples", "--n_eval=4", "--clues=false")
     assert re.search(r"real text +100.0 \(", out) and "perplexity under its own AR mode" in out
+
+
+@pytest.mark.parametrize(
+    "main, argv",
+    [(sample.main, ["--max_new_tokens=16"]), (evaluation.main, ["--samples", "--n_eval=4", "--sampler=ancestral", "--judge=none"])],
+)
+def test_texts_are_made_in_the_dtype_that_was_asked_for(home, monkeypatch, slip, main, argv):
+    """bfloat16 reaches every pass of the sampler, and nothing else."""
+    monkeypatch.chdir(home)
+    forward, seen = Transformer.forward, []
+
+    def watched(self, *args, **how):
+        logits = forward(self, *args, **how)
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_tensor(logits) and logits.dtype))
+        return logits
+
+    monkeypatch.setattr(Transformer, "forward", watched)
+    argv, found = ["--ckpt=out/digits", "--steps=4", "--device=cpu", *argv], []
+    for flags in ([], ["--dtype=float32"], ["--dtype=bfloat16"]):
+        seen.clear()
+        monkeypatch.setattr(sys, "argv", ["", *argv, *flags])
+        main()
+        found.append(set(seen[1:]))  # the first is restore's, which looks whether logits are finite
+    assert found == [{(False, torch.float32)}] * 2 + [{(True, torch.float32)}] and not torch.is_autocast_enabled("cpu")
+    assert "none of float32, bfloat16" in slip(main, argv=[*argv, "--dtype=half"])
 
 
 def test_bench(tmp_path, monkeypatch):

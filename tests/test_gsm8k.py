@@ -14,9 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 import gsm8k
 import sandbox
+from model import Transformer
+from restore import restore
 from sandbox import LAYERS, correct, extract, gold_of, isolation, number, run
 from train import TrainConfig, train
 
@@ -393,7 +396,21 @@ def test_killed_and_resumed_it_is_as_if_it_had_not_been(home, capsys, slip):
         assert path.read_text() == whole, f"killed at byte {cut}"
     gsm8k.main(ARGV)
     assert path.read_text() == whole, "nothing is made twice"
-    assert "--out" in slip(gsm8k.main, [*ARGV, "--seed=2"]) and path.read_text() == whole
+    for other in ("--seed=2", "--dtype=bfloat16"):
+        assert "--out" in slip(gsm8k.main, [*ARGV, other]) and path.read_text() == whole
+
+
+@needs_boundary
+def test_texts_are_made_in_the_dtype_that_was_asked_for(home, monkeypatch):
+    forward, seen = Transformer.forward, set()
+    watched = lambda *args, **how: (seen.add(torch.is_autocast_enabled("cpu")), forward(*args, **how))[1]
+    for flags in ([], ["--dtype=bfloat16", "--out=half.jsonl"]):
+        seen.clear()
+        monkeypatch.setattr(gsm8k, "restore", lambda *args: (restore(*args), monkeypatch.setattr(Transformer, "forward", watched))[0])
+        gsm8k.main([*ARGV, *flags])
+        monkeypatch.setattr(Transformer, "forward", forward)
+        assert seen == {bool(flags)}
+    assert json.loads(Path("half.jsonl").read_text().splitlines()[0])["settings"]["dtype"] == "bfloat16"
 
 
 @needs_boundary
@@ -421,6 +438,7 @@ def test_slips_end_in_two_lines(home, slip, monkeypatch):
         (["--timeout=nan"], "timeout"),
         (["--out=x.txt"], ".jsonl"),
         (["--sampler=arpx"], "arpc"),
+        (["--dtype=half"], "float32, bfloat16"),
         (["--ckpt=out/none"], "no checkpoint"),
         (["--input=data/toy/meta.json"], "line 1"),
     ):
