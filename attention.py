@@ -5,7 +5,7 @@ How is the rule of model.py computed? As a mask, and attention under it in three
     in pieces   a training pass on a CPU, as the steps of its own generation side by side
     in blocks   a training pass on CUDA, by FlexAttention (arXiv 2412.05496), which leaves out tiles of which nothing is read
 
-A training pass has T clean and T noisy tokens: 4 T^2 pairs, of which the rule allows T^2 + T b. Letters as in model.py.
+A training pass has T clean and T noisy tokens: 4 T^2 pairs, of which the rule allows T^2 + T (b + 1) / 2. Letters as in model.py.
 """
 
 import functools
@@ -64,10 +64,10 @@ def added(x, mask):
 
 def dtype_of(x):
     """
-    What attention computes in, given a weight, or x of whatever dtype: its own, or autocast's; but on a CPU, where bfloat16 makes its
-    forward a little faster and its backward much slower, float32.
+    What attention computes in, given a weight, or what a product with it gave: its dtype, or autocast's; but on a CPU float32, for
+    bfloat16's backward takes up to 2.5 times as long there (docs/log.md).
     """
-    if not torch.is_autocast_enabled(x.device.type):
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return x.dtype
     return torch.float32 if x.is_cpu else torch.get_autocast_dtype(x.device.type)
 
@@ -190,7 +190,7 @@ def attend(q, k, v, mask, skip):
     queries (B or 1, 1, S, keys), or what `pieces` or `blocks` made.
     """
     if q.is_cpu and torch.is_autocast_enabled("cpu"):
-        with torch.autocast("cpu", enabled=False):  # it would round them: see dtype_of
+        with torch.autocast("cpu", enabled=False):  # SDPA and @ would round to bfloat16
             return attend(q, k, v, mask, skip)
     if isinstance(mask, Blocks):
         run = flex_attention if torch.compiler.is_compiling() else compiled()[0]
@@ -201,10 +201,10 @@ def attend(q, k, v, mask, skip):
     k, v = (x.split_with_sizes(cs + ns, dim=2) for x in (k, v))  # P pieces of the clean stream, then P of the noisy one
     q = q.split_with_sizes([0] * P * (skip > 0) + cs * (skip == 0) + ns, dim=2)
     ys = []
-    for p, (_, _, added) in enumerate(mask):
-        ask = torch.cat((q[p], q[P + p]), dim=2)
+    for p, (_, _, plus) in enumerate(mask):
+        queries = torch.cat((q[p], q[P + p]), dim=2)
         read = (torch.cat((*x[: p + 1], x[P + p]), dim=2) for x in (k, v))  # the clean tokens so far, and its own noisy ones
-        y = softmax_attention(ask, *read, added[:, :, -ask.size(2) :] if ask.size(2) else None)
+        y = softmax_attention(queries, *read, plus[:, :, -queries.size(2) :] if queries.size(2) else None)
         ys.append(y.split_with_sizes((q[p].size(2), q[P + p].size(2)), dim=2))
     return torch.cat([clean for clean, _ in ys] + [noisy for _, noisy in ys], dim=2)
 
@@ -212,7 +212,7 @@ def attend(q, k, v, mask, skip):
 def softmax_attention(q, k, v, added):
     """
     softmax(q k' / sqrt(D/H) + added) v. Written out for many heads with few scores each: on a CPU SDPA takes up to twice as long. With
-    gradients the scores are kept, so there are fewer of them to be few.
+    gradients the scores are kept, so the limit is lower.
     """
     B, H, S, width = q.shape
     few = B * H >= 8 and S >= 4 and S * k.size(2) <= 1 << (13 if torch.is_grad_enabled() else 14)

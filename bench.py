@@ -116,13 +116,13 @@ def train_flops(size, name):
     """
     Of a step's products, forward and twice that backward: 12 D^2 weights a layer for clean and noisy tokens (of the last layer's clean
     ones keys and values, and 9 D^2 behind its attention only for tokens that cost something), the head for these (masked noise: masks,
-    half of the noisy ones), 4 D operations for each pair of the T^2 + T b that attention may read. A block as long as the text has no
-    clean stream.
+    half of the noisy ones), 4 D operations for each of the pairs that attention may read (attention.py). A block as long as the text has
+    no clean stream.
     """
     D, (B, T), n = size.d_model, size.train, size.n_layers
-    layers, pairs = (
-        (24 * D * D * T * (2 * n) - 20 * D * D * T, T * T + T * size.block_size) if T > size.block_size else (24 * D * D * T * n, T * T)
-    )
+    layers, pairs = 24 * D * D * T * n, T * T
+    if T > size.block_size:
+        layers, pairs = 2 * layers - 20 * D * D * T, T * T + T * (size.block_size + 1) / 2
     layers -= 9 * D * D * T * (name == "masked")
     return 3 * B * (layers + 2 * D * size.V * T / (1 + (name == "masked")) + 4 * D * n * pairs)
 

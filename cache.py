@@ -46,13 +46,13 @@ class KVCache:
         self.k, self.v, self.out = self.k[:, rows], self.v[:, rows], self.out[rows]
 
 
-def known(level, what, make):
-    """make(), or what it gave before: level is a dict, or None."""
-    if level is None:
+def known(kept, what, make):
+    """make(), or what it gave before: kept is a dict, or None."""
+    if kept is None:
         return make()
-    if what not in level:
-        level[what] = make()
-    return level[what]
+    if what not in kept:
+        kept[what] = make()
+    return kept[what]
 
 
 # ----- products
@@ -66,15 +66,15 @@ def by_onednn(x):
     plain = ONEDNN and x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if not plain or not torch.is_autocast_enabled("cpu"):
         return plain and x.dtype == torch.float32
-    return torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    return x.dtype != torch.float64 and torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
 
 
 def linear(x, layer, cache=None, gelu=False, rows=None):
     """
-    layer(x), or some rows of its output (no bias then), and GELU of that. Without gradients on a CPU by oneDNN: at the few tokens of a
-    sampling pass it is 10 to 30 % faster than what F.linear calls, and it applies the GELU as it writes. The cache, which is of these very
-    weights, keeps them in the order in which oneDNN reads them, rounded if need be: another 10 %, and half the time of a large head
-    (docs/log.md).
+    layer(x), or with some rows of its weight (of a layer without bias), and GELU of that. Without gradients on a CPU by oneDNN: at the few
+    tokens of a sampling pass it is 10 to 30 % faster than what F.linear calls, and it applies the GELU as it writes. The cache, which is of
+    these very weights, keeps them in the order in which oneDNN reads them, rounded if need be: another 10 %, and half the time of a large
+    head (docs/log.md).
     """
     if by_onednn(x):
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype

@@ -148,7 +148,10 @@ class Masked:
         return _reverse_step(self, logits, xt, alpha_t, alpha_s, temperature, top_p, noise, where)
 
     def mixture(self, xt, a_t, a_s):
-        """The above as numbers for draws.sample: stay a mask with probability (1 - alpha_s) / (1 - alpha_t), never leave a token."""
+        """
+        (seen, rest, fresh, stay) of draws.sample, the above in numbers: stay a mask with probability (1 - alpha_s) / (1 - alpha_t), never
+        leave a token.
+        """
         masked = xt == self.mask_id
         return torch.zeros_like(a_t), torch.where(masked, 1 - a_t, 1.0), torch.zeros_like(a_t), torch.where(masked, 1 - a_s, 1.0)
 
@@ -253,7 +256,7 @@ class Uniform:
         return _reverse_step(self, logits, xt, alpha_t, alpha_s, temperature, top_p, noise, where)
 
     def mixture(self, xt, a_t, a_s):
-        """The above as numbers for draws.sample. With a_ts = alpha_t / alpha_s, a_ts - alpha_t = alpha_t (1 / alpha_s - 1)."""
+        """(seen, rest, fresh, stay) of draws.sample, the above in numbers: alpha_t / alpha_s - alpha_t = alpha_t (1 / alpha_s - 1)."""
         return self.vocab_size * a_t, 1 - a_t, (1 - a_t / a_s) * (1 - a_s), a_t * (1 / a_s - 1)
 
     def edit(self, xt, a_t):
@@ -288,7 +291,7 @@ def token_loss(
     model, process, x0, block_size, t, objective, answer=None, schedule=loglinear, start=0, noise=None, device=None, relaxation=None
 ):
     """
-    The loss in nats, one forward: (total, each), the sum over tokens with its gradients and, without, its terms (B, L - start). Logits
+    The loss in nats, one forward: (total, each), the sum over tokens, to be differentiated, and its terms (B, L - start), detached. Logits
     are made for tokens that cost something, some at a time (kernels.through_head).
     x0 (B, L) clean ids; block_size (B,) int64, or an int; t (B,) float64 in (0, 1), or (B, L - start), one a token.
     objective: a name for all block sizes, or {size: name}; block size 1 is pure noise with cross-entropy whatever it says,
@@ -351,7 +354,7 @@ def token_loss(
     def readout(hidden, weight, bias):
         total, each, hidden = 0.0, hidden.new_zeros(x.numel()), hidden.flatten(0, -2)  # of all tokens, or of those that pay
         for index, among, loss in parts:
-            at = index if len(hidden) == x.numel() else among
+            at = index if len(hidden) == x.numel() else among  # a compiled forward makes all, whatever it is asked
             more, each[index] = through_head(hidden.index_select(0, at), weight, bias, loss)
             total = total + more
         return total, each.view_as(x)

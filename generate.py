@@ -130,7 +130,7 @@ class Block:
         return logits
 
     def verify_and_predict(self, y, alpha):
-        """Both in one pass of three tokens a position: verify(y), and predict(alpha) of the block as it stands."""
+        """Both in one pass of three tokens a position: verify(y), and predict(alpha) of the block as it stands. alpha (R,)."""
         self.need_ar_mode()
         if self.model.cfg.condition_clean and not self.model.timeless:
             raise ValueError("the clean stream of this network sees the noise level, and one pass would have two: draft=diffusion")
@@ -196,13 +196,14 @@ class Block:
     def _forward(self, need, gen, noisy, block_size, alpha, start=None, ask=None):
         """
         One pass: what the cache lacks of the context, then `gen` (R, b) as clean text or None, then noisy (R, N). Returns logits
-        (R, N, V), zeros in rows that were not needed; with ask (R, N) bool, on the CPU, (M, V). The context enters the cache, for all
-        rows; `gen` never does.
+        (R, N, V), zeros in rows that were not run; with ask (R, N) bool, on the CPU, (M, V). The context enters the cache, for all rows,
+        which is when all are run; `gen` never does.
         """
         begin, device, R, need = int(self.span[0]), self.model.embed.weight.device, len(self.here), need.cpu()
         start = begin if start is None else start
         have = self.cache.length if self.cache is not None else 0
-        run = torch.ones_like(need) if self.cache is not None and have < begin or self.passes is not self.model else need
+        fill = self.cache is not None and have < begin  # the cache lacks some of the context
+        run = torch.ones_like(need) if fill or self.passes is not self.model else need  # recorded passes are of all rows
         rows, cache = run.nonzero()[:, 0], self.cache
         everyone, index = len(rows) == R, self.there(rows)
         theirs = lambda y: y if everyone else y[index]
@@ -220,7 +221,7 @@ class Block:
         if cache is not None:
             cache.length, cache.rows = begin, None
         self.counts["nfe"] += 1
-        self.counts["token_forwards"] += clean.numel() + noisy.numel()
+        self.counts["token_forwards"] += clean.numel() + (0 if self.model.cfg.next_token else noisy.numel())
         self.counts["nfe_rows"][self.here[need]] += 1
         if everyone or ask is not None:
             return logits

@@ -57,7 +57,7 @@ def pick_dtype(name, device, n_params):
             if torch.cuda.is_bf16_supported(including_emulation=False)
             else (torch.float32, "no bfloat16 on this GPU")
         )
-    if device.type == "cpu" and n_params > 1e6 and torch.cpu._is_avx512_bf16_supported():
+    if device.type == "cpu" and n_params > 2e6 and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16, "the CPU has it, and the model is large enough to gain"
     return torch.float32, "small model or no fast bfloat16"
 

@@ -75,7 +75,7 @@ def rotate(x, cos, sin):
 
 
 def modulated(x, norm, n_clean, m):
-    """norm(x) moved and stretched by m, two vectors (B, 1 or 2, D), or as it is without. One for all tokens, (D,), is the norm's own."""
+    """norm(x), stretched and moved by m, two vectors (B, 1 or 2, D). One pair for all tokens, (D,), is the norm's own: see fold."""
     if m is None:
         return norm(x)
     if m[0].dim() == 1:
@@ -83,10 +83,10 @@ def modulated(x, norm, n_clean, m):
     return per_stream(modulate, n_clean, [norm(x)], m)
 
 
-def fold(norm, shift, stretch):
-    """Where one shift and one stretch serve all tokens, the gain and bias (D,) of a LayerNorm that moves and stretches as well."""
+def fold(norm, stretch, shift):
+    """Where one stretch and one shift serve all tokens, the gain and bias (D,) of a LayerNorm that does both."""
     if shift.numel() > shift.size(-1):
-        return shift, stretch
+        return stretch, shift
     return [x.flatten().to(norm.weight.dtype) for x in (norm.weight * stretch, shift)]  # autocast converts them on a GPU only
 
 
@@ -118,8 +118,8 @@ def modulation(layer, cond, n):
     return [m + 1 if i % 3 == 1 else m for i, m in enumerate(layer(cond).chunk(n, dim=-1))]
 
 
-def modulate(h, shift, stretch):
-    """h (1 + scale) + shift"""
+def modulate(h, stretch, shift):
+    """h (1 + scale) + shift, with stretch = 1 + scale"""
     return torch.addcmul(shift, h, stretch)
 
 
@@ -151,7 +151,7 @@ class Layer(nn.Module):
             return m[:, 1:] if skip and i > 1 else written_out(m, n_clean, S) if few else m  # the gate is behind `skip` already
 
         shift1, stretch1, gate1, shift2, stretch2, gate2 = (vector(i, m) for i, m in enumerate(modulation(self.modulation, cond, 6)))
-        return fold(self.norm1, shift1, stretch1), gate1, fold(self.norm2, shift2, stretch2), gate2
+        return fold(self.norm1, stretch1, shift1), gate1, fold(self.norm2, stretch2, shift2), gate2
 
     def look_up(self, letters, n_clean, norm1, cache):
         """
@@ -175,7 +175,7 @@ class Layer(nn.Module):
         """
         x (B, C + N, D) -> (B, C + N - skip, D): keys and values from every token, an output for all but the first `skip`, 0 or C. With ask,
         rows (M,) and places (M,), for these tokens behind `skip` only: (M, 1, D).
-        rope: cos and sin (S, D/H). mask (B or 1, 1, S - skip, keys). cond (B, 1 or 2, cond_dim), one vector a stream; level: of
+        rope: cos and sin (S, D/H). mask: see attend. cond (B, 1 or 2, cond_dim), one vector a stream (or 1 + N, see _condition); level: of
         cache.levels, where it is kept. letters: see look_up.
         """
         B, S, D = x.shape
@@ -198,7 +198,7 @@ class Layer(nn.Module):
             q, k = rotate(qk, cos, sin).chunk(2, dim=1)
         if cache is not None:
             k, v = cache.extend(index, k, v)
-        k, v = k.to(q.dtype), v.to(q.dtype)
+        k, v = k.to(q.dtype), v.to(q.dtype)  # v is as it was multiplied, and both as the cache keeps them
         rows = None if cache is None else cache.rows
         if rows is not None and 4 * len(rows) > len(k):  # attention of all rows is cheaper than a copy of many rows' keys and values
             everyone = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, rows, q)
@@ -217,7 +217,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """logits = model(clean, noisy, block_size): see forward. At initialisation every token costs exactly log V nats."""
+    """logits = model(clean, noisy, block_size): see forward. At initialisation every id is exactly as likely as any other."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -243,7 +243,7 @@ class Transformer(nn.Module):
         noisy (B, N) int64 ids, or None   at positions start, start + 1, ...; or soft tokens, mixtures of embeddings: weights
                                           (B, N, V) of the first V ids, or a pair of ids (B, N, k) and their weights (B, N, k)
         block_size  int, or (B,) int64: one a row
-        start       0 in training, the length of the context when generating or verifying
+        start       in training 0, or a block behind prompts; when generating or verifying the length of the context
         sigma (B,) or (1,)  noise level -log(alpha_t); zeros if None; unused without time conditioning
         Several readings of one block in one pass: block_size (1 or B, N), start (N,) the positions and sigma (B, N), one a noisy
         token; tokens with another block size do not see each other.
@@ -304,8 +304,8 @@ class Transformer(nn.Module):
             level = cache.levels.setdefault((0.0 if sigma is None else float(sigma), C, N), {})  # one for all rows, known to the host
         cond = known(level, "cond", lambda: self._condition(sigma, C)) if self.time is not None else None
 
-        letters, keep = None, level if self.time is not None else None if cache is None else cache.kept
-        alphabet = len(self.embed.weight) <= min(LETTERS, B * S) and len(self.layers) > 1
+        letters, keep = None, level if self.time is not None else cache and cache.kept
+        alphabet = len(self.embed.weight) <= min(LETTERS, B * S) and len(self.layers) > 1  # a last layer takes its queries apart
         if alphabet and keep is not None and ids is not None and by_onednn(x):
             letters = (ids, self.embed.weight, keep) if "met" in keep else None  # a level that is met once needs no table
             keep["met"] = True
@@ -363,7 +363,7 @@ class Transformer(nn.Module):
         """The head: a norm and the logits, added up and kept in float32 or better (of bfloat16 the uniform bound would see 3 digits)."""
         with torch.autocast(x.device.type, enabled=False):
             x = F.layer_norm(precise(x), x.shape[-1:], precise(self.norm.weight))
-            x = x if shift is None else modulate(x, shift, stretch)
+            x = x if shift is None else modulate(x, stretch, shift)
             return self.logits(x, cache) if readout is None else readout(x, precise(self.head.weight), precise(self.head.bias))
 
     def logits(self, hidden, cache=None):

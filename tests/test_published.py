@@ -510,6 +510,9 @@ def test_a_next_token_network_samples_with_a_cache_as_without():
             pass
         runs.append(state.x)
     assert torch.equal(*runs) and (runs[0] == 4).any()
+    for state in generate(net, process, [(1,)] * 3, block_size=1, max_new_tokens=5):
+        pass
+    assert state.token_forwards == 3 * 5, "each token but the last is read once, and noise never"
     with pytest.raises(ValueError, match="begin"):
         list(generate(net, process, [()], block_size=1))
 
