@@ -50,7 +50,7 @@ class EvalConfig:
     seed: int = 1
     json: str = ""  # the same numbers, in this file
     device: str = "auto"
-    dtype: str = "float32"  # bfloat16: the layers' products of --samples in it (autocast); likelihoods and judges stay float32
+    dtype: str = "float32"  # bfloat16: of --samples, faster where the hardware has it; likelihoods and judges stay float32
 
 
 # ----- likelihood

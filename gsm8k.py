@@ -51,7 +51,7 @@ class Gsm8kConfig:
     weak_sandbox: bool = False  # run a model's programs where the system offers no boundary: on a machine you can lose
     seed: int = 1
     device: str = "auto"
-    dtype: str = "float32"  # bfloat16: the layers' products in it (autocast); logits and draws stay float32
+    dtype: str = "float32"  # bfloat16: the layers' products in it, faster where the hardware has it; logits and draws stay float32
 
 
 def questions(path, n):

@@ -45,7 +45,7 @@ class SampleConfig:
     animate: bool = False  # redraw the block at work in place; plain text where output is not a terminal
     fps: float = 8.0  # frames a second of --animate, at most
     device: str = "auto"
-    dtype: str = "float32"  # bfloat16: the layers' products in it (autocast); logits and draws stay float32
+    dtype: str = "float32"  # bfloat16: the layers' products in it, faster where the hardware has it; logits and draws stay float32
     graphs: bool = False  # record passes as CUDA graphs and play them: for few rows on a GPU (recorded.py); not tried on one yet
 
 
