@@ -315,7 +315,7 @@ def samples(cfg, sampler, own, run, data, model, process, trained):
         how = {"block_size": b, "sampler": SAMPLERS[name], "steps": steps, "temperature": cfg.temperature, "trained": trained}
         how |= {"schedule": SCHEDULES[run.schedule], "max_new_tokens": cfg.max_new_tokens or None, **own}
         try:
-            rows, cost = generated(model, process, data, prompts, cfg.seed, dtype=machine.sampling_dtype(cfg.dtype), **how)
+            rows, cost = generated(model, process, data, prompts, cfg.seed, dtype=getattr(torch, cfg.dtype), **how)
         except ValueError as e:
             bar.close()
             die(str(e), f"python eval.py --sampler {name} --help")
@@ -354,6 +354,7 @@ def main():
         ("max_new_tokens", cfg.max_new_tokens >= 0, "0 or more"),
         ("temperature", 0 <= cfg.temperature < math.inf, "0 or more"),
         ("seed", cfg.seed >= 0, "0 or more"),
+        ("dtype", cfg.dtype in ("float32", "bfloat16"), "float32"),
     ):
         if not fine:
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {least}")
@@ -370,7 +371,6 @@ def main():
         if value != getattr(usual, name):
             die(f"--{name} is about samples, and this asks for the likelihood", f"--samples --{name} {value}")
     cfg.ckpt = cfg.init_from or cfg.ckpt
-    machine.sampling_dtype(cfg.dtype)  # now: nothing is loaded yet
     run, meta, step, model, process = restore(cfg.ckpt, cfg.device)
     data, trained = dataset_for(cfg.ckpt, run, meta, model, cfg.dataset), sorted(run.block_sizes)
     if cfg.block_size and cfg.block_size not in trained:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import checkpoint
@@ -27,7 +28,7 @@ import published
 import sandbox
 from diffusion import SCHEDULES
 from generate import NOTHING, OWN_PACE, SAMPLERS, generate
-from machine import Signals, guard, mixed, sampling_dtype
+from machine import Signals, guard, mixed
 from restore import restore
 from sample import load_with_sampler
 from settings import die, said, writable
@@ -132,19 +133,21 @@ def main(argv=None):
         ("n", cfg.n >= 0, "0, for all"), ("block_size", cfg.block_size >= 0, "0"), ("steps", cfg.steps >= 1, "8"),
         ("temperature", 0 <= cfg.temperature < float("inf"), "0.1"), ("batch_size", cfg.batch_size >= 1, "32"),
         ("timeout", 0 < cfg.timeout <= 600, "5"), ("workers", 0 <= cfg.workers <= 1000, "0"), ("seed", cfg.seed >= 0, "1"),
+        ("dtype", cfg.dtype in ("float32", "bfloat16"), "float32"),
     ):  # fmt: skip
         if not fine:
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {fix}")
     holds, what = sandbox.isolation()
     if not holds and not cfg.weak_sandbox:
         die(f"sandbox: {what}", "a Linux machine, or --weak_sandbox on a machine you can lose")
-    spec, asked, dtype = cfg.init_from or cfg.ckpt, questions(cfg.input, cfg.n), sampling_dtype(cfg.dtype)
+    spec, asked = cfg.init_from or cfg.ckpt, questions(cfg.input, cfg.n)
     out = cfg.out or where_to(spec)
     if Path(out).suffix != ".jsonl":
         die(f"--out {out}: lines go to a .jsonl file, and the summary beside it", "--out out/gsm8k.jsonl")
     run, meta, step, model, process = restore(spec, cfg.device)
     writable(out, "out")  # now: the checkpoint is there, and nothing is made yet
     trained, tokenizer = sorted(run.block_sizes), Tokenizer(meta, Path("data") / run.dataset)
+    dtype = getattr(torch, cfg.dtype)
     name, b, steps = settled_sampler(cfg, sampler, run, model, trained)
     how = {"block_size": b, "sampler": SAMPLERS[name], "steps": steps, "temperature": cfg.temperature, "trained": trained, **own}
     how |= {"schedule": SCHEDULES[run.schedule], "eos_id": meta.get("eos_id")}

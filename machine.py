@@ -62,13 +62,6 @@ def pick_dtype(name, device, n_params):
     return torch.float32, "small model or no fast bfloat16"
 
 
-def sampling_dtype(name):
-    """The dtype of --dtype where texts are made: rounding is asked for there, not found out."""
-    if name not in ("float32", "bfloat16"):
-        die(f"dtype {name!r} is none of float32, bfloat16", "--dtype=float32")
-    return getattr(torch, name)
-
-
 @contextlib.contextmanager
 def mixed(device, dtype):
     """

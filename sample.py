@@ -19,6 +19,8 @@ import time
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
+import torch
+
 import machine
 from diffusion import SCHEDULES
 from generate import MASKED_ONLY, NOTHING, OWN_PACE, READS_AR, SAMPLERS, UNIFORM_ONLY, generate
@@ -205,7 +207,7 @@ def tokenizer_of(meta, run, asked):
 @machine.guard("a smaller --n_samples")
 def main():
     cfg, sampler, own = load_with_sampler(SampleConfig, sys.argv[1:])
-    cfg.ckpt, dtype = cfg.init_from or cfg.ckpt, machine.sampling_dtype(cfg.dtype)
+    cfg.ckpt = cfg.init_from or cfg.ckpt
     run, meta, _, model, process = restore(cfg.ckpt, cfg.device)
     tokenizer = tokenizer_of(meta, run, asked=cfg.prompt or cfg.prompt_file)
 
@@ -228,6 +230,7 @@ def main():
         ("top_p", 0 < cfg.top_p <= 1, "0.9"),
         ("fps", cfg.fps > 0, "8"),
         ("seed", cfg.seed >= 0, "1"),
+        ("dtype", cfg.dtype in ("float32", "bfloat16"), "float32"),
     ):
         if not fine:
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {fix}")
@@ -278,7 +281,7 @@ def main():
     )  # fmt: skip
     states = timed(states, spent)
     try:
-        with machine.mixed(model.head.weight.device, dtype):
+        with machine.mixed(model.head.weight.device, getattr(torch, cfg.dtype)):
             states = itertools.chain(list(itertools.islice(states, 3)), states)  # before anything is shown, the sampler sees its options
             if cfg.animate and sys.stdout.isatty():
                 states = animate(states, tokenizer, process.mask_id, meta, cfg.fps)

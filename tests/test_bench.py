@@ -71,6 +71,20 @@ def test_both_samplers_draw_the_same_distribution(kind, sampler):
     assert chi_squared(a, a.roll(1) / N) < P_VALUE
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="a CPU without products of bfloat16")
+@pytest.mark.parametrize("what", ["train", "ancestral"])
+def test_bfloat16_is_what_is_timed_as_such(monkeypatch, what):
+    forward, seen = Transformer.forward, set()
+    watched = lambda *args, **how: (seen.add(torch.is_autocast_enabled("cpu")), forward(*args, **how))[1]
+    monkeypatch.setattr(Transformer, "forward", watched)
+    size = bench.Size(1, 8, 9, (2, 8), ([2], 8), block_size=4, n_heads=1)
+    pair = bench.job_pair(size, bench.process_of("masked", 9), torch.device("cpu"), what, 2)
+    for who, want in (("ours", {False}), ("bfloat16", {True})):
+        seen.clear()
+        pair[who]()
+        assert seen == want
+
+
 @pytest.mark.parametrize("k", [None, 0, 2])
 def test_soft_tokens_are_timed(k):
     cfg = bench.BenchConfig(repeats=2, d_model=8, seq_len=8, batch_size=2, device="cpu")

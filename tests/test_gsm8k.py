@@ -438,7 +438,7 @@ def test_slips_end_in_two_lines(home, slip, monkeypatch):
         (["--timeout=nan"], "timeout"),
         (["--out=x.txt"], ".jsonl"),
         (["--sampler=arpx"], "arpc"),
-        (["--dtype=half"], "float32, bfloat16"),
+        (["--dtype=half"], "dtype cannot be half"),
         (["--ckpt=out/none"], "no checkpoint"),
         (["--input=data/toy/meta.json"], "line 1"),
     ):

@@ -328,6 +328,19 @@ def test_one_noise_level_under_autocast(ask):
     assert torch.autograd.grad(rounded.sum(), net.layers[0].norm1.weight)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_float64_stays_float64_under_autocast(grad):
+    """As autocast itself has it; with a cache, weights may be kept in its order."""
+    net, found = small(time_conditioning=True).double(), []
+    clean, noisy = torch.randint(11, (2, 2, 8))
+    with torch.set_grad_enabled(grad):
+        for on in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=on):
+                assert attention.dtype_of(net.head.weight) == torch.float64
+                found.append(net(clean, noisy, 4, sigma=torch.ones(2), cache=None if grad else KVCache(net.cfg, 2, dtype=torch.float64)))
+    assert found[1].dtype == torch.float64 and (found[0] - found[1]).abs().max() < 1e-12
+
+
 @torch.no_grad()
 def test_what_is_kept_of_passes_over_one_context_is_of_their_start_too():
     """Angles and masks: blocks at several places behind one context, and behind another one."""
