@@ -27,8 +27,8 @@ demo: .venv/done
 
 paper: .venv/done
 	$(PY) data/digits/prepare.py
-	$(PY) paper.py
-	$(PY) plots.py --film out/paper/masked_mixture/0,out/paper/uniform_mixture/0
+	$(PY) -m lab.paper
+	$(PY) -m lab.plots --film out/paper/masked_mixture/0,out/paper/uniform_mixture/0
 
 test: .venv/done
 	$(PY) -m ruff check .

@@ -14,7 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from draws import Noise, sample, settle, sharpen
+from fast.draws import Noise, sample, settle, sharpen
 from kernels import cross_entropy, float64, send, through_head, uniform_nll
 from model import precise
 

@@ -17,13 +17,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-import checkpoint
-import machine
 from diffusion import sigma_for
+from hub.published import is_published, place
 from kernels import send
-from published import is_published, place
-from restore import same_tokens, take_up, trained_with
-from settings import die, load_config
+from run import checkpoint, machine
+from run.cli import die, load_config
+from run.restore import same_tokens, take_up, trained_with
 from train import train
 
 

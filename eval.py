@@ -19,15 +19,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import machine
 from diffusion import SCHEDULES, stratified_draw, token_loss
-from draws import Noise
+from fast.draws import Noise
 from generate import OWN_PACE, SAMPLERS
-from published import is_published
-from quality import NGRAMS, checker, generated, judge, prompts_of, quality, real_rows
-from restore import dataset_for, restore
+from hub.published import is_published
+from lab.quality import NGRAMS, checker, generated, judge, prompts_of, quality, real_rows
+from run import machine
+from run.cli import die, writable
+from run.restore import dataset_for, restore
 from sample import load_with_sampler
-from settings import die, writable
 
 
 @dataclass
@@ -338,11 +338,11 @@ def samples(cfg, sampler, own, run, data, model, process, trained):
 @machine.guard("a smaller --n_eval, or --device=cpu")
 def main():
     if asked := {"--sweep", "--sweep=true"} & set(sys.argv[1:]):
-        from sweep import main as sweep  # a command of its own; here, because most runs do not want it
+        from lab.sweep import main as sweep  # a command of its own; here, because most runs do not want it
 
         return sweep([word for word in sys.argv[1:] if word not in asked])
     if asked := {"--gsm8k", "--gsm8k=true"} & set(sys.argv[1:]):
-        from gsm8k import main as gsm8k
+        from lab.gsm8k import main as gsm8k
 
         return gsm8k([word for word in sys.argv[1:] if word not in asked])
     cfg, sampler, own = load_with_sampler(EvalConfig, sys.argv[1:])

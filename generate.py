@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
-from attention import dtype_of
-from cache import KVCache
 from diffusion import loglinear, sigma_for
-from draws import Noise, sample, sharpen
-from guided import agreement, arpc, edlm, speculation
+from fast.attention import dtype_of
+from fast.cache import KVCache
+from fast.draws import Noise, sample, sharpen
+from fast.graphs import Recorded
 from kernels import send
-from recorded import Recorded
-from samplers import ancestral, ar, first_hitting, gibbs, max_coupling, psi, remdm_cap, remdm_conf, remdm_loop, remdm_rescale
-from unmasking import confidence, entropy_bound, factor, prophet, rcr, saber, sched, threshold
+from samplers.guided import agreement, arpc, edlm, speculation
+from samplers.reverse import ancestral, ar, first_hitting, gibbs, max_coupling, psi, remdm_cap, remdm_conf, remdm_loop, remdm_rescale
+from samplers.unmasking import confidence, entropy_bound, factor, prophet, rcr, saber, sched, threshold
 
 SAMPLERS = {
     f.__name__: f

@@ -45,7 +45,7 @@ def path(device):
 
 def _try_out(device):
     """The first result in which a kernel and its PyTorch form differ on a few numbers; '' if none does."""
-    from draws import sample_pytorch, sample_triton  # which stands on this file
+    from fast.draws import sample_pytorch, sample_triton  # which stands on this file
 
     N, V = 4, 5000
     rng = torch.Generator().manual_seed(0)

@@ -33,8 +33,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import added, attend, attention_mask, dtype_of, training_mask
-from cache import by_onednn, known, linear
+from fast.attention import added, attend, attention_mask, dtype_of, training_mask
+from fast.cache import by_onednn, known, linear
 from kernels import send
 
 

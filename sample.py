@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-import machine
+from data.tokens import Tokenizer
 from diffusion import SCHEDULES
 from generate import MASKED_ONLY, NOTHING, OWN_PACE, READS_AR, SAMPLERS, UNIFORM_ONLY, generate
-from restore import restore
-from settings import die, load_config, read_toml
-from tokens import Tokenizer
+from run import machine
+from run.cli import command, die, load_config, read_toml
+from run.restore import restore
 
 
 @dataclass
@@ -71,7 +71,7 @@ def explain(sampler, own):
     print("Its own options and their defaults:" if own else "It has no options of its own.")
     for option, default in own.items():
         print(f"    --{option}" + ("" if default == "" else f"    {default}"))
-    print(f"\nAll samplers: {', '.join(SAMPLERS)}.\nWhat they share: python {Path(sys.argv[0]).name} --help")
+    print(f"\nAll samplers: {', '.join(SAMPLERS)}.\nWhat they share: python {command()} --help")
 
 
 def load_with_sampler(cls, argv):

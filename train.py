@@ -26,18 +26,17 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import attention
-import checkpoint
-import duo
-import machine
-from dataset import Dataset
+from data.dataset import Dataset
 from diffusion import SCHEDULES, stratified_draw, token_loss
-from draws import Noise
 from eval import bounds, show_bounds
+from fast import attention
+from fast.draws import Noise
 from generate import NOTHING, generate
-from machine import pick_device, pick_dtype, runs_on
-from restore import begin_from, compare, take_up
-from settings import die, load_config, parse_dict, said
+from methods import duo
+from run import checkpoint, machine
+from run.cli import die, load_config, parse_dict, said
+from run.machine import pick_device, pick_dtype, runs_on
+from run.restore import begin_from, compare, take_up
 
 
 @dataclass

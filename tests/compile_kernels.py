@@ -17,8 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-import draws
 import kernels
+from fast import draws
 
 LIMIT = {80: 166_912, 90: 232_448}  # bytes of shared memory that a block may take
 

@@ -1,5 +1,7 @@
 import os
+import shutil
 import sys
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for subprocesses: tiny tensors lose time to a second thread
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels then run in Python, on CPU tensors
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import write_dataset
+from data.dataset import write_dataset
 
 torch.set_num_threads(1)
 
@@ -23,6 +25,18 @@ TINY = [
     "--log_every=1",
     "--device=cpu",
 ]
+
+
+ROOT = Path(__file__).parents[1]
+UNMADE = shutil.ignore_patterns("*.bin", "meta.json", "*.tiktoken", "input.txt", "__pycache__")
+
+
+def copy_project(home, folders=("config", "data", "fast", "hub", "lab", "methods", "run", "samplers")):
+    """The code of the project in an empty folder, as a fresh clone has it: no data made, nothing trained."""
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, home)
+    for folder in folders:
+        shutil.copytree(ROOT / folder, home / folder, ignore=UNMADE)
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
-from dataset import write_dataset
-from settings import load_config
+from data.dataset import write_dataset
+from run import checkpoint
+from run.cli import load_config
 
 ROOT = Path(checkpoint.__file__).parent
 STEPS, KILLS_A_RUN = 150, 3

@@ -4,11 +4,10 @@ import pytest
 import torch
 from exact import P_VALUE, V3, chi_squared, code, last, net
 
-import bench
 import diffusion as d
-import textbook
-from cache import KVCache
+from fast.cache import KVCache
 from generate import SAMPLERS, generate
+from lab import bench, textbook
 from model import ModelConfig, Transformer
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from test_train import log, run, same
 
-import checkpoint
 import eval as evaluation
+from run import checkpoint
 
 
 @pytest.fixture

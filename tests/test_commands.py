@@ -3,7 +3,6 @@
 import inspect
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,18 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import copy_project
 
-import bench
 import distill
 import eval as evaluation
-import paper
-import plots
 import sample
 import train as training
 from generate import SAMPLERS
+from lab import bench, paper, plots
 from model import Transformer
+from run.cli import load_config
 from sample import SampleConfig, load_with_sampler, options
-from settings import load_config
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -32,10 +30,7 @@ SMALL = ["--max_steps=20", "--n_layers=2", "--d_model=32", "--batch_size=8", "--
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("nanoblock")
-    for f in ROOT.glob("*.py"):
-        shutil.copy(f, home)
-    shutil.copytree(ROOT / "config", home / "config")
-    shutil.copytree(ROOT / "data", home / "data", ignore=shutil.ignore_patterns("*.bin", "meta.json", "*.tiktoken", "input.txt"))
+    copy_project(home)
     call(home, "data/sudoku/prepare.py", "--n_train=500", "--n_val=50")
     call(home, "data/digits/prepare.py", "--n_train=500", "--n_val=50")
     for name, process in (("sudoku", "masked"), ("digits", "uniform")):
@@ -194,13 +189,13 @@ def test_sampling_a_stream(home):
         (["sample.py", "--ckpt=out/digits", "--tempreature=1"], "--temperature"),
         (["train.py", "config/sudoku.toml", "--batchsize=3"], "--batch_size"),
         (["train.py", "config/sudku.toml"], "config/sudoku.toml"),
-        (["bench.py", "--sizes=3M"], "--sizes=1M,demo"),
-        (["paper.py", "--seeds=0"], "--seeds 3"),
-        (["plots.py", "--steps=0"], "--steps 4"),
+        (["-m", "lab.bench", "--sizes=3M"], "--sizes=1M,demo"),
+        (["-m", "lab.paper", "--seeds=0"], "--seeds 3"),
+        (["-m", "lab.plots", "--steps=0"], "--steps 4"),
         (["distill.py", "--ckpt=out/none"], "--ckpt out/"),
         (["distill.py", "--ckpt=out/sudoku", "--rounds=6"], "--teacher_steps=64"),
         (["eval.py", "--sweep", "--panels=rows"], "--panels samplers"),
-        (["bench.py", "--growth=100"], "--growth 8192"),
+        (["-m", "lab.bench", "--growth=100"], "--growth 8192"),
         (["sample.py"], "out/run"),
         (["sample.py", "--init_from=hf:nobody"], "names no repository"),
         (["sample.py", "--init_from=out/none"], "--ckpt out/"),
@@ -214,8 +209,12 @@ def test_sampling_a_stream(home):
 def test_slips_get_two_lines(home, slip, monkeypatch, argv, says):
     """In this process: what the fixture checks is the exit code and the two lines."""
     monkeypatch.chdir(home)
-    start = {f"{module.__name__}.py": module.main for module in (bench, distill, evaluation, paper, plots, sample, training)}
-    assert says in slip(start[argv[0]], argv=argv[1:])
+    scripts = {f"{module.__name__}.py": module.main for module in (distill, evaluation, sample, training)}
+    commands = {module.__name__: module.main for module in (bench, paper, plots)}
+    if argv[0] == "-m":
+        assert says in slip(commands[argv[1]], argv=argv[2:])
+    else:
+        assert says in slip(scripts[argv[0]], argv=argv[1:])
 
 
 def test_nanogpts_own_files_train(home):

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import copy_project
 
-import corpus
-import shards
-from dataset import Dataset
-from tokens import LETTERS, Tokenizer
+from data import corpus, shards
+from data.dataset import Dataset
+from data.tokens import LETTERS, Tokenizer
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("openwebtext", "lm1b", "tinygsm", "gsm8k", "wikitext")
@@ -35,11 +35,7 @@ PAIRS = [b"th", b"the", b" c", b" ca", b"at", b"\n\n", b"  ", "\u00a0".encode(),
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A project with five datasets unmade, tiny tokenizers, and inputs: docs.jsonl, docs.txt, qa.jsonl, news.txt."""
-    for f in ("corpus.py", "shards.py", "hub.py", "tokens.py", "settings.py"):
-        shutil.copy(ROOT / f, tmp_path)
-    for name in NAMES:
-        (tmp_path / "data" / name).mkdir(parents=True)
-        shutil.copy(ROOT / "data" / name / "prepare.py", tmp_path / "data" / name)
+    copy_project(tmp_path, ("data", "hub", "run"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a disk takes its time; not in processes of their own
     ranks = [bytes([b]) for b in range(256)] + PAIRS

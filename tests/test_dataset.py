@@ -3,7 +3,6 @@
 import base64
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import copy_project
 
-from dataset import Dataset, Tokenizer
+from data.dataset import Dataset, Tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,9 +20,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def prepare(tmp_path, monkeypatch):
     """prepare(name, *flags): run data/NAME/prepare.py in a copy of the project, as a user does."""
-    for f in ("dataset.py", "settings.py", "tokens.py"):
-        shutil.copy(ROOT / f, tmp_path)
-    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("*.bin", "meta.json", "*.tiktoken", "input.txt"))
+    copy_project(tmp_path, ("data", "run"))
     monkeypatch.chdir(tmp_path)
 
     def run(name, *flags, code=0):

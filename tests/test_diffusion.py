@@ -13,7 +13,7 @@ from exact import KINDS, P_VALUE, V3, chi_squared, enumerated, enumerated_ar, fo
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffusion as d
-import draws
+from fast import draws
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "losses.npz")
 G = {k: torch.from_numpy(GOLDEN[k]) for k in GOLDEN.files if GOLDEN[k].ndim}

@@ -16,11 +16,11 @@ import torch
 from conftest import TINY
 from exact import P_VALUE, V3, chi_squared, net, noise
 
-import checkpoint
 import diffusion as d
 import distill
-import duo
-from settings import load_config
+from methods import duo
+from run import checkpoint
+from run.cli import load_config
 from train import TrainConfig, train
 
 

@@ -10,10 +10,10 @@ import torch
 from conftest import TINY
 from exact import P_VALUE, V3, chi_squared, net, noise, say
 
-import checkpoint
 import diffusion as d
-import duo
-from settings import load_config
+from methods import duo
+from run import checkpoint
+from run.cli import load_config
 from train import TrainConfig, curriculum, train
 
 # ----- the transformation operator

@@ -16,16 +16,13 @@ import torch
 from conftest import TINY
 from exact import KINDS, V3, enumerated, enumerated_ar, net, quadrature, states
 
-import checkpoint
 import diffusion as d
 import eval as evaluation
-import paper
-import plots
-import quality
-import sweep
-from dataset import Dataset, Tokenizer, write_dataset
+from data.dataset import Dataset, Tokenizer, write_dataset
 from eval import LAST, estimate, likelihood, mixture_bounds
-from settings import load_config
+from lab import paper, plots, quality, sweep
+from run import checkpoint
+from run.cli import load_config
 from train import TrainConfig, train
 
 
@@ -391,7 +388,7 @@ def run_eval(monkeypatch, capsys, *argv):
 def test_the_judge_is_the_exact_likelihood(toys, monkeypatch):
     """Real windows under the checkpoint's own AR mode: the exact NLL of block size 1; in pieces where the judge's context is shorter."""
     monkeypatch.chdir(toys)
-    from restore import rebuild
+    from run.restore import rebuild
 
     run, meta, _, model, process = rebuild("out/mix", torch.device("cpu"))
     data = Dataset("toy", 16)
@@ -418,7 +415,7 @@ def test_another_tokenizer_reads_the_text_again(toys, tmp_path, monkeypatch):
     stream = np.array([2 - i % 3 for i in range(900)])
     write_dataset("data/cab", stream, stream, {"vocab_size": 3, "tokenizer": "char", "chars": "cab"})
     train(load_config(TrainConfig, [*TINY, "--dataset=cab", "--seq_len=16", "--out_dir=out/cab", "--block_sizes=1:1", "--max_steps=2"]))
-    from restore import rebuild
+    from run.restore import rebuild
 
     theirs = rebuild("out/cab", torch.device("cpu"))
     ours, cab = Tokenizer({"tokenizer": "char", "chars": "abc"}, "."), Tokenizer(theirs[1], ".")

@@ -10,10 +10,10 @@ import torch
 from exact import KINDS, P_VALUE, V3, chi_squared, enumerated, enumerated_ar, last, net
 
 import diffusion as d
-import machine
 from generate import NOTHING, generate
-from guided import speculation
-from samplers import psi
+from run import machine
+from samplers.guided import speculation
+from samplers.reverse import psi
 
 
 @pytest.mark.parametrize(

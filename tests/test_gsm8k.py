@@ -16,11 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import gsm8k
-import sandbox
+from lab import gsm8k, sandbox
+from lab.sandbox import LAYERS, correct, extract, gold_of, isolation, number, run
 from model import Transformer
-from restore import restore
-from sandbox import LAYERS, correct, extract, gold_of, isolation, number, run
+from run.restore import restore
 from train import TrainConfig, train
 
 ROOT = Path(__file__).parents[1]

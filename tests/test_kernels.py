@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion as d
-import draws
 import kernels
-from draws import sample
+from fast import draws
+from fast.draws import sample
 from kernels import cross_entropy, linear_cross_entropy, through_head, uniform_nll
 
 tl = kernels.tl

@@ -19,12 +19,11 @@ from faults import processes
 from test_checkpoint import steps_and_results
 from test_train import log, run, same, weights
 
-import checkpoint
-import machine
-from dataset import Dataset
+from data.dataset import Dataset
 from diffusion import token_loss
-from restore import compare, rebuild
-from settings import load_config
+from run import checkpoint, machine
+from run.cli import load_config
+from run.restore import compare, rebuild
 from train import TrainConfig, curriculum, learning_rate, train
 
 FLAGS = [*TINY, "--seq_len=8", "--dataset=toy", "--block_sizes=1:0.25,4:0.75", "--max_steps=6", "--warmup=2", "--lr_schedule=constant"]
@@ -210,7 +209,7 @@ def test_one_batch_is_learnt_by_heart(project):
 
 
 def torchrun(n, *flags, code=0):
-    script = str(Path(checkpoint.__file__).parent / "train.py")
+    script = str(Path(__file__).parents[1] / "train.py")
     p = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", script, *FLAGS, *flags],
         capture_output=True, text=True, timeout=200,
@@ -240,7 +239,7 @@ def test_fsdp_takes_the_same_steps_and_its_checkpoints_load_anywhere(project):
 def test_two_processes_stop_together_and_go_on_bit_for_bit(project):
     """SIGTERM to one of two: both finish the step, one saves, all end with 0."""
     more = ["--batch_size=2", "--max_steps=100000", "--eval_every=100000", "--timeout=60", "--out_dir=stopped"]
-    script = str(Path(checkpoint.__file__).parent / "train.py")
+    script = str(Path(__file__).parents[1] / "train.py")
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *FLAGS, *more]
     with open("said.txt", "w") as said:
         p = subprocess.Popen(argv, stdout=said, stderr=said)

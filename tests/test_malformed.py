@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 import sample
-from dataset import write_dataset
-from settings import load_config
+from data.dataset import write_dataset
+from run.cli import load_config
 from train import TrainConfig, train
 
 N = int(os.environ.get("EXAMPLES", 12))  # make faults: 70 for each of five kinds

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-import attention
 import diffusion as d
 import model as m
-from cache import KVCache
+from fast import attention
+from fast.cache import KVCache
 from generate import generate
-from machine import mixed
-from published import from_reference
+from hub.published import from_reference
+from run.machine import mixed
 
 GOLDEN = Path(__file__).parent / "golden"
 BLOCKDIT = ["blockdit_adaln_x0causal", "blockdit_adaln_x0block", "blockdit_noadaln_x0causal"]

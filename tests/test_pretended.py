@@ -11,13 +11,13 @@ from exact import net
 from pretended import AVAILABLE, Pretended, near
 from test_recorded import on_tape
 
-import checkpoint
 import diffusion as d
-import duo
 import generate as g
 import train
 from distill import distill_loss
-from recorded import Recorded
+from fast.graphs import Recorded
+from methods import duo
+from run import checkpoint
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="an older torch")
 

@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import checkpoint
-import hub
-from cache import KVCache
 from diffusion import Masked, token_loss
 from eval import likelihood
+from fast.cache import KVCache
 from generate import NOTHING, SAMPLERS, generate
+from hub import download as hub
 from model import ModelConfig, Transformer
-from restore import begin_from, dataset_for, rebuild
+from run import checkpoint
+from run.restore import begin_from, dataset_for, rebuild
 from train import TrainConfig, train
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -520,7 +520,7 @@ def test_a_next_token_network_samples_with_a_cache_as_without():
 @pytest.fixture
 def rows(project):
     """A dataset of rows that begin with BOS (3) and end padded (4), in made-up tokens."""
-    from dataset import write_dataset
+    from data.dataset import write_dataset
 
     rng = np.random.default_rng(0)
     x = np.full((200, 16), 4)

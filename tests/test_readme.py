@@ -11,7 +11,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_equation_lines():
-    rows = re.findall(r"\| \[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", README)
+    rows = re.findall(r"\| \[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)\)", README)
     assert len(rows) >= 12
     for name, file, line in rows:
         text = (ROOT / file).read_text().splitlines()[int(line) - 1]
@@ -19,8 +19,10 @@ def test_equation_lines():
 
 
 def test_the_file_map_is_complete():
-    listed = set(re.findall(r"^\| `(\w+\.py)` \|", README, re.M))
-    assert listed == {p.name for p in ROOT.glob("*.py")}
+    listed = set(re.findall(r"^\| `([\w/]+\.py)` \|", README, re.M))
+    folders = ("data", "fast", "hub", "lab", "methods", "run", "samplers")
+    files = [*ROOT.glob("*.py"), *(p for folder in folders for p in (ROOT / folder).glob("*.py"))]
+    assert listed == {str(p.relative_to(ROOT)) for p in files if p.name != "__init__.py"} | {"data/NAME/prepare.py"}
 
 
 def test_commands_use_settings_that_exist():

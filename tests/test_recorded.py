@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import generate as g
-import samplers as s
-from cache import KVCache
-from recorded import Recorded, record
+from fast.cache import KVCache
+from fast.graphs import Recorded, record
+from samplers import reverse as s
 
 
 class Tape(TorchDispatchMode):

@@ -31,10 +31,9 @@ from exact import (
 )
 
 import diffusion as d
-import guided
-import samplers
-import unmasking
 from generate import MASKED_ONLY, NOTHING, OWN_PACE, SAMPLERS, UNIFORM_ONLY, generate
+from samplers import guided, unmasking
+from samplers import reverse as samplers
 
 N = 60_000  # draws
 s = SimpleNamespace(**SAMPLERS)

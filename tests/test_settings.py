@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint import build
-from settings import load_config, parse_dict
+from run.checkpoint import build
+from run.cli import load_config, parse_dict
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]

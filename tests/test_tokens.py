@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokens
-from tokens import Tokenizer
+from data import tokens
+from data.tokens import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 ROWS = json.loads((GOLDEN / "tokens.json").read_text())

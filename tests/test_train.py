@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import TINY
 
-import checkpoint
 import eval as evaluation
-from dataset import Dataset
+from data.dataset import Dataset
 from diffusion import Masked, Uniform, loglinear
-from machine import peak_mb
-from restore import rebuild
-from settings import load_config
+from run import checkpoint
+from run.cli import load_config
+from run.machine import peak_mb
+from run.restore import rebuild
 from train import TrainConfig, learning_rate, step_batches, train
 
 ROOT = Path(__file__).parents[1]

@@ -12,11 +12,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-from corpus import build, questions_and_answers
-from hub import fetch
-from settings import die, load_config
-from shards import Bad, inputs, read, texts_of
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.corpus import build, questions_and_answers
+from data.shards import Bad, inputs, read, texts_of
+from hub.download import fetch
+from run.cli import die, load_config
 
 URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
 COLUMNS = ["question", "answer"]

@@ -14,11 +14,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-from corpus import Rows, Stream, build
-from hub import listing
-from settings import die, load_config
-from shards import inputs
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.corpus import Rows, Stream, build
+from data.shards import inputs
+from hub.download import listing
+from run.cli import die, load_config
 
 CLS, SEP, PAD = 101, 102, 0
 SPACES = [  # (what the benchmark did, what was there before), in this order

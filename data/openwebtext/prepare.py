@@ -12,12 +12,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-from corpus import Stream, build
-from hub import listing
-from settings import die, load_config
-from shards import count, inputs
-from tokens import Tokenizer
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.corpus import Stream, build
+from data.shards import count, inputs
+from data.tokens import Tokenizer
+from hub.download import listing
+from run.cli import die, load_config
 
 N_DOCUMENTS = 8_013_769  # of Skylion007/openwebtext
 

@@ -9,9 +9,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-from dataset import text_file, write_dataset
-from settings import die, load_config
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.dataset import text_file, write_dataset
+from run.cli import die, load_config
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 

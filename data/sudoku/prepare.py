@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-from dataset import write_dataset
-from settings import die, load_config
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.dataset import write_dataset
+from run.cli import die, load_config
 
 
 @dataclass

@@ -15,11 +15,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-from corpus import build, questions_and_answers
-from hub import listing
-from settings import load_config
-from shards import inputs
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.corpus import build, questions_and_answers
+from data.shards import inputs
+from hub.download import listing
+from run.cli import load_config
 
 
 @dataclass

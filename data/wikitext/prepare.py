@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-from corpus import Stream, build
-from hub import listing
-from settings import die, load_config
-from shards import inputs
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.corpus import Stream, build
+from data.shards import inputs
+from hub.download import listing
+from run.cli import die, load_config
 
 END = r"( |(?=\n|\Z))"  # a space, or the end of a line
 SPACES = [  # (what the corpus did, what was there before), in this order, a line at a time

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
 import kernels
-from settings import die, said
+from run.cli import die, said
 
 
 def pick_device(name):

@@ -17,7 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from draws import Noise
+from fast.draws import Noise
 
 # ----- from Gaussian noise to uniform noise
 

@@ -12,8 +12,8 @@ from itertools import islice
 
 from tqdm import tqdm
 
-from hub import fetch
-from settings import die, said
+from hub.download import fetch
+from run.cli import die, said
 
 KINDS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 PIECE = 1 << 16  # characters of a long text that are tokenized at once

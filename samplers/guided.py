@@ -8,8 +8,8 @@ import math
 import torch
 
 from kernels import cross_entropy
-from samplers import entropy, margin, need, pick, top
-from unmasking import unmask
+from samplers.reverse import entropy, margin, need, pick, top
+from samplers.unmasking import unmask
 
 
 def kl(p, q):

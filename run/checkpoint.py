@@ -29,10 +29,10 @@ from pathlib import Path
 import torch
 
 from diffusion import Masked, Uniform
-from machine import has_memory
+from hub.published import is_published, published
 from model import ModelConfig, Transformer
-from published import is_published, published
-from settings import die, said
+from run.cli import die, said
+from run.machine import has_memory
 
 # ----- checkpoints
 

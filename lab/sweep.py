@@ -22,14 +22,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import plots
 from diffusion import SCHEDULES
 from generate import MASKED_ONLY, OWN_PACE, READS_AR, SAMPLERS, UNIFORM_ONLY
-from published import is_published, place
-from quality import NGRAMS, checker, generated, judge, prompts_of, quality, real_rows
-from restore import dataset_for, restore
-from settings import die, load_config, writable
+from hub.published import is_published, place
+from lab import plots
+from lab.quality import NGRAMS, checker, generated, judge, prompts_of, quality, real_rows
+from run import checkpoint
+from run.cli import die, load_config, writable
+from run.restore import dataset_for, restore
 
 LINES = [  # a sampler and the options that differ from its defaults
     ("ar", {}),

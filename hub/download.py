@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from tqdm import tqdm
 
-from settings import die, said
+from run.cli import die, said
 
 PATIENCE = 5  # attempts in a row that bring nothing, before a download gives up
 PROBLEMS = (OSError, http.client.HTTPException)  # urllib's errors are OSErrors, http.client's are not

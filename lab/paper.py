@@ -2,8 +2,8 @@
 Are the paper's claims true at laptop scale? Trains a network a row of config/paper and seed, measures them, and writes docs/paper.md.
 
     make paper                          rows x 3 seeds: 36 minutes on 2 CPU cores
-    python paper.py --seeds 1           a first look; every claim stays undecided, for one seed has no spread
-    python paper.py --minutes 20        no training begins that would end later: fewer seeds
+    python -m lab.paper --seeds 1           a first look; every claim stays undecided, for one seed has no spread
+    python -m lab.paper --minutes 20        no training begins that would end later: fewer seeds
 
 What was trained and measured is not done again. Change a TOML in config/paper and run it again: that row is, and nothing else.
 """
@@ -20,17 +20,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import plots
-from dataset import Dataset
+from data.dataset import Dataset
 from diffusion import SCHEDULES
 from eval import estimate, likelihood
 from generate import SAMPLERS
-from machine import pick_device
-from quality import accuracy, checker, generated, prompts_of
-from restore import rebuild
-from settings import die, load_config, writable
-from sweep import read
+from lab import plots
+from lab.quality import accuracy, checker, generated, prompts_of
+from lab.sweep import read
+from run import checkpoint
+from run.cli import die, load_config, writable
+from run.machine import pick_device
+from run.restore import rebuild
 from train import TrainConfig
 
 HEAD = "# BlockGen's claims on a laptop"
@@ -264,7 +264,7 @@ def write(results, cfg):
     out = [
         HEAD,
         f"""
-Made by `python paper.py` (`make paper`): a network a row of `{cfg.rows}` and seed, {len(results)} seed(s); {where};
+Made by `python -m lab.paper` (`make paper`): a network a row of `{cfg.rows}` and seed, {len(results)} seed(s); {where};
 {sum(line["train_seconds"] for line in lines) / 60:.0f} minutes of training.
 Correct: of the answers that the `check` of the dataset's prepare.py finds in a text, those that are true (digits: sums like 3+8=11).
 Entries are means over seeds and, in brackets, the smallest and the largest; {cfg.n_eval} windows and texts a measurement, {cfg.n_mc} draws

@@ -1,8 +1,8 @@
 """
 What does it look like? The pictures of docs/: who attends to whom, noise becoming text, and quality against speed.
 
-    python plots.py                                            docs/attention.png, which needs no checkpoint
-    python plots.py --film out/sudoku,out/sudoku_uniform       docs/film.png as well: a text of each, step by step
+    python -m lab.plots                                            docs/attention.png, which needs no checkpoint
+    python -m lab.plots --film out/sudoku,out/sudoku_uniform       docs/film.png as well: a text of each, step by step
 
 Needs matplotlib, which is imported when something is drawn.
 """
@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from settings import die, load_config, writable
+from run.cli import die, load_config, writable
 
 INK, GREY, ACCENT = "#1b1b1b", "#c9c9c9", "#1f6fb4"
 
@@ -46,7 +46,7 @@ def save(figure, path, dpi=80):
 
 def attention(path, n=8, block_sizes=(1, 4, 8)):
     """attention.attention_mask itself, of n clean and n noisy tokens: rows ask, columns are read."""
-    from attention import attention_mask
+    from fast.attention import attention_mask
 
     plt = pyplot()
     names = {1: "block size 1: autoregressive", n: f"block size {n} = seq_len: plain diffusion"}
@@ -100,10 +100,10 @@ def film(strips, path):
 
 def strip(ckpt, steps, max_new_tokens, seed, device):
     """(title, frames) for film: one text of a checkpoint, by its largest block size, from nothing (or from blanks)."""
+    from data.tokens import Tokenizer
     from diffusion import SCHEDULES
     from generate import NOTHING, generate
-    from restore import restore
-    from tokens import Tokenizer
+    from run.restore import restore
 
     run, meta, _, model, process = restore(ckpt, device)
     tokenizer, b = Tokenizer(meta, Path("data") / run.dataset), max(run.block_sizes)

@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from attention import dtype_of
+from fast.attention import dtype_of
 from kernels import send
 
 EAGER, TRIED = 2, 2  # passes of a kind before it is worth a recording, and how many playings are compared with the network itself

@@ -23,16 +23,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import published
-import sandbox
+from data.tokens import Tokenizer
 from diffusion import SCHEDULES
 from generate import NOTHING, OWN_PACE, SAMPLERS, generate
-from machine import Signals, guard, mixed
-from restore import restore
+from hub import published
+from lab import sandbox
+from run import checkpoint
+from run.cli import die, said, writable
+from run.machine import Signals, guard, mixed
+from run.restore import restore
 from sample import load_with_sampler
-from settings import die, said, writable
-from tokens import Tokenizer
 
 
 @dataclass

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from samplers import entropy, margin, need, pick, top
+from samplers.reverse import entropy, margin, need, pick, top
 
 
 def unmask(block, choose):

@@ -30,12 +30,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import shards
-import tokens
-from hub import locked
-from settings import die
-from shards import Bad, chunks, texts_of
-from tokens import FILES, Tokenizer
+from data import shards, tokens
+from data.shards import Bad, chunks, texts_of
+from data.tokens import FILES, Tokenizer
+from hub.download import locked
+from run.cli import die
 
 TOOLS = []  # of a worker process
 id_type = lambda meta: np.dtype(np.uint16 if meta["vocab_size"] <= 1 << 16 else np.uint32)

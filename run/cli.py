@@ -45,13 +45,19 @@ def writable(path, flag):
         die(f"cannot write {path}: {e.strerror}", f"--{flag} FILE, in a folder of yours")
 
 
+def command():
+    """What this program is started with, behind `python`: train.py, or -m lab.bench."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"-m {spec.name}" if spec is not None and spec.parent else os.path.basename(sys.argv[0])
+
+
 def load_config(cls, argv, help="--help", given_names=None):
     """
     An instance of the dataclass `cls` from command-line words; exits with two lines, `help` in them, on anything it does not know.
     given_names: a set, which gets the names that somebody chose.
     """
     declared, from_file, from_flags, words = {f.name: f for f in fields(cls)}, {}, {}, list(argv)
-    script = os.path.basename(sys.argv[0])
+    script = command()
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):

@@ -10,7 +10,7 @@ posteriors and a float64 Gumbel for every entry, runs every row at every step, a
 import torch
 
 import diffusion as d
-from attention import attention_mask
+from fast.attention import attention_mask
 
 
 def forward(model, clean, noisy, block_size, start=0, sigma=None, cache=None):

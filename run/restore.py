@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import machine
-from dataset import Dataset, check_meta, read_meta
-from machine import pick_device, runs_on
-from published import is_published
-from settings import die, said
+from data.dataset import Dataset, check_meta, read_meta
+from hub.published import is_published
+from run import checkpoint, machine
+from run.cli import die, said
+from run.machine import pick_device, runs_on
 
 SHAPES = (  # what the weights cannot follow
     "dataset", "process", "predicts", "random_ar", "time_conditioning", "seq_len", "n_layers", "n_heads", "d_model",

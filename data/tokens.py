@@ -18,7 +18,7 @@ import unicodedata
 from itertools import pairwise
 from pathlib import Path
 
-from settings import die, said
+from run.cli import die, said
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # The same between digits, and every digit alone. Where GPT-2's pattern asks for the end of the text, a digit is one.
@@ -83,7 +83,7 @@ def file(name, folder, repo="", path=""):
     places = [Path(folder) / name, *sorted(Path("data").glob(f"*/{name}"))]
     if (found := next((place for place in places if place.is_file()), None)) or not repo:
         return found or places[0]
-    from hub import fetch, url
+    from hub.download import fetch, url
 
     return fetch(url(repo, path), "--bpe FILE")
 

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from settings import die
-from tokens import Tokenizer
+from data.tokens import Tokenizer
+from run.cli import die
 
 IDS = ("bos_id", "eos_id", "pad_id", "separator")
 NUMBERS = {"vocab_size", "row_len", "prompt_len", "prompt_lens", "width", *IDS}

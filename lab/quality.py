@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
+from data.tokens import Tokenizer, gpt2
 from diffusion import token_loss
-from draws import Noise
+from fast.draws import Noise
 from generate import NOTHING, generate
-from machine import mixed
-from restore import rebuild
-from settings import die
-from tokens import Tokenizer, gpt2
+from run import checkpoint
+from run.cli import die
+from run.machine import mixed
+from run.restore import rebuild
 
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 NGRAMS = (2, 4)

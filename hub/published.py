@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from hub import fetch, url
+from hub.download import fetch, url
 from model import ModelConfig, Transformer
-from settings import die, said
+from run.cli import die, said
 
 LAYOUTS = """hf:OWNER/REPO/SUBFOLDER or a folder with config.json and model.safetensors, its path ending as in the BlockGen collection:
 baselines/DATA/{ar,mdlm,duo}, blockgen/single_block_size/B/DATA/{absorb,uniform}, blockgen/multi_block_size/B/DATA/WEIGHTS/{absorb,uniform};

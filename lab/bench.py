@@ -1,11 +1,11 @@
 """
 How fast is it, and than what? Ours against the textbook form (textbook.py) with the same weights, interleaved in one run.
 
-    python bench.py                                   training and sampling, networks of 1M to 30M parameters: half an hour on 2 cores
-    python bench.py --sizes 4M --sample [--json FILE] some of it
-    python bench.py --duo                             Duo's soft tokens at vocabularies of 128, 50,000 and 250,000
-    python bench.py --growth 8192 --plot docs/speed.png    how the cost of training and of generating grows with the length
-    python bench.py --kernels                         kernels.py and draws.py against eager PyTorch, torch.compile and Liger
+    python -m lab.bench                                   training and sampling, networks of 1M to 30M parameters: half an hour on 2 cores
+    python -m lab.bench --sizes 4M --sample [--json FILE] some of it
+    python -m lab.bench --duo                             Duo's soft tokens at vocabularies of 128, 50,000 and 250,000
+    python -m lab.bench --growth 8192 --plot docs/speed.png    how the cost of training and of generating grows with the length
+    python -m lab.bench --kernels                         kernels.py and draws.py against eager PyTorch, torch.compile and Liger
 """
 
 import json
@@ -23,15 +23,14 @@ import torch
 from tqdm import tqdm
 
 import diffusion as d
-import duo
 import kernels
-import plots
-import textbook
-from draws import sample
+from fast.draws import sample
 from generate import SAMPLERS, generate
-from machine import mixed, peak_mb, pick_device, runs_on
+from lab import plots, textbook
+from methods import duo
 from model import ModelConfig, Transformer
-from settings import die, load_config, writable
+from run.cli import die, load_config, writable
+from run.machine import mixed, peak_mb, pick_device, runs_on
 
 
 @dataclass
@@ -441,24 +440,24 @@ def main():
         cfg.train = cfg.sample = True
     device = pick_device(cfg.device)[0]
     if min(vars(cfg)[k] for k in ("repeats", "n_layers", "d_model", "vocab_size", "seq_len", "block_size", "batch_size")) < 1:
-        die("every size must be at least 1", "python bench.py --train --block_size=16 --seq_len=128")
+        die("every size must be at least 1", "python -m lab.bench --train --block_size=16 --seq_len=128")
     known = [k for k in SIZES if k != "170M" or device.type == "cuda"]
     custom = Size(
         cfg.n_layers, cfg.d_model, cfg.vocab_size + 1, (cfg.batch_size, cfg.seq_len), ([cfg.batch_size], cfg.seq_len), cfg.block_size
     )
     names = cfg.sizes.split(",") if cfg.sizes else known
     if not set(names) <= {*known, "custom"}:
-        die(f"sizes {cfg.sizes!r}: on this device {', '.join(known)}, and custom", "python bench.py --sizes=1M,demo")
+        die(f"sizes {cfg.sizes!r}: on this device {', '.join(known)}, and custom", "python -m lab.bench --sizes=1M,demo")
     if cfg.growth and (cfg.growth < 128 or cfg.growth % cfg.block_size or 128 % cfg.block_size):
-        die(f"growth up to {cfg.growth} tokens in blocks of {cfg.block_size}", "python bench.py --growth 8192")
+        die(f"growth up to {cfg.growth} tokens in blocks of {cfg.block_size}", "python -m lab.bench --growth 8192")
     if cfg.plot:
         writable(cfg.plot, "plot"), plots.pyplot()
     if cfg.rows < 0:
-        die(f"rows is {cfg.rows}", "python bench.py --kernels --rows=256")
+        die(f"rows is {cfg.rows}", "python -m lab.bench --kernels --rows=256")
     if cfg.seq_len % cfg.block_size or cfg.d_model % 8:
         die(
             f"block size {cfg.block_size} must divide seq_len {cfg.seq_len}, and 8 must divide d_model {cfg.d_model}",
-            "python bench.py --train",
+            "python -m lab.bench --train",
         )
     if cfg.json and not os.path.isdir(os.path.dirname(cfg.json) or "."):
         die(f"no folder for {cfg.json}", "--json bench.json")
