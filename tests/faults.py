@@ -28,7 +28,7 @@ from data.dataset import write_dataset
 from run import checkpoint
 from run.cli import load_config
 
-ROOT = Path(checkpoint.__file__).parent
+ROOT = Path(checkpoint.__file__).parents[1]
 STEPS, KILLS_A_RUN = 150, 3
 FLAGS = ["--dataset=toy", "--seq_len=32", "--block_sizes=1:0.25,16:0.75", "--n_layers=2", "--n_heads=2", "--d_model=96", "--warmup=5"]
 FLAGS += [f"--max_steps={STEPS}", "--eval_every=3", "--n_eval=4", "--n_samples=0", "--log_every=1", "--device=cpu", "--timeout=60"]

@@ -352,7 +352,7 @@ def test_no_program_survives_its(who):
     """SIGKILL to the evaluator, or to the launcher, ends a program that would go on for a minute."""
     before = set(launchers())
     source = indented("while True: pass")
-    evaluator = subprocess.Popen([sys.executable, "-c", f"import sandbox; sandbox.run({source!r}, timeout=60)"], cwd=ROOT)
+    evaluator = subprocess.Popen([sys.executable, "-c", f"from lab import sandbox; sandbox.run({source!r}, timeout=60)"], cwd=ROOT)
     wait(lambda: len(set(launchers()) - before) == 2)
     os.kill(evaluator.pid if who == "evaluator" else min(set(launchers()) - before), signal.SIGKILL)
     evaluator.wait(10)

@@ -263,7 +263,7 @@ def test_a_server_that_has_no_head_or_is_busy(server, codes):
 def test_no_room(server):
     (server.root / "big.bin").write_bytes(bytes(200_000))
     ask = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50000,) * 2)"
-    ask += f"; import hub; hub.fetch('{server.url}/big.bin')"
+    ask += f"; from hub import download; download.fetch('{server.url}/big.bin')"
     p = subprocess.run([sys.executable, "-c", ask], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert p.returncode == 2 and "NANOBLOCK_CACHE" in p.stderr and len(p.stderr.strip().splitlines()) == 2, p.stderr
 
@@ -271,7 +271,7 @@ def test_no_room(server):
 def test_several_processes_want_the_same_file(server, tmp_path):
     data = np.random.default_rng(0).bytes(2_000_000)
     (server.root / "big.bin").write_bytes(data)
-    ask = f"import hub; print(hub.fetch('{server.url}/big.bin'))"
+    ask = f"from hub import download; print(download.fetch('{server.url}/big.bin'))"
     root = Path(__file__).parents[1]
     ps = [subprocess.Popen([sys.executable, "-c", ask], cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     paths = {p.communicate()[0].strip() for p in ps}
