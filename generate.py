@@ -1,166 +1,150 @@
 """
-How is a text made? The one loop of generation: blocks, prompts, the KV cache, early ends and counting passes.
+How does noise become text? The one loop of generation, and two samplers, ancestral and ar. ARPC and the
+others are in samplers/.
 
-What happens inside a block is a sampler's business: samplers.py, unmasking.py, guided.py, one function each. Letters as in
-diffusion.py, and R the rows still in the batch, b the block size.
+The loop (`generate`) does blocks, prompts, the KV cache, early ends and counting. A sampler fills one block.
+It is a generator function beside its equation: it reads and writes a `Block`, and yields after every step.
+Its keyword arguments are its command-line options; options out of range raise ValueError.
+
+Letters as in diffusion.py, R the rows still in the batch, b the block size; a_t = alpha_t before a step, a_s
+after it. fast/block.py asks the network for less, and gets the same distribution.
 """
 
-import copy
-import functools
 from dataclasses import dataclass
 
 import torch
 
 from diffusion import loglinear, sigma_for
-from fast.attention import dtype_of
-from fast.cache import KVCache
-from fast.draws import Noise, sample, sharpen
-from fast.graphs import Recorded
-from kernels import send
-from samplers.guided import agreement, arpc, edlm, speculation
-from samplers.reverse import ancestral, ar, first_hitting, gibbs, max_coupling, psi, remdm_cap, remdm_conf, remdm_loop, remdm_rescale
-from samplers.unmasking import confidence, entropy_bound, factor, prophet, rcr, saber, sched, threshold
-
-SAMPLERS = {
-    f.__name__: f
-    for f in (ancestral, ar, arpc, psi, remdm_cap, remdm_rescale, remdm_conf, remdm_loop, first_hitting, confidence, threshold, factor,
-              entropy_bound, rcr, saber, prophet, sched, gibbs, max_coupling, edlm, agreement, speculation)
-}  # fmt: skip
-MASKED_ONLY = {remdm_cap, remdm_rescale, remdm_conf, remdm_loop, first_hitting}
-UNIFORM_ONLY = {gibbs, max_coupling}
-READS_AR = {arpc, edlm, agreement, speculation}  # block size 1 of the same network (ARPC not with corruption random or diffusion)
-OWN_PACE = {ar, first_hitting, speculation}  # as many passes as they need: steps mean nothing
+from options import check_request
+from rng import Noise, draw, sharpen
 
 NOTHING = -1  # in State.x: not written yet, or behind the end of a row
+SAMPLERS = {}  # name -> function
+
+
+def sampler(*needs):
+    """Enter a function into SAMPLERS. needs: "absorbing" or "redraws" (the noise), "AR mode", "own pace"."""
+
+    def enter(f):
+        f.needs = needs
+        SAMPLERS[f.__name__] = f
+        return f
+
+    return enter
 
 
 @dataclass
 class State:
     """What generate yields after every step."""
 
-    x: torch.Tensor  # (B, W) int64: prompts, finished blocks, the block at work with its noise; NOTHING elsewhere
+    x: torch.Tensor  # (B, W) int64: prompts, finished blocks, the block at work; NOTHING elsewhere
     span: tuple  # (first, end) of the block at work
     step: int  # steps done on it: 0 when it is pure noise
     finished: bool  # the block is written
     done: torch.Tensor  # (B,) bool: the row has ended
     nfe: int  # forward passes so far
     nfe_rows: torch.Tensor  # (B,) int64: those that this row needed
-    token_forwards: int  # tokens pushed through the network so far (its last layer may see fewer)
+    token_forwards: int  # tokens pushed through the network so far
 
 
 class Block:
     """
-    The block at work, as a sampler sees it. Its tensors lie where sampling is done: on the model's device, or the CPU for Apple's
-    GPUs, which have no float64.
+    The block at work, as a sampler sees it.
 
-    x (R, b) int64       its tokens: the prompt's where a prompt ends inside, noise elsewhere. `write` changes it
+    x (R, b) int64       its tokens, prompts inside it among them. `write` changes it
     open (R, b) bool     positions to generate
-    live (R,) bool       rows that need more passes; a row that the sampler takes out is not run again
-    alpha                steps + 1 numbers, noise levels from 0 (pure noise) to 1 (clean): the schedule on a linear grid of times
+    live (R,) bool       rows that need more passes; a sampler takes rows out
+    alpha                steps + 1 noise levels from 0 (pure noise) to 1 (clean), on a linear grid of times
+    state                a method's own tensors (R, b, ...), carried from step to step
     process, steps, temperature, top_p
     """
 
-    def __init__(
-        self, *, model, passes, process, cache, counts, text, rows, span, open, seed, trained, steps, schedule, temperature, top_p
-    ):
-        self.model, self.passes, self.process, self.cache, self.counts = model, passes, process, cache, counts
-        self.seed, self.trained = seed, trained
-        self.temperature, self.top_p, self.schedule, self.text = temperature, top_p, schedule, text
-        self.here, self.span = rows, span  # on the CPU
-        self.rows, self.positions, self.open, self.where = (self.there(y) for y in (rows, span, open, open.flatten().nonzero()[:, 0]))
+    def __init__(self, model, process, text, cache, counts, rows, span, open, how):
+        self.model, self.process, self.text, self.cache, self.counts = model, process, text, cache, counts
+        self.temperature, self.top_p, self.schedule = how["temperature"], how["top_p"], how["schedule"]
+        self.seed, self.trained, self.steps = how["seed"], how["trained"], how["steps"] or len(span)
+        self.rows, self.positions, self.open = (y.to(text.device) for y in (rows, span, open))
+        self.alpha, self.state = self.grid(self.steps), {}
         self.given = text[self.rows[:, None], self.positions]  # prompt, and whatever stands in rows that wait
-        self.steps = steps or len(span)
-        self.alpha, self.noises = self.grid(self.steps), {}
         self.live = self.open.any(1)
-        self.x = torch.where(self.open, self.prior(self.noise(-1)), self.given.clamp(min=0))
-        self.read = self.logits = None  # what the last predict read, and said
-        self.first = None  # what verify said of the first position, (R, 1, V)
-
-    # ----- what a sampler may do
-
-    def there(self, x):
-        """x where sampling is done; the host does not wait for it."""
-        return send(x, self.text.device)
+        self.x = torch.where(self.open, self.prior(self.noise(-1)), process.encode(self.given.clamp(min=0)))
 
     def noise(self, k):
-        """Random numbers of step k >= 0; -1 made the pure noise, -2 what block size 1 reads."""
-        if k not in self.noises:  # some steps at once take as long as one; those gone by are forgotten
-            steps = torch.arange(k, k + 1 if k < 0 else k + min(self.steps, 16), device=self.rows.device)[:, None, None]
-            before = {i: noise for i, noise in self.noises.items() if i < 0}
-            self.noises = before | dict(enumerate(Noise(self.seed, self.rows, self.positions, steps).unbind(), k))
-        return copy.copy(self.noises[k])
+        """Random numbers of step k >= 0. -1 made the pure noise, -2 what block size 1 reads."""
+        return Noise(self.seed, self.rows, self.positions, k)
 
     def grid(self, steps):
-        """alpha at steps + 1 equally spaced times from 1 to 0; the last is 1 exactly, whatever the schedule rounds to."""
+        """alpha at steps + 1 equally spaced times from 1 to 0; the last is 1 exactly, not rounded."""
         return self.schedule(torch.linspace(1, 0, steps + 1, dtype=torch.float64))[0].tolist()[:-1] + [1.0]
 
     def prior(self, noise):
         """Pure noise, (R, b)."""
-        return self.process.prior((len(self.rows), len(self.positions)), noise, self.rows.device)
+        return self.process.prior(self.open.shape, noise)
 
     def write(self, x):
         """x at the open positions of live rows."""
         self.x = torch.where(self.open & self.live[:, None], x, self.x)
 
-    def predict(self, alpha, x=None):
+    def show(self):
+        """Put the block into the text."""
+        tokens = torch.where(self.open, self.process.tokens(self.x), self.given)
+        self.text[self.rows[:, None], self.positions] = tokens
+
+    def forward(self, noisy, block_size, alpha, guess=None, **extra):
         """
-        The network's output (R, b, V) for the block at noise level alpha, a number or (R,). One pass of the rows that are live, and
-        for a network that does not see alpha only of those whose tokens changed since its last prediction: no pass if none did.
+        Logits (R, N, V) of one pass: the context that the cache lacks, `guess` (R, n), clean text behind it
+        that is not kept, and `noisy` (R, N) at noise level alpha, a number or (R,).
         """
-        x, need = self.x if x is None else x, self.live
-        if self.model.timeless and self.read is not None:
-            need = need & (x != self.read).any(1)
-        if (run := need.cpu()).any():
-            logits = self._forward(run, None, x, len(self.positions), alpha)
-            self.logits = logits if self.logits is None else torch.where(need[:, None, None], logits, self.logits)
-            self.read = x
-        return self.logits
+        begin, device = int(self.positions[0]), self.model.embed.weight.device
+        if self.cache is not None and self.model.cfg.next_token:
+            self.cache.length = min(self.cache.length, begin - 1)  # it reads off the token before
+        cached = 0 if self.cache is None else self.cache.length
+        clean = self.text[self.rows, cached:begin].clamp(min=0)  # NOTHING: in rows that wait
+        clean = clean if guess is None else torch.cat((clean, guess), dim=1)
+        level = sigma_for(self.model, torch.as_tensor(alpha, dtype=torch.float64).view(-1))
+        fed = self.process.network_input(noisy)
+        out = self.model(clean.to(device), fed, block_size, begin, level, self.cache, **extra)
+        logits = self.carried(out)
+        if self.cache is not None:
+            self.cache.length = begin
+        self.count(clean.numel() + (0 if self.model.cfg.next_token else noisy.numel()))
+        return logits.to(self.x.device)
+
+    def carried(self, out):
+        """The logits of what a network returns; a method's may return (logits, carry), see state["carry"]."""
+        if isinstance(out, tuple):
+            out, self.state["carry"] = out
+        return out
+
+    def count(self, n_tokens):
+        """A pass of n_tokens was made."""
+        self.counts["nfe"] += 1
+        self.counts["token_forwards"] += n_tokens
+        self.counts["nfe_rows"][self.rows[self.live].cpu()] += 1
+
+    def predict(self, alpha, x=None, **extra):
+        """The network's output (R, b, V) for the block at noise level alpha."""
+        return self.forward(self.x if x is None else x, len(self.positions), alpha, **extra)
 
     def verify(self, y):
-        """
-        Logits (R, b, V) of block size 1 at every position, each given y before it: one pass of two tokens a position, but for y's last
-        token, which no one reads, and the first position's prediction, which rests on nothing of y and is asked once.
-        """
+        """Logits (R, b, V) of block size 1, each given the y (R, b) before it: the AR mode, in one pass."""
         self.need_ar_mode()
-        known = 0 if self.first is None else 1
-        logits = self._forward(self.live, y[:, :-1], self.ar_input()[:, known:], 1, 0.0, int(self.span[known]))
-        if known:
-            return torch.cat((self.first, logits), dim=1)
-        self.first = logits[:, :1].clone()  # the sampler may do with its logits what it likes
-        return logits
+        return self.forward(self.ar_input(), 1, 0.0, guess=y)
 
     def verify_and_predict(self, y, alpha):
-        """Both in one pass of three tokens a position: verify(y), and predict(alpha) of the block as it stands. alpha (R,)."""
-        self.need_ar_mode()
-        if self.model.cfg.condition_clean and not self.model.timeless:
-            raise ValueError("the clean stream of this network sees the noise level, and one pass would have two: draft=diffusion")
-        b = len(self.positions)
-        sizes, at = torch.tensor([[1] * b + [b] * b]), torch.cat((self.span, self.span))
-        level = torch.cat((alpha.new_zeros(len(self.rows), b), alpha[:, None].expand(-1, b)), dim=1)
-        logits = self._forward(self.live, y, torch.cat((self.ar_input(), self.x), dim=1), sizes, level, at)
-        return logits[:, :b], logits[:, b:]
+        """verify(y), and predict(alpha) of the block as it stands."""
+        return self.verify(y), self.predict(alpha)
 
     def posterior(self, logits, alpha_t, alpha_s, noise, temperature=None, where=None):
-        """A draw of the process's reverse step from x, (R, b)."""
+        """A draw of the process's reverse step from x, (R, b); x itself outside of `where`."""
         temperature = self.temperature if temperature is None else temperature
-        return self.process.posterior_sample(logits, self.x, alpha_t, alpha_s, temperature, self.top_p, noise, where)
+        y = self.process.posterior_sample(logits, self.x, alpha_t, alpha_s, temperature, self.top_p, noise)
+        return y if where is None else torch.where(where, y, self.x)
 
     def reverse(self, alpha, alpha_t, alpha_s, noise, temperature=None, where=None, logits=None):
-        """
-        posterior(predict(alpha), ...) the other way about: the random numbers of the step say first which tokens it is about
-        (draws.settle), and the network is asked for these alone. Rows without any are not run, nor is a pass without rows.
-        logits: of predict, where the sampler has them anyway.
-        """
-        where = self.open & self.live[:, None] if where is None else where & self.open & self.live[:, None]
-        if logits is None and self.model.timeless and self.process.mask_id is None:
-            logits = self.predict(alpha)  # tokens may be redrawn for long without a change, and what was said of them holds
-
-        def ask(asked):
-            if not asked.any():
-                return self.model.head.weight.new_zeros(0, self.process.vocab_size, device=self.x.device)
-            return self._forward(asked.any(1), None, self.x, len(self.positions), alpha, ask=asked)
-
-        return self.posterior(ask if logits is None else logits, alpha_t, alpha_s, noise, temperature, where)
+        """posterior(predict(alpha), ...). logits: of predict, where the sampler has them anyway."""
+        logits = self.predict(alpha) if logits is None else logits
+        return self.posterior(logits, alpha_t, alpha_s, noise, temperature, where)
 
     def sharpen(self, logits):
         """Temperature and top_p, (..., V)."""
@@ -168,188 +152,151 @@ class Block:
 
     def draw(self, logits, noise):
         """A token from softmax(logits), (R, b); x where nothing is open."""
-        z, key = logits.flatten(0, 1)[self.where], noise.keys().flatten()[self.where]
-        return self.x.flatten().index_copy(0, self.where, sample(z, key).token).view_as(self.x)
+        return torch.where(self.open, draw(logits.double().softmax(-1), noise), self.x)
 
     def ar_input(self):
-        """What block size 1 reads in place of the tokens it predicts, (R, b): the same at every pass, so that AR has one answer."""
-        return self.process.ar_input((len(self.rows), len(self.positions)), self.noise(-2), self.x.device)
+        """What block size 1 reads in place of the tokens it predicts, (R, b): the same at every pass."""
+        return self.process.ar_input(self.open.shape, self.noise(-2))
 
     def ar_draw(self, logits):
         """The tokens that AR sampling draws from these logits: with the same logits always the same ones."""
-        noise = self.noise(0)
-        return self.process.posterior_sample(logits, self.prior(self.noise(-1)), 0.0, 1.0, self.temperature, self.top_p, noise)
-
-    # ----- what the loop does
-
-    def show(self):
-        """Put the block into the text."""
-        self.text[self.rows[:, None], self.positions] = torch.where(self.open, self.x, self.given)
+        noise, pure = self.noise(0), self.prior(self.noise(-1))
+        return self.process.posterior_sample(logits, pure, 0.0, 1.0, self.temperature, self.top_p, noise)
 
     def need_ar_mode(self):
         """Raise ValueError if block size 1 of this network cannot be asked."""
         if not self.model.cfg.clean_causal:
-            raise ValueError("the clean stream of this model is block-causal: it cannot serve block size 1 as well")
+            raise ValueError("the clean stream of this model is block-causal: it has no AR mode")
         if self.trained is not None and 1 not in self.trained:
-            raise ValueError(f"this network was trained on block sizes {', '.join(map(str, self.trained))}: without 1 it has no AR mode")
-
-    def _forward(self, need, gen, noisy, block_size, alpha, start=None, ask=None):
-        """
-        One pass: what the cache lacks of the context, then `gen` (R, b) as clean text or None, then noisy (R, N). Returns logits
-        (R, N, V), zeros in rows that were not run; with ask (R, N) bool, on the CPU, (M, V). The context enters the cache, for all rows,
-        which is when all are run; `gen` never does.
-        """
-        begin, device, R, need = int(self.span[0]), self.model.embed.weight.device, len(self.here), need.cpu()
-        start = begin if start is None else start
-        have = self.cache.length if self.cache is not None else 0
-        fill = self.cache is not None and have < begin  # the cache lacks some of the context
-        run = torch.ones_like(need) if fill or self.passes is not self.model else need  # recorded passes are of all rows
-        rows, cache = run.nonzero()[:, 0], self.cache
-        everyone, index = len(rows) == R, self.there(rows)
-        theirs = lambda y: y if everyone else y[index]
-        if cache is not None:
-            cache.rows = None if everyone else send(rows, device)
-        clean = self.text[theirs(self.rows), have:begin].clamp(min=0)  # NOTHING only in rows that wait: rolled back in generate
-        if gen is not None:
-            clean = torch.cat((clean, theirs(gen)), dim=1)
-        noisy = theirs(noisy)
-        level = sigma_for(self.model, torch.as_tensor(alpha, dtype=torch.float64))
-        if level is not None:
-            level = level[rows if level.is_cpu else index] if level.dim() else level[None]  # one for all rows is computed once
-        asked = ask if ask is None or everyone else ask[rows]
-        logits = self.passes(clean.to(device), noisy.to(device), block_size, start, level, cache, ask=asked).to(self.x.device)
-        if cache is not None:
-            cache.length, cache.rows = begin, None
-        self.counts["nfe"] += 1
-        self.counts["token_forwards"] += clean.numel() + (0 if self.model.cfg.next_token else noisy.numel())
-        self.counts["nfe_rows"][self.here[need]] += 1
-        if everyone or ask is not None:
-            return logits
-        return logits.new_zeros(R, *logits.shape[1:]).index_copy(0, index, logits)
+            sizes = ", ".join(map(str, self.trained))
+            raise ValueError(f"this network was trained on block sizes {sizes}: without 1 it has no AR mode")
 
 
-def without_gradients(f):
+# ----- samplers
+
+
+@sampler()
+def ancestral(block, *, greedy_tail=False):
     """
-    f(model, ...), a generator, under inference mode: operations that can have no gradient cost less of Python's time, 3 to 8 % of a text's.
-    FSDP (train.py --fsdp) keeps the tensors it makes in a pass for training, which could not use them then. A sampler that wants gradients
-    takes them of a clone: with torch.inference_mode(False): z = logits.clone().requires_grad_().
+    x_s ~ q(x_s | x_t, p), the process's own reverse step (MDLM, arXiv 2406.07524; BD3-LM, 2503.09573).
+    It ends when no token can change any more.
+
+    greedy_tail: end with the argmax, see `tail`
     """
+    for k in range(block.steps):
+        a_t, a_s = block.alpha[k : k + 2]
+        temperature = 0.0 if greedy_tail and is_last_fill(block, k) else None
+        block.write(block.reverse(a_t, a_t, a_s, block.noise(k), temperature))
+        block.live = block.live & (block.open & block.process.can_change(block.x)).any(1)
+        yield
+        if not block.live.any():
+            return
+    if greedy_tail:
+        yield from tail(block)
 
-    @functools.wraps(f)
-    def run(model, *args, **how):
-        whole = all(type(p) is torch.nn.Parameter for p in model.parameters())  # FSDP's are of another type while they are shared out
-        mode = torch.inference_mode if whole else torch.no_grad
-        return mode()(f)(model, *args, **how)
 
-    return run
+def is_last_fill(block, k):
+    """Absorbing noise fills its last masks in step k."""
+    return block.process.absorbing and k + 1 == block.steps
 
 
-@without_gradients
-def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=None, max_new_tokens=None, ar_tokens=0, temperature=1.0,
-             top_p=1.0, seed=0, eos_id=None, schedule=loglinear, trained=None, use_cache=True, graphs=False, **options):  # fmt: skip
+def tail(block):
     """
-    Block-by-block sampling (BD3-LM, arXiv 2503.09573; BlockGen, arXiv 2606.02241), an iterator of States, at least one.
+    Greedy tail (arXiv 2602.21185): after the last step the argmax of the network's output, at t = 1e-5. It
+    costs a pass and some diversity. Masked noise changes no written token: its last fill is the argmax.
+    """
+    if not block.process.absorbing:
+        block.write(block.predict(1 - 1e-5).argmax(-1))
+        yield
 
-    prompt          (B, P) int64, or a list of B id sequences of any lengths; they may be empty and may end inside a block
+
+@sampler("own pace")
+def ar(block):
+    """Block size 1: x_i ~ p_AR(x_i | x_<i), one pass a token."""
+    block.write(block.ar_draw(block.predict(0.0, block.ar_input())))
+    yield
+
+
+# ----- the loop
+
+
+@torch.no_grad()
+def generate(
+    model, process, prompt, *, block_size, sampler=ancestral, steps=None, max_new_tokens=None, ar_tokens=0,
+    temperature=1.0, top_p=1.0, seed=0, eos_id=None, schedule=loglinear, trained=None, use_cache=True,
+    block_class=None, **options,
+):  # fmt: skip
+    """
+    Block-by-block sampling (BD3-LM, arXiv 2503.09573; BlockGen, arXiv 2606.02241): an iterator of States.
+
+    prompt          (B, P) int64, or a list of B id sequences; they may be empty and may end inside a block
     block_size      tokens denoised together; 1 is autoregressive: one pass a token
-    sampler         a function of samplers.py; **options are its own
-    steps           per block, over a linear grid of times from 1 to 0; default block_size; not for block size 1
-    max_new_tokens  per row, default up to the model's seq_len. Blocks are always whole: a surplus is cut off at the end,
-                    so the tokens kept have exactly the model's distribution
+    sampler         a function of SAMPLERS; **options are its own
+    steps           per block; default block_size; not for block size 1
+    max_new_tokens  per row, default up to seq_len. Blocks are whole; a surplus is cut off
     ar_tokens       so many tokens first by block size 1, then blocks (AR-then-block)
     temperature, top_p   sharpen the predicted p(x_0), for uniform noise its leave-one-out form; 0 is greedy
     eos_id          a row ends at its first generated eos_id; ended rows leave the batch
-    seed            same seed, same row number, same prompt: same text, whatever else is in the batch
+    seed            same seed, row number and prompt: same text, whatever else is in the batch
     trained         the block sizes the network was trained with, to refuse others; None: anything goes
     use_cache       False recomputes everything at every pass: slow, equal, for tests
-    graphs          on CUDA, passes are recorded and played (recorded.py); every pass is then of the whole batch
+    block_class     Block, or another like it; None: what the model brings (fast/), else Block
 
-    A prompt that ends inside a block is read as part of that block: well understood by masked models (visible is known); a
-    time-conditioned uniform model trained without prompts takes it for noise at first. End it at a block, or use ar_tokens.
-
-    Raises ValueError for lengths the model cannot hold, ids it does not know, bad temperature or top_p, a sampler that the noise
-    or the network cannot serve, and AR tokens from a model whose clean stream is block-causal (its cache fits one block size
-    only): at the first next(); for a sampler's own options when it gets its first block.
+    A prompt that ends inside a block is read as part of that block. A time-conditioned uniform model that was
+    trained without prompts takes it for noise at first: end it at a block, or use ar_tokens.
+    Raises ValueError for what options.check_request refuses, and for a sampler's options out of range.
     """
-    cfg, device = model.cfg, next(model.parameters()).device
+    device, block_class = model.embed.weight.device, block_class or getattr(model, "block_class", Block)
     home = torch.device("cpu") if device.type == "mps" else device  # sampling wants float64
-    if not torch.is_tensor(prompt):
-        prompt = [torch.as_tensor(p, dtype=torch.long) for p in prompt]
-    if any(p.dim() != 1 for p in prompt[: 1 if torch.is_tensor(prompt) else None]):
+    prompt = [torch.as_tensor(p, dtype=torch.long) for p in prompt]
+    if any(p.dim() != 1 for p in prompt):
         raise ValueError("a prompt is a sequence of ids, and they come in a list")
-    least = {"block_size": (block_size, 1), "steps": (steps, 1), "the number of prompts": (len(prompt), 1)}
-    for what, (value, low) in (least | {"ar_tokens": (ar_tokens, 0), "max_new_tokens": (max_new_tokens, 0)}).items():
-        if value is not None and value < low:
-            raise ValueError(f"{what} must be at least {low}, not {value}")
     first = torch.tensor([len(p) for p in prompt])  # (B,) first generated position
-    padded = prompt.long() if torch.is_tensor(prompt) else torch.nn.utils.rnn.pad_sequence(prompt, True)  # (B, P)
-    real = torch.arange(padded.size(1)) < first[:, None]
-    if (real & ((padded < 0) | (padded >= process.vocab_size) | (padded == process.mask_id)).cpu()).any():
-        raise ValueError(f"a prompt is a sequence of ids below {process.vocab_size}, and no mask")
-    end = first + max_new_tokens if max_new_tokens is not None else first.clamp(min=cfg.seq_len)  # (B,)
-    B, W = len(prompt), -(-int(end.max()) // block_size) * block_size
+    end = first + max_new_tokens if max_new_tokens is not None else first.clamp(min=model.cfg.seq_len)  # (B,)
+    longest = int(end.max()) if len(end) else 0
+    numbers = (steps, max_new_tokens, ar_tokens)
+    check_request(model, process, prompt, block_size, sampler, options, longest, *numbers, trained)
     sharpen(torch.zeros(1), temperature, top_p)  # complains now, not at the first pass
-    if W > cfg.seq_len:
-        raise ValueError(f"{int(end.max())} tokens in blocks of {block_size} take {W} positions; the model has {cfg.seq_len}")
-    if ar_tokens and block_size > 1 and not cfg.clean_causal:
-        raise ValueError("the clean stream of this model is block-causal: its cache cannot serve block size 1 as well")
-    name = sampler.__name__
-    for b in {block_size, 1} if ar_tokens else {block_size}:
-        if trained is not None and b not in trained:
-            raise ValueError(f"this network was trained on block sizes {', '.join(map(str, trained))}, not {b}")
-    if (block_size == 1) != (sampler is ar) and not (block_size == 1 and sampler is ancestral):
-        raise ValueError(f"block size 1 and the sampler ar belong together: got {block_size} and {name}")
-    if block_size == 1 and options:
-        raise ValueError(f"block size 1 is the sampler ar: it has no options, got {', '.join(options)}")
-    if sampler in (MASKED_ONLY if process.mask_id is None else UNIFORM_ONLY):
-        raise ValueError(f"{name} is not defined for {'uniform' if process.mask_id is None else 'masked'} noise")
-    if steps is not None and (sampler in OWN_PACE or block_size == 1):
-        raise ValueError(f"{'ar' if block_size == 1 else name} takes as many passes as it needs: steps mean nothing")
+    B, W = len(prompt), -(-longest // block_size) * block_size
+    how = {"steps": steps, "schedule": schedule, "temperature": temperature, "top_p": top_p, "seed": seed}
+    how["trained"] = trained
 
     x = torch.full((B, W), NOTHING, device=home)
-    x[:, : padded.size(1)] = torch.where(real.to(home), padded.to(home), NOTHING)
-    rows, known = torch.arange(B), first.clone()  # rows still in the batch, and how far each is written (on the CPU: no syncs)
-    done = first >= end
+    for row, p in enumerate(prompt):
+        x[row, : len(p)] = p.to(home)
+    rows, written, done = torch.arange(B), first.clone(), first >= end  # rows in the batch; written up to
     counts = {"nfe": 0, "nfe_rows": torch.zeros(B, dtype=torch.long), "token_forwards": 0}
-    weight = model.embed.weight
-    cache = KVCache(cfg, B, W + 2 * block_size, device, dtype_of(weight), weight.dtype) if use_cache else None
-
-    passes = Recorded(model) if graphs and use_cache else model
+    cache = model.new_cache(B, W + 2 * block_size) if use_cache else None
 
     def state(span, step, finished=False):
-        with torch.inference_mode(False):  # copies that training may use
-            texts, ended, nfe_rows = x.clone(), done.clone(), counts["nfe_rows"].clone()
         span = int(span[0]), int(span[-1]) + 1
-        return State(texts, span, step, finished, ended, counts["nfe"], nfe_rows, counts["token_forwards"])
+        spent = counts["nfe"], counts["nfe_rows"].clone(), counts["token_forwards"]
+        return State(x.clone(), span, step, finished, done.clone(), *spent)
 
-    def leave():
-        """Drop the rows that are done from the batch."""
+    def drop_done_rows():
         nonlocal rows
         stay = ~done[rows]
         if cache is not None and not stay.all():
-            cache.keep(send(stay.nonzero()[:, 0], device))
+            cache.keep(stay.nonzero()[:, 0].to(device))
         rows = rows[stay]
 
     yield state((0, -1), 0, True)
-    leave()
+    drop_done_rows()
     ar_end = torch.minimum(first + ar_tokens, end)
-    phases = (1, ar_end, ar, {}), (block_size, end, ar if block_size == 1 else sampler, options)  # either may be empty
+    phases = (1, ar_end, ar, {}), (block_size, end, ar if block_size == 1 else sampler, options)
     for b, stop, inside, settings in phases:
         if len(rows) == 0:
             break
-        begin = int(known[rows].min()) // b * b
+        begin = int(written[rows].min()) // b * b
         if cache is not None:
-            cache.length = min(cache.length, begin)  # tokens of rows that waited in the first phase are not real yet
+            cache.length = min(cache.length, begin)  # rows that waited were not real yet
         while len(rows) and begin < int(stop[rows].max()):
             span = torch.arange(begin, begin + b)
             begin += b
-            open = (span >= known[rows, None]) & (known[rows] < stop[rows])[:, None]  # (R, b): to be written now
+            open = (span >= written[rows, None]) & (written[rows] < stop[rows])[:, None]  # (R, b)
             if not open.any():
                 continue  # prompt in every row: the next pass reads it
-            block = Block(
-                model=model, passes=passes, process=process, cache=cache, counts=counts, text=x, rows=rows, span=span, open=open, seed=seed,
-                trained=trained, steps=steps, schedule=schedule, temperature=temperature, top_p=top_p,
-            )  # fmt: skip
+            block = block_class(model, process, x, cache, counts, rows, span, open, how)
             if b > 1:
                 block.show()
                 yield state(span, 0)  # noise, to look at
@@ -360,14 +307,14 @@ def generate(model, process, prompt, *, block_size, sampler=ancestral, steps=Non
                 block.show()
                 step += 1
                 latest = state(span, step)
-            known[rows] = torch.where(open.any(1), span[-1] + 1, known[rows])
+            written[rows] = torch.where(open.any(1), span[-1] + 1, written[rows])
             cut = end[rows]  # (R,) where each row ends
             if eos_id is not None:
-                hit = open & (span < cut[:, None]) & (block.x == eos_id).cpu()
+                hit = open & (span < cut[:, None]) & (process.tokens(block.x) == eos_id).cpu()
                 cut = torch.where(hit.any(1), span[hit.int().argmax(1)] + 1, cut)
-            over = known[rows] >= cut
+            over = written[rows] >= cut
             done[rows[over]] = True
-            ended = block.there(rows[over])
-            x[ended] = torch.where(torch.arange(W, device=home) < block.there(cut[over])[:, None], x[ended], NOTHING)
+            for row, last in zip(rows[over].tolist(), cut[over].tolist(), strict=True):
+                x[row, last:] = NOTHING
             yield state(span, step, True)
-            leave()
+            drop_done_rows()

@@ -1,14 +1,14 @@
 """
-How is it fast? What runs along the vocabulary, as Triton kernels, each beside the plain PyTorch that it must equal.
+How is it fast? What runs along the vocabulary, as Triton kernels, each beside the plain PyTorch that it must
+equal.
 
     cross_entropy          -w log softmax(z)[y], and its gradient
     uniform_nll            the bound of uniform noise, and its gradient
-    through_head           any loss of logits from hidden states, without ever holding all logits; linear_cross_entropy is one
-    sample                 in draws.py: a draw from softmax(z / T), or from q(x_s | x_t, softmax(z / T))
 
-A row is a token: its V logits are the long axis, and a kernel is as fast as it reads and writes them. No (N, V) probabilities, no
-one-hots, no log-softmax. Triton runs on CUDA where its first launch gives what PyTorch gives (`path` says so, and why not); everywhere else
-the PyTorch forms are the product: some rows at a time, so that what they need beside the logits fits in a cache.
+A row is a token: its V logits are the long axis, and a kernel is as fast as it reads and writes them. No (N,
+V) probabilities, no one-hots, no log-softmax. Triton runs on CUDA where its first launch gives what PyTorch
+gives (`path` says so, and why not); everywhere else the PyTorch forms are the product: some rows at a time,
+so that what they need beside the logits fits in a cache.
 
 Letters: N rows, V vocabulary, z logits, p = softmax(z). "Bytes" count logits of e bytes each.
 """
@@ -19,6 +19,8 @@ import math
 import types
 
 import torch
+
+from rng import float64
 
 try:
     import triton
@@ -31,7 +33,10 @@ jit = triton.jit if triton is not None else lambda f: f
 
 @functools.cache
 def path(device):
-    """("Triton" or "PyTorch", why): what runs on a torch.device. The first call tries every kernel on a few numbers."""
+    """
+    ("Triton" or "PyTorch", why): what runs on a torch.device. The first call tries every kernel on a few
+    numbers.
+    """
     if device.type != "cuda":
         return "PyTorch", "Triton is for CUDA"
     if triton is None:
@@ -39,40 +44,54 @@ def path(device):
     try:
         off = _try_out(device)
     except Exception as e:  # whatever a compiler or a driver may raise
-        return "PyTorch", f"Triton's first launch failed: {type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
-    return ("PyTorch", f"Triton's {off} gave something else in its first launch") if off else ("Triton", triton.__version__)
+        first = str(e).strip().splitlines()[0] if str(e).strip() else ""
+        return "PyTorch", f"Triton's first launch failed: {type(e).__name__}: {first}"
+    return (
+        ("PyTorch", f"Triton's {off} gave something else in its first launch")
+        if off
+        else ("Triton", triton.__version__)
+    )
 
 
 def _try_out(device):
     """The first result in which a kernel and its PyTorch form differ on a few numbers; '' if none does."""
-    from fast.draws import sample_pytorch, sample_triton  # which stands on this file
-
     N, V = 4, 5000
     rng = torch.Generator().manual_seed(0)
-    z, x0, xt = 3 * torch.randn(N, V, generator=rng), torch.randint(V, (N,), generator=rng), torch.randint(V, (N,), generator=rng)
-    alpha, key = torch.tensor([0.1, 0.5, 0.9, 0.99], dtype=torch.float64), torch.arange(N)
-    logits, x0, xt, alpha, key = (x.to(device) for x in (z, x0, xt, alpha, key))
+    z, x0, xt = (
+        3 * torch.randn(N, V, generator=rng),
+        torch.randint(V, (N,), generator=rng),
+        torch.randint(V, (N,), generator=rng),
+    )
+    alpha = torch.tensor([0.1, 0.5, 0.9, 0.99], dtype=torch.float64)
+    logits, x0, xt, alpha = (x.to(device) for x in (z, x0, xt, alpha))
     one = torch.ones(N, device=device)
-    mixture = torch.stack((V * alpha, 1 - alpha, 0 * alpha, 0 * alpha), -1)
     results = []
-    for ce, nll, draw, scale in (
-        (cross_entropy_pytorch, uniform_nll_pytorch, sample_pytorch, lambda g, by: g.mul_(by[:, None])),
-        (cross_entropy_triton, uniform_nll_triton, sample_triton, _scale),
+    for ce, nll, scale in (
+        (cross_entropy_pytorch, uniform_nll_pytorch, lambda g, by: g.mul_(by[:, None])),
+        (cross_entropy_triton, uniform_nll_triton, _scale),
     ):
-        found = {"cross_entropy": [], "uniform_nll": [], "sample": [], "the scaling of gradients": []}
+        found = {"cross_entropy": [], "uniform_nll": [], "the scaling of gradients": []}
         for z in (logits, logits.bfloat16()):
             g, h = torch.empty_like(z), torch.empty_like(z)
             noisy = x0, xt, alpha, -one.double(), one, one
             found["cross_entropy"] += [*ce(z, g, x0, one, 7), g.clone(), *ce(z, None, x0, one, 7)]
             found["uniform_nll"] += [nll(z, h, *noisy), h, nll(z, None, *noisy)]
-            found["sample"] += [*draw(z, key, xt, mixture, xt, -one, 0.7, True), draw(z, key, xt, mixture, xt, -one, 0.7, False)[0]]
             scale(g, 2 * one)
             found["the scaling of gradients"] += [g]
         results.append(found)
-    for name, ours in results[1].items():
-        for a, b in zip(ours, results[0][name], strict=True):
+    return first_difference(*results)
+
+
+def first_difference(expected, found):
+    """
+    The first name under which two dicts of lists of tensors differ by more than rounding; '' if none does.
+    """
+    for name, ours in found.items():
+        for a, b in zip(ours, expected[name], strict=True):
             rtol = 2e-2 if a.dtype == torch.bfloat16 else 1e-3
-            if not (torch.allclose(a, b, rtol=rtol, atol=1e-5) if a.is_floating_point() else torch.equal(a, b)):
+            if not (
+                torch.allclose(a, b, rtol=rtol, atol=1e-5) if a.is_floating_point() else torch.equal(a, b)
+            ):
                 return name
     return ""
 
@@ -87,15 +106,11 @@ def wide(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def float64(device):
-    """float64, which Apple's GPUs lack."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def send(x, device, dtype=None):
     """
-    x on a device. The host goes on at once: to CUDA what is large leaves from pinned memory, which nobody moves, and what is small goes
-    with the command. To the CPU, and to and from Apple's GPUs, it waits: there a tensor would be read before it is whole.
+    x on a device. The host goes on at once: to CUDA what is large leaves from pinned memory, which nobody
+    moves, and what is small goes with the command. To the CPU, and to and from Apple's GPUs, it waits: there
+    a tensor would be read before it is whole.
     """
     device = torch.device(device)
     if x.device == device and dtype in (None, x.dtype):
@@ -127,8 +142,9 @@ CHUNK = 1 << 20  # logits that the PyTorch forms work on at a time: 4 MB
 
 def pieces(logits, dtype, buffers):
     """
-    Some rows at a time: (slice, a copy of their logits, buffers - 1 more tensors of that shape). The buffers are always the same ones:
-    fresh ones would be fetched from the operating system each time, which takes longer than the work.
+    Some rows at a time: (slice, a copy of their logits, buffers - 1 more tensors of that shape). The buffers
+    are always the same ones: fresh ones would be fetched from the operating system each time, which takes
+    longer than the work.
     """
     N, V = logits.shape
     n = max(1, CHUNK // V)
@@ -152,8 +168,9 @@ def full(x, N, device, dtype, none=1.0):
 @jit
 def tile(row, start, V, edit, add, BLOCK: tl.constexpr, TAIL: tl.constexpr):
     """
-    BLOCK ids from `start` on and their logits in float32, as (BLOCK / 8, 8): a thread holds 8 in a row, so that maxima and sums over
-    them need no neighbour. `add` goes to the logit of id `edit`. Only the TAIL of a row looks for its end: -inf behind it.
+    BLOCK ids from `start` on and their logits in float32, as (BLOCK / 8, 8): a thread holds 8 in a row, so
+    that maxima and sums over them need no neighbour. `add` goes to the logit of id `edit`. Only the TAIL of a
+    row looks for its end: -inf behind it.
     """
     v = start + 8 * tl.arange(0, BLOCK // 8)[:, None] + tl.arange(0, 8)[None, :]
     if TAIL:
@@ -165,7 +182,9 @@ def tile(row, start, V, edit, add, BLOCK: tl.constexpr, TAIL: tl.constexpr):
 
 @jit
 def _online(z, m, s):
-    """Lanes' running maxima m and sums s of exp(z - m), one tile further (online softmax, arXiv 1805.02867)."""
+    """
+    Lanes' running maxima m and sums s of exp(z - m), one tile further (online softmax, arXiv 1805.02867).
+    """
     new = tl.maximum(m, tl.max(z, 1))
     safe = tl.where(new == -float("inf"), 0.0, new)  # a lane that has seen nothing: -inf - -inf is no number
     return new, s * tl.exp(m - safe) + tl.sum(tl.exp(z - safe[:, None]), 1)
@@ -173,7 +192,9 @@ def _online(z, m, s):
 
 @jit
 def _normaliser(row, V, edit, add, BLOCK: tl.constexpr):
-    """One reading of a row: its maximum m and sum of exp(z - m), by way of BLOCK / 8 lanes that meet at the end."""
+    """
+    One reading of a row: its maximum m and sum of exp(z - m), by way of BLOCK / 8 lanes that meet at the end.
+    """
     m = tl.full([BLOCK // 8], -float("inf"), tl.float32)
     s = tl.zeros([BLOCK // 8], tl.float32)
     main = V // BLOCK * BLOCK
@@ -196,14 +217,17 @@ def log1p(x):
 
 
 class _Rows(torch.autograd.Function):
-    """Losses (N,) of rows of logits. The gradient is made together with them; backward only scales its rows."""
+    """
+    Losses (N,) of rows of logits. The gradient is made together with them; backward only scales its rows.
+    """
 
     @staticmethod
     def forward(ctx, logits, run, wanted, overwrite):
         grad = None if not wanted else logits.detach() if overwrite else torch.empty_like(logits)
         ctx.grad = grad
         out = run(logits.detach(), grad)
-        if wanted and overwrite:  # a kernel writes behind autograd's back: what others saved of these logits is gone
+        # a kernel writes behind autograd's back: what others saved of these logits is gone
+        if wanted and overwrite:
             torch.autograd.graph.increment_version(logits)
         return out
 
@@ -240,15 +264,16 @@ def _scale_kernel(grad, by, stride, V, BLOCK: tl.constexpr):
 
 def cross_entropy(logits, target, weight=None, forbidden=None, overwrite=False):
     """
-    loss_i = -w_i log p_i[y_i], and lse_i = logsumexp(z_i): two (N,) float32. Differentiable in logits by way of the loss.
+    loss_i = -w_i log p_i[y_i], and lse_i = logsumexp(z_i): two (N,) float32. Differentiable in logits by way
+    of the loss.
 
     logits (N, V) any float dtype, target (N,) int64, weight (N,) or None (1)
     forbidden   an id, or None: it takes no part, as if its logit were -inf. As a target it costs inf
     overwrite   write the gradient over the logits: they are gone afterwards, and no second (N, V) is needed
     A row of weight 0 costs 0 and has gradient 0, whatever its logits and target are.
 
-    Bytes a row: V e without gradient; 2 V e read and V e written with it, the second reading from the L2 cache where the rows at
-    work fit there.
+    Bytes a row: V e without gradient; 2 V e read and V e written with it, the second reading from the L2
+    cache where the rows at work fit there.
     """
     N, logits, target = len(logits), as_rows(logits), target.contiguous()
     weight, no = full(weight, N, logits.device, wide(logits)), -1 if forbidden is None else forbidden
@@ -283,14 +308,26 @@ def cross_entropy_triton(logits, grad, target, weight, forbidden):
     loss, lse = torch.empty_like(weight), torch.empty_like(weight)
     out = logits if grad is None else grad
     strides = logits.stride(0), out.stride(0)
-    launch(_cross_entropy_kernel, len(logits), logits, logits, out, target, weight, loss, lse, *strides, logits.size(1), forbidden,
-            GRAD=grad is not None, **blocks(logits.size(1), 8192))  # fmt: skip
+    V, wants = logits.size(1), {"GRAD": grad is not None, **blocks(logits.size(1), 8192)}
+    tensors = logits, logits, out, target, weight, loss, lse
+    launch(_cross_entropy_kernel, len(logits), *tensors, *strides, V, forbidden, **wants)
     return loss, lse
 
 
 @jit
 def _cross_entropy_kernel(
-    logits, grad, target, weight, loss, lse, stride, grad_stride, V, forbidden, GRAD: tl.constexpr, BLOCK: tl.constexpr
+    logits,
+    grad,
+    target,
+    weight,
+    loss,
+    lse,
+    stride,
+    grad_stride,
+    V,
+    forbidden,
+    GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)  # 64 bits: N V may not fit in 32
     row, out, w = logits + i * stride, grad + i * grad_stride, tl.load(weight + i)
@@ -321,30 +358,34 @@ def _cross_entropy_slope(v, z, y, w, top, total):
 
 def uniform_nll(logits, x0, xt, alpha, dalpha, weight=None, shift=None, overwrite=False):
     """
-    Integrand of the bound of uniform noise, (N,) float32 nats, times a weight a row (Duo, arXiv 2506.10892, as a Bregman form), z = x_t:
+    Integrand of the bound of uniform noise, (N,) float32 nats, times a weight a row (Duo, arXiv 2506.10892,
+    as a Bregman form), z = x_t:
 
         -alpha'_t / (V alpha_t) * sum_v [ r_v log(r_v / rh_v) - r_v + rh_v ] >= 0
-        r_v = xb_v(onehot(x_0)) / xb_z(onehot(x_0)),   rh_v = xb_v(p) / xb_z(p),   xb_v(p) = V alpha_t p_v + 1 - alpha_t
+        r_v = xb_v(onehot(x_0)) / xb_z(onehot(x_0)),   rh_v = xb_v(p) / xb_z(p),   xb_v(p) = V alpha_t p_v + 1
+                                                       - alpha_t
 
     With a = alpha, b = 1 - a and c = b / (V a + b), r takes two values:
 
         z  = x_0:  r_z = 1,       r_v = c elsewhere
         z != x_0:  r_x0 = 1 / c,  r_v = 1 elsewhere        (1 / c - 1 = V a / b)
 
-    so the sum over v needs only S = sum_v log xb_v, its entries at z and x_0, and p_z. Written with xb = b (1 + q), q = V a p / b,
-    every b cancels before it is rounded; the linear terms are subtracted by hand for the same reason (`_bound`). The gradient, with
-    C = c if z = x_0, else 1 (`_slopes`):
+    so the sum over v needs only S = sum_v log xb_v, its entries at z and x_0, and p_z. Written with xb = b (1
+    + q), q = V a p / b, every b cancels before it is rounded; the linear terms are subtracted by hand for the
+    same reason (`_bound`). The gradient, with C = c if z = x_0, else 1 (`_slopes`):
 
         dL/dz_v = p_v (g_v - sum_u p_u g_u),   g_v = a' ( C / xb_v + [v = z] A_z + [v = x_0] A_0 )
 
-    Here 1 / (1 + q_v) - sum_u p_u / (1 + q_u) = sum_u p_u q_u / (1 + q_u) - q_v / (1 + q_v): whichever has the smaller sum, R or Q,
-    loses less.
+    Here 1 / (1 + q_v) - sum_u p_u / (1 + q_u) = sum_u p_u q_u / (1 + q_u) - q_v / (1 + q_v): whichever has
+    the smaller sum, R or Q, loses less.
 
-    logits (N, V); x0, xt (N,) int64; alpha in [0, 1) and dalpha (N,) float64. At alpha = 0 the integrand is 0.
-    shift (N,)  is subtracted from the logit at x_t first, or None: how a denoiser's logits become leave-one-out ones
-    overwrite, and rows of weight 0: as in cross_entropy
+    logits (N, V); x0, xt (N,) int64; alpha in [0, 1) and dalpha (N,) float64. At alpha = 0 the integrand is
+    0.
+    shift (N,)  is subtracted from the logit at x_t first, or None: how a denoiser's logits become
+    leave-one-out ones overwrite, and rows of weight 0: as in cross_entropy
 
-    Bytes a row: 2 V e without gradient, 3 V e read and V e written with it; what is read again comes from L2 where rows fit there.
+    Bytes a row: 2 V e without gradient, 3 V e read and V e written with it; what is read again comes from L2
+    where rows fit there.
     """
     N, device, logits, x0, xt = len(logits), logits.device, as_rows(logits), x0.contiguous(), xt.contiguous()
     alpha, dalpha = (full(x, N, device, float64(device)) for x in (alpha, dalpha))
@@ -409,14 +450,28 @@ def uniform_nll_pytorch(logits, grad, x0, xt, alpha, dalpha, weight, shift):
 def uniform_nll_triton(logits, grad, x0, xt, alpha, dalpha, weight, shift):
     loss, out = torch.empty_like(weight), logits if grad is None else grad
     strides = logits.stride(0), out.stride(0)
-    launch(_uniform_nll_kernel, len(logits), logits, logits, out, x0, xt, alpha, dalpha, weight, shift, loss, *strides, logits.size(1),
-            GRAD=grad is not None, **blocks(logits.size(1), 4096))  # fmt: skip
+    V, wants = logits.size(1), {"GRAD": grad is not None, **blocks(logits.size(1), 4096)}
+    tensors = logits, logits, out, x0, xt, alpha, dalpha, weight, shift, loss
+    launch(_uniform_nll_kernel, len(logits), *tensors, *strides, V, **wants)
     return loss
 
 
 @jit
 def _uniform_nll_kernel(
-    logits, grad, x0, xt, alpha, dalpha, weight, shift, loss, stride, grad_stride, V, GRAD: tl.constexpr, BLOCK: tl.constexpr
+    logits,
+    grad,
+    x0,
+    xt,
+    alpha,
+    dalpha,
+    weight,
+    shift,
+    loss,
+    stride,
+    grad_stride,
+    V,
+    GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
     row, out = logits + i * stride, grad + i * grad_stride
@@ -461,7 +516,9 @@ def _uniform_nll_kernel(
         # _slopes
         xb_z, xb_0 = b + V * a * p_z, b + V * a * p_0
         C = tl.where(same, b / (V * a + b), 1)
-        A_z = p_z * V * a * tl.where(same, (V * (1 - b * p_z) + b) / (V * a + b), -V * p_z / b) / (xb_z * xb_z)
+        A_z = (
+            p_z * V * a * tl.where(same, (V * (1 - b * p_z) + b) / (V * a + b), -V * p_z / b) / (xb_z * xb_z)
+        )
         A_0 = tl.where(same, 0, p_0 * V * a / (b * xb_0))
         by = w * da
         scale, A_z, A_0 = (by * C / b).to(tl.float32), (by * A_z).to(tl.float32), (by * A_0).to(tl.float32)
@@ -469,10 +526,16 @@ def _uniform_nll_kernel(
         small = Q < R
         for start in range(0, main, BLOCK):
             v, z = tile(row, start, V, y_z, add, BLOCK, False)
-            tl.store(out + v, _uniform_slope(v, z, y_z, y_0, w, odds, small, scale, mean, A_z, A_0, top, total))
+            tl.store(
+                out + v, _uniform_slope(v, z, y_z, y_0, w, odds, small, scale, mean, A_z, A_0, top, total)
+            )
         if main < V:
             v, z = tile(row, main, V, y_z, add, BLOCK, True)
-            tl.store(out + v, _uniform_slope(v, z, y_z, y_0, w, odds, small, scale, mean, A_z, A_0, top, total), mask=v < V)
+            tl.store(
+                out + v,
+                _uniform_slope(v, z, y_z, y_0, w, odds, small, scale, mean, A_z, A_0, top, total),
+                mask=v < V,
+            )
 
 
 @jit
@@ -487,70 +550,9 @@ def _uniform_sums(z, S, R, Q, odds, top, total):
 def _uniform_slope(v, z, y_z, y_0, w, odds, small, scale, mean, A_z, A_0, top, total):
     p = tl.exp(z - top) / total
     q = p * odds
-    g = p * (scale * tl.where(small, -q, 1.0) / (1 + q) - mean) + tl.where(v == y_z, A_z, 0.0) + tl.where(v == y_0, A_0, 0.0)
+    g = (
+        p * (scale * tl.where(small, -q, 1.0) / (1 + q) - mean)
+        + tl.where(v == y_z, A_z, 0.0)
+        + tl.where(v == y_0, A_0, 0.0)
+    )
     return tl.where(w == 0, 0.0, g)
-
-
-# ----- logits never held
-
-
-@torch.compiler.disable  # a compiled network ends here
-def through_head(hidden, weight, bias, loss, held=None):
-    """
-    (total, each): the sum of loss(logits, rows) over rows, a scalar that carries gradients, and its terms (N,), which carry none.
-    The logits hidden @ weight.T + bias exist for some rows at a time: forward makes them, their loss and its gradient, and the
-    gradients of hidden, weight and bias from it, added up in float32. So backward has nothing left to do but scale them.
-
-    hidden (N, C), weight (V, C), bias (V,), of any float dtype; the logits are float32
-    loss   (logits (n, V), rows: a slice of 0..N) -> (n,), in float32; it may write over the logits
-    held   logits held at a time; None: 64 MB of them on a CPU, 512 MB on a GPU
-
-    Bytes: what the loss needs, twice the logits for the matmuls, and weight's gradient read and written for every piece.
-    """
-    hidden, weight, bias = (x.to(wide(x)) for x in (hidden, weight, bias))
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))
-    held = held or (1 << 24 if hidden.device.type == "cpu" else 1 << 27)
-    return _Head.apply(hidden, weight, bias, loss, max(1, held // len(weight)), wanted)
-
-
-class _Head(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, loss, n, wanted):
-        N, V = len(hidden), len(weight)
-        hidden, weight, bias, each = hidden.detach(), weight.detach(), bias.detach(), hidden.new_zeros(N)
-        make = torch.empty_like if N else torch.zeros_like
-        d_hidden, d_weight, d_bias = (make(hidden), make(weight), torch.zeros_like(bias)) if wanted else [None] * 3
-        held = hidden.new_empty(min(n, N), -(-V // 16) * 16)  # rows begin at multiples of 64 bytes: wide loads
-        for i in range(0, N, n):
-            rows = slice(i, min(i + n, N))
-            h = hidden[rows]
-            logits = torch.addmm(bias, h, weight.T, out=held[: len(h), :V])
-            if not wanted:
-                each[rows] = loss(logits, rows)
-                continue
-            with torch.enable_grad():
-                part = loss(logits.requires_grad_(), rows)
-                (g,) = torch.autograd.grad(part.sum(), logits)
-            each[rows] = part.detach()
-            torch.mm(g, weight, out=d_hidden[rows])
-            d_weight.addmm_(g.T, h, beta=0 if i == 0 else 1)
-            d_bias += g.sum(0)
-        ctx.grads = d_hidden, d_weight, d_bias
-        ctx.mark_non_differentiable(each)
-        return each.sum(), each
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g, _):
-        grads, ctx.grads = ctx.grads, None
-        assert grads is not None, "these gradients were handed out before"
-        return *(d.mul_(g) for d in grads), None, None, None
-
-
-def linear_cross_entropy(hidden, weight, bias, target, row_weight=None, forbidden=None):
-    """
-    (total, each) of cross_entropy(hidden @ weight.T + bias, target, row_weight, forbidden), through_head: no (N, V) anywhere.
-    hidden (N, C), weight (V, C), bias (V,); target (N,) int64, row_weight (N,) or None.
-    """
-    w = full(row_weight, len(hidden), hidden.device, torch.float32)
-    return through_head(hidden, weight, bias, lambda z, rows: cross_entropy(z, target[rows], w[rows], forbidden, overwrite=True)[0])

@@ -3,27 +3,24 @@ What is the network? One transformer that reads a clean stream and a noisy strea
 
 Every token has a kind (clean or noisy) and a position. With block size b:
 
-    clean at i  attends to  clean at j   iff  j <= i                (token-causal; j//b <= i//b if not cfg.clean_causal)
-    noisy at i  attends to  clean at j   iff  j//b <  i//b          (everything before its own block)
-                            noisy at j   iff  j//b == i//b          (its own block, in both directions)
+    clean at i  attends to  clean at j   iff  j <= i          (or j//b <= i//b, if not cfg.clean_causal)
+    noisy at i  attends to  clean at j   iff  j//b <  i//b    (everything before its own block)
+                            noisy at j   iff  j//b == i//b    (its own block, in both directions)
 
-That rule is the whole model. Training, generating, verifying, AR and full diffusion are the same forward on other inputs:
+That rule is the whole model. Training, generating, verifying, AR and full diffusion are the same forward:
 
-    use               clean tokens in                              noisy tokens in                   b
-    train             positions 0..T-1                             positions 0..T-1                  any, one per row
-    generate a block  the finished block (earlier: in the cache)   one block                         the block size
-    verify            the proposed block                           pure noise, same positions        1
-    autoregressive    the last token                               one pure-noise token              1
-    full diffusion    none (nobody would read them)                positions 0..T-1                  T
+    use               clean tokens in                           noisy tokens in              b
+    train             positions 0..T-1                          positions 0..T-1             any, one per row
+    generate a block  the block before (earlier: in the cache)  one block                    the block size
+    verify            the proposed block                        pure noise, same positions   1
+    autoregressive    the last token                            one pure-noise token         1
+    full diffusion    none                                      positions 0..T-1             T
 
-An ordinary AR transformer (cfg.next_token, the AR baseline of the papers) has a clean stream only: block size 1, where what it says of
-position i is read off the clean token at i - 1.
+The layers are BlockGen's (arXiv 2606.02241), a pre-LN DiT (arXiv 2212.09748): LayerNorm with a gain only,
+rotary positions, GELU-tanh MLP, untied head with bias, and adaLN time conditioning if asked for.
 
-The layers are BlockGen's (arXiv 2606.02241), a pre-LN DiT (arXiv 2212.09748): LayerNorm with a gain only, rotary positions,
-GELU-tanh MLP, untied head with bias, and adaLN time conditioning if asked for.
-
-Letters: B rows, C clean tokens, N noisy tokens, S = C + N, D width, H heads, V vocabulary. `block_size` is the denoised
-block, `seq_len` the context, `Layer` a transformer layer.
+Letters: B rows, C clean tokens, N noisy tokens, S = C + N, D width, H heads, V vocabulary. `block_size` is
+the denoised block, `seq_len` the context, `Layer` a transformer layer. fast/network.py is the same, fast.
 """
 
 import math
@@ -32,10 +29,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from fast.attention import added, attend, attention_mask, dtype_of, training_mask
-from fast.cache import by_onednn, known, linear
-from kernels import send
 
 
 @dataclass
@@ -47,359 +40,236 @@ class ModelConfig:
     d_model: int = 128
     mlp_ratio: int = 4
     n_extra_tokens: int = 0  # input ids V, V+1, ... that are read but never predicted
-    clean_causal: bool = True  # False: block-causal clean stream (single-block-size models only; its cache serves one b)
+    clean_causal: bool = True  # False: block-causal clean stream, for one block size only
     time_conditioning: bool = False  # adaLN: the noisy stream sees sigma = -log(alpha_t)
     condition_clean: bool = False  # published BlockGen weights: both streams see sigma
-    zero_sigma: bool = False  # adaLN is there, but sigma was 0 at every noise level: a learned constant (published weights)
+    zero_sigma: bool = False  # adaLN is there, but sigma was always 0 in training (published MDLM weights)
     cond_dim: int = 128
     rope_base: float = 10000.0
     next_token: bool = False  # no noisy stream: an ordinary AR transformer
     dropout: float = 0.0  # of what attention and the MLP add, in training
 
 
-# ----- the layers
-
-
-def precise(x):
-    """At least float32, whatever the weights' dtype."""
-    return x if x.dtype.itemsize >= 4 else x.float()
-
-
 def rotate(x, cos, sin):
+    """Rotary positions (arXiv 2104.09864): j pairs with j + D/2H. x (B, H, S, D/H); cos, sin (S, D/2H)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def adaln(modulation, cond, n):
     """
-    Rotary positions (arXiv 2104.09864), half-split: dimension j pairs with j + D/2. x (B, H, S, D); cos (S, D) twice the same half, sin
-    (S, D) with a minus in front of its first half: (a cos - b sin, b cos + a sin) of halves a, b.
+    adaLN (arXiv 2212.09748): n vectors (B, S, D), shift, scale, gate, shift, ..., from cond (B, S, cond_dim).
+    Without time conditioning (cond None) they are numbers that change nothing.
     """
-    wide = precise(x)
-    return torch.addcmul(wide * cos, wide.roll(x.size(-1) // 2, dims=-1), sin).to(dtype_of(x))
+    return (0, 0, 1, 0, 0, 1)[:n] if cond is None else modulation(cond).chunk(n, dim=-1)
 
 
-def modulated(x, norm, n_clean, m):
-    """norm(x), stretched and moved by m, two vectors (B, 1 or 2, D). One pair for all tokens, (D,), is the norm's own: see fold."""
-    if m is None:
-        return norm(x)
-    if m[0].dim() == 1:
-        return F.layer_norm(x, m[0].shape, *m)
-    return per_stream(modulate, n_clean, [norm(x)], m)
-
-
-def fold(norm, stretch, shift):
-    """Where one stretch and one shift serve all tokens, the gain and bias (D,) of a LayerNorm that does both."""
-    if shift.numel() > shift.size(-1):
-        return stretch, shift
-    return [x.flatten().to(norm.weight.dtype) for x in (norm.weight * stretch, shift)]  # autocast converts them on a GPU only
-
-
-def per_stream(f, n_clean, xs, ms):
-    """f(*xs, *ms) of tokens xs (B, C + N, D) and vectors ms (B, ..., D): one for all, a token, a stream (2) or a noisy token (1 + N)."""
-    S = xs[0].size(1)
-    if ms[0].size(1) in (1, S):
-        return f(*xs, *ms)
-    if ms[0].size(1) == 2 and S == 2 * n_clean:  # streams of one length: nothing need be written out
-        return f(*(x.unflatten(1, (2, -1)) for x in xs), *(m[:, :, None] for m in ms)).flatten(1, 2)
-    return f(*xs, *(written_out(m, n_clean, S) for m in ms))
-
-
-def written_out(m, n_clean, S):
-    """Vectors (B, 2 or 1 + N, D), of a stream or a noisy token, as one for each of S tokens."""
-    return torch.cat((m[:, :1].expand(-1, n_clean, -1), m[:, 1:].expand(-1, S - n_clean, -1)), dim=1)
-
-
-def each(m, ask):
-    """The noisy stream's vectors (B or 1, 1, D), or (D,), as those of the tokens asked for, (M or 1, 1, D)."""
-    return m if m.dim() == 1 or len(m) == 1 else m[ask[0]]
-
-
-def modulation(layer, cond, n):
+def attention_mask(edge, group, n_clean_keys):
     """
-    adaLN (arXiv 2212.09748): n vectors (B, 1 or 2, D) of a noise level's cond. The first two of every three move and stretch what a norm
-    returns, h (1 + scale) + shift, and 1 + scale is what is returned; a third is the gate of what is added to the stream.
+    The rule, (B or 1, S, keys) bool: may a query (row) read a key (column)? Keys: all clean tokens, then the
+    noisy ones. A token reads the clean tokens before its `edge` and the noisy tokens of its `group`, both
+    (B or 1, S); clean tokens have group -1. With block_size 2 and four positions:
+
+                   clean 0 1 2 3   noisy 0 1 2 3
+        clean 0          # . . .         . . . .      clean text reads itself, causally
+        clean 1          # # . .         . . . .
+        clean 2          # # # .         . . . .
+        clean 3          # # # #         . . . .
+        noisy 0          . . . .         # # . .      a noisy block reads itself in both directions
+        noisy 1          . . . .         # # . .
+        noisy 2          # # . .         . . # #      and the clean blocks before it,
+        noisy 3          # # . .         . . # #      never its own clean copy: that would leak the answer
     """
-    return [m + 1 if i % 3 == 1 else m for i, m in enumerate(layer(cond).chunk(n, dim=-1))]
+    clean = torch.arange(n_clean_keys, device=edge.device) < edge[..., None]
+    noisy = group[..., None] == group[:, None, (group[0] >= 0)]
+    return torch.cat((clean, noisy), dim=-1)
 
 
-def modulate(h, stretch, shift):
-    """h (1 + scale) + shift, with stretch = 1 + scale"""
-    return torch.addcmul(shift, h, stretch)
+class KVCache:
+    """
+    Keys and values (B, H, keys, D/H) of each layer. A pass reads all it has just seen, and commits the clean
+    tokens: `length` of them are kept. Set `length` back to forget some: a verifier's block is a guess.
+    """
 
+    def __init__(self, n_layers):
+        self.k, self.v, self.length = [None] * n_layers, [None] * n_layers, 0
 
-LETTERS = 256  # ids up to which a vocabulary is an alphabet, and the first layer is looked up while sampling on a CPU (see look_up)
-FEW = 1 << 14  # numbers of a row up to which a cached level's vectors are written out, one a token: there an operation costs, not its size
+    def extend(self, i, k, v):
+        """Keys and values of layer i: the committed ones, then the new ones of this pass."""
+        if self.k[i] is not None:
+            k = torch.cat((self.k[i][:, :, : self.length], k), dim=2)
+            v = torch.cat((self.v[i][:, :, : self.length], v), dim=2)
+        self.k[i], self.v[i] = k, v
+        return k, v
+
+    def commit(self, n):
+        """The first n new tokens of this pass are finished text: the next pass finds them here."""
+        self.length += n
+
+    def keep(self, rows):
+        """Drop the batch rows not in `rows`, (R,) indices."""
+        self.k, self.v = ([x if x is None else x[rows] for x in both] for both in (self.k, self.v))
 
 
 class Layer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        D = cfg.d_model
+        D, wide = cfg.d_model, cfg.mlp_ratio * cfg.d_model
         self.n_heads = cfg.n_heads
         self.norm1, self.norm2 = nn.LayerNorm(D, bias=False), nn.LayerNorm(D, bias=False)
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.out = nn.Linear(D, D, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(D, cfg.mlp_ratio * D), nn.GELU("tanh"), nn.Linear(cfg.mlp_ratio * D, D))
+        self.mlp = nn.Sequential(nn.Linear(D, wide), nn.GELU("tanh"), nn.Linear(wide, D))
         self.modulation = nn.Linear(cfg.cond_dim, 6 * D) if cfg.time_conditioning else None
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def moves(self, cond, n_clean, S, skip, few):
-        """
-        What adaLN makes of cond (B or 1, 1 or 2, cond_dim): what the first norm does and its gate, and the same of the second, whose tokens
-        are those behind `skip`. few: written out, a vector a token, of which there are S.
-        """
-
-        def vector(i, m):
-            if m.size(1) == 1:
-                return m
-            return m[:, 1:] if skip and i > 1 else written_out(m, n_clean, S) if few else m  # the gate is behind `skip` already
-
-        shift1, stretch1, gate1, shift2, stretch2, gate2 = (vector(i, m) for i, m in enumerate(modulation(self.modulation, cond, 6)))
-        return fold(self.norm1, stretch1, shift1), gate1, fold(self.norm2, stretch2, shift2), gate2
-
-    def look_up(self, letters, n_clean, norm1, cache):
-        """
-        Queries, keys and values (B, S, 3 D) of the first layer from a table: they depend on a token and its stream's noise level only.
-        letters: ids (B, S), the vectors (V', D) of all ids, and a dict to keep the table in. norm1: of `moves`.
-        """
-        ids, embed, keep = letters
-
-        def table():
-            if norm1 is None or norm1[0].dim() == 1:
-                return linear(modulated(embed, self.norm1, 0, norm1), self.qkv, cache)
-            streams = [m[0, [0, -1], None] for m in norm1]  # a vector a stream, of those written out
-            return linear(modulate(self.norm1(embed), *streams), self.qkv, cache).flatten(0, 1)  # (2 V', 3 D): first the clean stream's
-
-        found = known(keep, "letters", table)
-        if len(found) > len(embed):
-            ids = torch.cat((ids[:, :n_clean], ids[:, n_clean:] + len(embed)), dim=1)
-        return F.embedding(ids, found)
-
-    def forward(self, x, n_clean, skip, rope, mask, cond, cache, index, ask=None, level=None, letters=None):
-        """
-        x (B, C + N, D) -> (B, C + N - skip, D): keys and values from every token, an output for all but the first `skip`, 0 or C. With ask,
-        rows (M,) and places (M,), for these tokens behind `skip` only: (M, 1, D).
-        rope: cos and sin (S, D/H). mask: see attend. cond (B, 1 or 2, cond_dim), one vector a stream (or 1 + N, see _condition); level: of
-        cache.levels, where it is kept. letters: see look_up.
-        """
-        B, S, D = x.shape
-        norm1 = gate1 = norm2 = gate2 = None
-        if cond is not None:
-            few = level is not None and S * D <= FEW
-            norm1, gate1, norm2, gate2 = known(level, index, lambda: self.moves(cond, n_clean, S, skip, few))
-        width, drop = D // self.n_heads, self.dropout if self.training else lambda y: y
-        heads = lambda y: y.view(*y.shape[:2], y.size(2) // width, width).transpose(1, 2)  # (B, S, D) -> (B, H, S, D/H)
-        cos, sin = rope
-
-        h = modulated(x, self.norm1, n_clean, norm1) if letters is None else None
-        if skip:
-            q = rotate(heads(linear(h[:, skip:], self.qkv, cache, rows=slice(0, D))), cos[skip:], sin[skip:])
-            k, v = heads(linear(h, self.qkv, cache, rows=slice(D, None))).chunk(2, dim=1)
-            k = rotate(k, cos, sin)
-        else:  # queries and keys turn together
-            y = linear(h, self.qkv, cache) if letters is None else self.look_up(letters, n_clean, norm1, cache)
-            qk, v = heads(y).split_with_sizes((2 * self.n_heads, self.n_heads), dim=1)
-            q, k = rotate(qk, cos, sin).chunk(2, dim=1)
+    def forward(self, x, rope, mask, cond=None, cache=None, i=0):
+        """x (B, S, D). rope: cos, sin. mask (B or 1, 1, S, keys) bool. cond (B or 1, S, cond_dim) or None."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = adaln(self.modulation, cond, 6)
+        heads = lambda y: y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, S, D) -> (B, H, S, D/H)
+        h = self.norm1(x) * (1 + scale1) + shift1
+        q, k, v = (heads(y) for y in self.qkv(h).chunk(3, dim=-1))
+        q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.extend(index, k, v)
-        k, v = k.to(q.dtype), v.to(q.dtype)  # v is as it was multiplied, and both as the cache keeps them
-        rows = None if cache is None else cache.rows
-        if rows is not None and 4 * len(rows) > len(k):  # attention of all rows is cheaper than a copy of many rows' keys and values
-            everyone = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, rows, q)
-            y = attend(everyone, k, v, mask, skip)[rows]
-        else:
-            y = attend(q, *((k, v) if rows is None else (k[rows], v[rows])), mask, skip)
-        x, y, n_clean = x[:, skip:] if skip else x, y.transpose(1, 2).flatten(2), n_clean - skip
-        if ask is not None:  # from here on a token is on its own
-            x, y = x[ask][:, None], y[ask][:, None]
-            if cond is not None:
-                gate1, norm2, gate2 = each(gate1, ask), [each(z, ask) for z in norm2], each(gate2, ask)
-        plus = lambda x, y, gate: x + y if gate is None else per_stream(torch.addcmul, n_clean, [x, y], [gate])  # x + gate y
-        x = plus(x, drop(linear(y, self.out, cache)), gate1)
-        h = modulated(x, self.norm2, n_clean, norm2)
-        return plus(x, drop(linear(linear(h, self.mlp[0], cache, gelu=True), self.mlp[2], cache)), gate2)
+            k, v = cache.extend(i, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + gate1 * self.dropout(self.out(y.transpose(1, 2).flatten(2)))
+        h = self.norm2(x) * (1 + scale2) + shift2
+        return x + gate2 * self.dropout(self.mlp(h))
 
 
 class Transformer(nn.Module):
-    """logits = model(clean, noisy, block_size): see forward. At initialisation every id is exactly as likely as any other."""
+    """logits = model(clean, noisy, block_size): see forward. At initialisation all ids are equally likely."""
 
     def __init__(self, cfg):
         super().__init__()
-        assert cfg.d_model % (2 * cfg.n_heads) == 0, f"d_model {cfg.d_model} needs an even width for each of {cfg.n_heads} heads"
+        assert cfg.d_model % (2 * cfg.n_heads) == 0, f"{cfg.n_heads} heads of {cfg.d_model}: odd width"
         assert not (cfg.next_token and cfg.time_conditioning), "a next-token network sees no noise"
-        self.cfg, D = cfg, cfg.d_model
+        self.cfg, D, E, timed = cfg, cfg.d_model, cfg.cond_dim, cfg.time_conditioning
         self.embed = nn.Embedding(cfg.vocab_size + cfg.n_extra_tokens, D)
-        self.time = (
-            nn.Sequential(nn.Linear(256, cfg.cond_dim), nn.SiLU(), nn.Linear(cfg.cond_dim, cfg.cond_dim)) if cfg.time_conditioning else None
-        )
+        self.time = nn.Sequential(nn.Linear(256, E), nn.SiLU(), nn.Linear(E, E)) if timed else None
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layers))
         self.norm = nn.LayerNorm(D, bias=False)
-        self.modulation = nn.Linear(cfg.cond_dim, 2 * D) if cfg.time_conditioning else None
+        self.modulation = nn.Linear(E, 2 * D) if timed else None
         self.head = nn.Linear(D, cfg.vocab_size)
-        nn.init.normal_(self.embed.weight, std=0.3)  # not the reference's +-D**-0.5: a few single-seed runs, docs/log.md
+        nn.init.normal_(self.embed.weight, std=0.3)  # not the reference's +-D**-0.5: see docs/log.md
         for zero in [self.head, self.modulation] + [layer.modulation for layer in self.layers]:
-            if zero is not None:  # uniform logits at step 0, and every gate shut: the layers start as the identity
+            if zero is not None:  # uniform logits, and every gate shut: the layers start as the identity
                 nn.init.zeros_(zero.weight), nn.init.zeros_(zero.bias)
-
-    def forward(self, clean, noisy, block_size, start=0, sigma=None, cache=None, readout=None, ask=None):
-        """
-        clean (B, C) int64 ids, or None   real tokens at positions cache.length, cache.length + 1, ... (0, 1, ... without)
-        noisy (B, N) int64 ids, or None   at positions start, start + 1, ...; or soft tokens, mixtures of embeddings: weights
-                                          (B, N, V) of the first V ids, or a pair of ids (B, N, k) and their weights (B, N, k)
-        block_size  int, or (B,) int64: one a row
-        start       in training 0, or a block behind prompts; when generating or verifying the length of the context
-        sigma (B,) or (1,)  noise level -log(alpha_t); zeros if None; unused without time conditioning
-        Several readings of one block in one pass: block_size (1 or B, N), start (N,) the positions and sigma (B, N), one a noisy
-        token; tokens with another block size do not see each other.
-        cache       a KVCache: adds the clean tokens before, and commits `clean` to it
-        Returns logits (B, N, V) float32 for the noisy positions, nothing forbidden, not normalised. Or, so that no one has to hold all
-        logits, readout(hidden (B, N, D) float32, weight (V, D), bias (V,)): logits are hidden @ weight.T + bias.
-        ask (B, N)  bool, best on the CPU: the tokens whose logits are wanted, (M, V) in their order, or hidden (M, D) for the readout
-                    (all under torch.compile); not with one sigma a token. The others cost the last layer keys and values only
-        """
-        n_past = cache.length if cache is not None else 0
-        if not getattr(block_size, "ndim", 0):
-            block_size = int(block_size)  # a 0-d array or tensor
-        N = 0 if noisy is None else noisy[0].size(1) if isinstance(noisy, tuple) else noisy.size(1)
-        one_start = not getattr(start, "ndim", 0)
-        recorded = torch.is_tensor(n_past)  # lengths and positions are read as the pass runs: nothing here may look at them
-        end = None if recorded else int(start) + N if one_start else int(start.max()) + 1
-        if torch.compiler.is_compiling() and readout is not None:
-            ask = None  # as many tokens as another step asks for would be compiled anew
-        if self.cfg.next_token:
-            return self._next_token(clean, N, block_size, start, cache, readout, ask)
-        if cache is None and isinstance(block_size, int) and N and end <= block_size:
-            clean = None  # every noisy token is in the first block: no one would read the clean stream
-        streams = [s for s in (clean, noisy) if s is not None]
-        ids = None if any(isinstance(s, tuple) or s.is_floating_point() for s in streams) else torch.cat(streams, dim=1)
-        x = self._read(ids) if ids is not None else torch.cat([self._read(s) for s in streams], dim=1)  # (B, S, D)
-        B, S, _ = x.shape
-        C = S - N
-        if not recorded and max(n_past + C, end) > self.cfg.seq_len:
-            raise ValueError(f"positions up to {max(n_past + C, end)}, but the model has seq_len {self.cfg.seq_len}")
-        one_size = isinstance(block_size, int)
-        one_block = one_size and C == 0 and one_start and (end - 1) // block_size == int(start) // block_size
-
-        def around():
-            """What a pass knows of its tokens before it has seen any: rotary angles, and who may read whom."""
-            noisy_at = torch.arange(int(start), end, device=x.device) if one_start else send(start, x.device)  # (N,)
-            at = torch.cat((n_past + torch.arange(C, device=x.device), noisy_at))
-            angles = lambda: self._rope(torch.arange(self.cfg.seq_len, device=x.device))
-            rope = self._rope(at) if cache is None else [table[at] for table in known(cache.kept, "rope", angles)]
-            if one_block and n_past <= (end - 1) // block_size * block_size:
-                return rope, None  # one block, and all it reads lies before it
-            if cache is None and one_start and C == end:
-                return rope, training_mask(x, self.cfg.n_heads, block_size, C, N, int(start), self.cfg.clean_causal)
-            width = cache.k.size(3) - N if recorded else None
-            if recorded:
-                cache.places = torch.cat((at[:C], width + torch.arange(N, device=x.device)))
-            return rope, added(x, attention_mask(block_size, n_past, C, N, noisy_at, self.cfg.clean_causal, x.device, width))
-
-        if cache is not None and one_start and one_size and not recorded:
-            if cache.past != n_past:
-                cache.past, cache.passes = n_past, {}
-            rope, mask = known(cache.passes, (int(start), C, N, block_size), around)
-        else:
-            rope, mask = around()
-        level = None
-        if self.time is not None and cache is not None and not recorded and (sigma is None or sigma.numel() == 1 and sigma.is_cpu):
-            if len(cache.levels) > 64:  # they take memory, and a sampler without a grid never meets one again
-                cache.levels.clear()
-            level = cache.levels.setdefault((0.0 if sigma is None else float(sigma), C, N), {})  # one for all rows, known to the host
-        cond = known(level, "cond", lambda: self._condition(sigma, C)) if self.time is not None else None
-
-        letters, keep = None, level if self.time is not None else cache and cache.kept
-        alphabet = len(self.embed.weight) <= min(LETTERS, B * S) and len(self.layers) > 1  # a last layer takes its queries apart
-        if alphabet and keep is not None and ids is not None and by_onednn(x):
-            letters = (ids, self.embed.weight, keep) if "met" in keep else None  # a level that is met once needs no table
-            keep["met"] = True
-        per_token = sigma is not None and sigma.dim() == 2
-        assert ask is None or not per_token, "ask is for one noise level a row"
-        ask = None if ask is None else tuple(send(i, x.device) for i in ask.nonzero(as_tuple=True))
-        for i, layer in enumerate(self.layers):
-            last = i == len(self.layers) - 1  # nobody reads its clean outputs, only keys and values
-            x = layer(x, C, C * last, rope, mask, cond, cache, i, ask if last else None, level, None if i else letters)
-        if cache is not None:
-            cache.length, cache.places = n_past + C, None
-        m = []
-        if cond is not None:
-            wide = lambda c: precise(self.modulation(c))
-            m = known(level, "head", lambda: modulation(wide, cond[:, -N if per_token else -1 :], 2))
-        if ask is not None:
-            x, m = x[:, 0], [each(z, ask)[:, 0] for z in m]
-        return self._say(x, readout, cache, *m)
 
     @property
     def timeless(self):
-        """Is a prediction the same at every noise level? No input for it, or one that was 0 throughout training (published weights)."""
+        """Is a prediction the same at every noise level? It has no such input, or one that was always 0."""
         return self.time is None or self.cfg.zero_sigma
 
-    def _next_token(self, clean, N, block_size, start, cache, readout, ask):
+    def new_cache(self, batch_size, max_len):
+        """An empty cache for batch_size texts of up to max_len tokens."""
+        return KVCache(len(self.layers))
+
+    def forward(self, clean, noisy, block_size, start=0, sigma=None, cache=None, **extra):
         """
-        forward of a network without a noisy stream: clean (B, C) or None -> logits (B, N, V) of positions start..start+N-1, each read off
-        the clean token before it, of this call or of the cache. Raises ValueError for other block sizes than 1, and for start 0.
+        clean (B, C) int64, or None   real tokens at positions cache.length, ... (0, 1, ... without a cache)
+        noisy (B, N) int64, or None   at positions start, start + 1, ...; or soft tokens, see embed_tokens
+        block_size  int; or (B,), one a row; or (1 or B, N), one a noisy token: other sizes are not seen
+        start       in training 0, or a block behind prompts; else the context's length; or positions (N,)
+        sigma (B,) or (1,), or (B, N)  noise level -log(alpha_t); zeros if None; unused without conditioning
+        cache       a KVCache: the clean tokens before. `clean` is committed to it
+        extra       for methods: goes to embed_noisy and condition
+        Returns logits (B, N, V) of the noisy positions in float32 or better, not normalised, none forbidden.
+        Raises ValueError for positions beyond seq_len.
         """
-        if N and (not isinstance(block_size, int) or block_size != 1 or getattr(start, "ndim", 0)):
-            raise ValueError(f"a next-token network is autoregressive: one stretch of positions at block size 1, not {block_size}")
-        if N and start == 0:
-            raise ValueError("a next-token network says nothing of the first token: a text must begin with a given one (bos_id)")
-        n_past = cache.length if cache is not None else 0
+        if self.cfg.next_token:
+            return self.forward_next_token(clean, noisy, block_size, start, cache)
         C = 0 if clean is None else clean.size(1)
-        if max(n_past + C, start + N) > self.cfg.seq_len:
-            raise ValueError(f"positions up to {max(n_past + C, start + N)}, but the model has seq_len {self.cfg.seq_len}")
-        rows = slice(None) if cache is None or cache.rows is None else cache.rows
-        out = cache.out[rows, :n_past] if cache is not None else None
-        if C:
-            x = self._read(clean)
-            rope = self._rope(torch.arange(n_past, n_past + C, device=x.device))
-            mask = added(x, attention_mask(1, n_past, C, 0, 0, device=x.device))
-            for i, layer in enumerate(self.layers):
-                x = layer(x, C, 0, rope, mask, None, cache, i)
-            if cache is not None:
-                cache.out[rows, n_past : n_past + C] = x
-                out, cache.length = cache.out[rows, : n_past + C], n_past + C
-            else:
-                out = x
-        out = out[:, start - 1 : start - 1 + N] if N else out[:, :0]
-        return self._say(out if ask is None else out[ask], readout, cache)
+        h, cond = self.hidden(clean, noisy, block_size, start, sigma, cache, **extra)
+        return self.to_logits(h[:, C:], None if cond is None else cond[:, C:])
 
-    def _say(self, x, readout, cache, shift=None, stretch=None):
-        """The head: a norm and the logits, added up and kept in float32 or better (of bfloat16 the uniform bound would see 3 digits)."""
-        with torch.autocast(x.device.type, enabled=False):
-            x = F.layer_norm(precise(x), x.shape[-1:], precise(self.norm.weight))
-            x = x if shift is None else modulate(x, stretch, shift)
-            return self.logits(x, cache) if readout is None else readout(x, precise(self.head.weight), precise(self.head.bias))
+    def hidden(self, clean, noisy, block_size, start=0, sigma=None, cache=None, **extra):
+        """The stream before the final norm, (B, C + N, D), and its cond or None. Arguments as in forward."""
+        C, n_past = 0 if clean is None else clean.size(1), 0 if cache is None else cache.length
+        x = [self.embed_tokens(clean)] if clean is not None else []
+        x = torch.cat(x + [self.embed_noisy(noisy, **extra)] if noisy is not None else x, dim=1)
+        N = x.size(1) - C
+        position, edge, group = self.layout(block_size, start, n_past, C, N, x.device)
+        if position.numel() and position.max() >= self.cfg.seq_len:
+            raise ValueError(f"position {int(position.max())} is beyond seq_len {self.cfg.seq_len}")
+        rope, cond = self.rope(position), self.condition(sigma, C, N, **extra)
+        mask = attention_mask(edge, group, n_past + C)[:, None]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, cond, cache, i)
+        if cache is not None:
+            cache.commit(C)
+        return x, cond
 
-    def logits(self, hidden, cache=None):
-        """hidden (..., D), as a readout gets them, -> (..., V) float32 or better."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            if self.head.weight.dtype == hidden.dtype:
-                return linear(hidden, self.head, cache)
-            return F.linear(hidden, precise(self.head.weight), precise(self.head.bias))
+    def layout(self, block_size, start, n_past, C, N, device):
+        """position (S,), edge and group (B or 1, S), clean tokens first: what attention_mask needs."""
+        clean = n_past + torch.arange(C, device=device)
+        start = torch.as_tensor(start, device=device)
+        noisy = start if start.dim() else start + torch.arange(N, device=device)
+        b = torch.as_tensor(block_size, device=device)
+        b = b if b.dim() == 2 else b.view(-1, 1)  # (B or 1, N or 1)
+        clean_edge = (clean + 1).expand(len(b), C) if self.cfg.clean_causal else (clean // b + 1) * b
+        edge = (noisy // b * b).expand(len(b), N)
+        group = edge * 2**20 + b  # the same block, and the same block size
+        groups = torch.cat((torch.full_like(clean_edge, -1), group), dim=1)
+        return torch.cat((clean, noisy)), torch.cat((clean_edge, edge), dim=1), groups
 
-    def _read(self, tokens):
-        """The vectors of ids (B, N), or of soft tokens: weights @ embeddings, in float32 (within machine.mixed on a GPU, of TF32)."""
-        with torch.autocast(self.embed.weight.device.type, enabled=False):
-            if isinstance(tokens, tuple):
-                ids, weights = tokens
-                return (weights[..., None, :] @ self.embed(ids))[..., 0, :]
-            if tokens.is_floating_point():
+    def embed_tokens(self, tokens):
+        """
+        (B, N, D) of ids (B, N). Or of soft tokens, mixtures of embeddings: weights (B, N, V) of the first V
+        ids, or a pair of ids (B, N, k) and their weights (B, N, k).
+        """
+        if isinstance(tokens, tuple):
+            ids, weights = tokens
+            return (weights[..., None] * self.embed(ids)).sum(-2)
+        if tokens.is_floating_point():
+            with torch.autocast(tokens.device.type, enabled=False):  # ids are not rounded either
                 return tokens @ self.embed.weight[: tokens.size(-1)]
-            return self.embed(tokens)
+        return self.embed(tokens)
 
-    def _rope(self, positions):
-        """cos and sin of position * base^(-2i/d), (S, D/H) each, as `rotate` wants them, in float32 or better."""
+    def embed_noisy(self, tokens, **extra):
+        """embed_tokens of the noisy stream: a method may add to it."""
+        return self.embed_tokens(tokens)
+
+    def condition(self, sigma, C, N, **extra):
+        """(B or 1, C + N, cond_dim) of sigma, or None. Clean tokens see 0, so a cache holds at any level."""
+        if self.time is None:
+            return None
+        sigma = torch.zeros(1) if sigma is None else sigma
+        sigma = sigma.to(self.embed.weight).view(len(sigma), -1)  # (B or 1, 1 or N)
+        clean = sigma[:, :1] if self.cfg.condition_clean else torch.zeros_like(sigma[:, :1])
+        level = torch.cat((clean.expand(-1, C), sigma.expand(-1, N)), dim=1)
+        frequency = torch.exp(-math.log(10000) * torch.arange(128, device=level.device) / 128)
+        angle = level[..., None] * frequency  # (B or 1, S, 128)
+        return F.silu(self.time(torch.cat((angle.cos(), angle.sin()), dim=-1).to(level))).to(level)
+
+    def rope(self, position):
+        """cos and sin of position * base^(-2i/d), (S, D/2H) each, in float32 or better."""
         half = self.cfg.d_model // self.cfg.n_heads // 2
         dtype = torch.promote_types(self.embed.weight.dtype, torch.float32)
-        angle = positions[:, None] * self.cfg.rope_base ** (-torch.arange(half, device=positions.device, dtype=dtype) / half)
-        cos, sin = angle.cos(), angle.sin()
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        exponent = -torch.arange(half, device=position.device, dtype=dtype) / half
+        angle = position[:, None] * self.cfg.rope_base**exponent
+        return angle.cos(), angle.sin()
 
-    def _condition(self, sigma, C):
+    def to_logits(self, h, cond=None):
+        """The final norm and the head, (..., D) -> (..., V), float32 or better whatever the weights are."""
+        wide = torch.promote_types(h.dtype, torch.float32)
+        with torch.autocast(h.device.type, enabled=False):
+            shift, scale = adaln(self.modulation, cond, 2)
+            h = self.norm(h) * (1 + scale) + shift
+            return F.linear(h.to(wide), self.head.weight.to(wide), self.head.bias.to(wide))
+
+    def forward_next_token(self, clean, noisy, block_size, start, cache):
         """
-        (B or 1, 1 or 2, cond_dim): one vector a stream; one for the clean stream and N more with a sigma (B, N).
-        The clean stream sees sigma = 0 always, so that its cache holds for any t.
+        forward of an ordinary AR transformer (the papers' baseline): a clean stream only. Position i is read
+        off the clean token at i - 1. Raises ValueError for other block sizes, and for position 0.
         """
-        sigma = self.embed.weight.new_zeros(1) if sigma is None else send(sigma, self.embed.weight.device, self.embed.weight.dtype)
-        streams = sigma.view(len(sigma), -1)
-        if C and not self.cfg.condition_clean and not self.timeless:
-            streams = torch.cat((torch.zeros_like(streams[:, :1]), streams), dim=1)
-        frequency = torch.exp(-math.log(10000) * torch.arange(128, device=sigma.device) / 128)
-        angle = precise(streams)[..., None] * frequency  # (B, 1 or 2, 128)
-        return F.silu(self.time(torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.embed.weight)))
+        n_past, N = 0 if cache is None else cache.length, 0 if noisy is None else noisy.size(1)
+        size, at = torch.as_tensor(block_size), torch.as_tensor(start)
+        if N and (size.dim() or at.dim() or size != 1 or at == 0):
+            raise ValueError("a next-token network has block size 1 alone; its first token is given (bos_id)")
+        if start + N > self.cfg.seq_len:
+            raise ValueError(f"positions up to {start + N}, but the model has seq_len {self.cfg.seq_len}")
+        h, _ = self.hidden(clean, None, 1, cache=cache)
+        first = start - 1 - n_past  # where in `clean` the token before `start` is
+        return self.to_logits(h[:, first : first + N] if N else h[:, :0])

@@ -1,12 +1,15 @@
 """
-What is the data? A folder data/NAME with nanoGPT's train.bin and val.bin (flat uint16 ids, uint32 where the vocabulary needs
-it) and a meta.json. The least that meta.json may say is {"vocab_size": 50257, "tokenizer": "gpt2"}. All its keys:
+What is the data? A folder data/NAME with nanoGPT's train.bin and val.bin (flat uint16 ids, uint32 where the
+vocabulary needs it) and a meta.json. The least that meta.json may say is {"vocab_size": 50257, "tokenizer":
+"gpt2"}. All its keys:
 
     vocab_size   number of ids
-    tokenizer    "char" (with "chars": every character in id order), "gpt2", "smollm", "bert", or "none" (ids are shown as numbers)
+    tokenizer    "char" (with "chars": every character in id order), "gpt2", "smollm", "bert", or "none" (ids
+                 are shown as numbers)
     bos_id       every row, and every prompt, begins with it: no loss on it
     eos_id       generation of a row ends here
-    pad_id       behind the end of a row: no loss on it. Padding that is to be learned is no pad_id
+    pad_id       behind the end of a row. It costs nothing behind the block in which the text ends, see
+                 charged_tokens
     row_len      the file is rows of this length, not one stream; windows are then whole rows
     prompt_len   of a row, so many first tokens are the prompt: no loss on them
     separator    or: the prompt ends with the first such id
@@ -50,8 +53,12 @@ class Dataset:
             die(f"{name} is one stream: how long is a window?", "--seq_len=256")
         self.row_len, self.seq_len = row_len, seq_len or row_len
         self.tokens = {split: self.open(split, fix) for split in ("train", "val")}
-        self.prompts = {split: self.open_prompts(split, fix) for split in ("train", "val") if self.meta.get("prompt_lens")}
-        self.given = row_len > 0 and any(self.meta.get(k) is not None for k in ("bos_id", "prompt_len", "prompt_lens", "separator"))
+        self.prompts = {
+            split: self.open_prompts(split, fix) for split in ("train", "val") if self.meta.get("prompt_lens")
+        }
+        self.given = row_len > 0 and any(
+            self.meta.get(k) is not None for k in ("bos_id", "prompt_len", "prompt_lens", "separator")
+        )
 
     @cached_property
     def tokenizer(self):
@@ -80,10 +87,16 @@ class Dataset:
                 found, row = part.reshape(-1, self.row_len) == self.meta["separator"], start // self.row_len
                 if not found.any(1).all():
                     row += int(found.any(1).argmin())
-                    die(f"{path}: row {row} is without the separator {self.meta['separator']}", f"check {self.folder}/meta.json")
+                    die(
+                        f"{path}: row {row} is without the separator {self.meta['separator']}",
+                        f"check {self.folder}/meta.json",
+                    )
                 if (prompt := found.argmax(1)).max() == self.row_len - 1:
                     row += int(prompt.argmax())
-                    die(f"{path}: row {row} ends with its prompt, nothing is left to learn", f"check {self.folder}/meta.json")
+                    die(
+                        f"{path}: row {row} ends with its prompt, nothing is left to learn",
+                        f"check {self.folder}/meta.json",
+                    )
         return tokens
 
     def open_prompts(self, split, fix):
@@ -94,13 +107,18 @@ class Dataset:
         except OSError as e:
             die(f"cannot read {path}: {e.strerror}", fix)
         if len(lens) != len(self.tokens[split]) // self.row_len or lens.max() >= self.row_len:
-            die(f"{path}: {len(lens)} prompts of up to {lens.max(initial=0)} tokens, for rows of {self.row_len}", fix)
+            die(
+                f"{path}: {len(lens)} prompts of up to {lens.max(initial=0)} tokens, "
+                f"for rows of {self.row_len}",
+                fix,
+            )
         return lens
 
     def same_as(self, meta, only_tokens=False):
         """
-        Exit unless a checkpoint's meta is this folder's: other characters under the same ids would be nonsense. only_tokens: it was
-        trained on other data, or elsewhere, and has to know these tokens, no more.
+        Exit unless a checkpoint's meta is this folder's: other characters under the same ids would be
+        nonsense. only_tokens: it was trained on other data, or elsewhere, and has to know these tokens, no
+        more.
         """
         if only_tokens and self.meta["vocab_size"] <= meta["vocab_size"]:
             meta = {**self.meta, "chars": None, **{k: meta[k] for k in ("tokenizer", "chars") if k in meta}}
@@ -116,31 +134,64 @@ class Dataset:
         return n // self.row_len if self.row_len else n - self.seq_len + 1
 
     def windows(self, split, index):
-        """index: integers (B,) below n_windows -> x0 (B, T) int64 and answer (B, T) bool: the tokens that carry loss."""
+        """
+        index: integers (B,) below n_windows -> x0 (B, T) int64, given (B, T) bool: prompts, which carry no
+            loss, and real (B, T) bool:
+        tokens of the text, not padding.
+        """
         starts = [int(i) * (self.row_len or 1) for i in index]
-        x0 = torch.from_numpy(np.stack([self.tokens[split][i : i + self.seq_len] for i in starts]).astype(np.int64))
+        x0 = torch.from_numpy(
+            np.stack([self.tokens[split][i : i + self.seq_len] for i in starts]).astype(np.int64)
+        )
         at, meta = torch.arange(self.seq_len), self.meta
-        answer = at.expand_as(x0) >= meta.get("prompt_len", 0)
+        given = at.expand_as(x0) < meta.get("prompt_len", 0)
         if "separator" in meta:
-            answer = at > (x0 == meta["separator"]).int().argmax(1, keepdim=True)
+            given = at <= (x0 == meta["separator"]).int().argmax(1, keepdim=True)
         if meta.get("prompt_lens"):
-            answer = at >= torch.from_numpy(self.prompts[split][np.asarray(index)].astype(np.int64))[:, None]
+            given = at < torch.from_numpy(self.prompts[split][np.asarray(index)].astype(np.int64))[:, None]
         if "bos_id" in meta and self.row_len:
-            answer = answer & (at > 0)
-        if "pad_id" in meta:
-            answer = answer & (x0 != meta["pad_id"])
-        return x0, answer
+            given = given | (at == 0)
+        real = x0 != meta["pad_id"] if "pad_id" in meta else torch.ones_like(given)
+        return x0, given, real
 
     def spread(self, split, n):
         """
-        n windows at equal distances over the split, none with tokens of another, all that fit if they are fewer: the same for every
-        evaluation. n = 0: all of the split; the last window of a stream then begins inside the one before where it has to.
+        n windows at equal distances over the split, none with tokens of another, all that fit if they are
+        fewer: the same for every evaluation. n = 0: all of the split; the last window of a stream then begins
+            inside the one before where it has to.
         """
         tokens, step = len(self.tokens[split]), 1 if self.row_len else self.seq_len
         last = self.n_windows(split) - 1
         if n == 0:
             return torch.arange(0, last + step, step).clamp(max=last)
         return torch.linspace(0, last, min(n, tokens // self.seq_len), dtype=torch.float64).long()
+
+
+def charged_tokens(given, real, block_size, clean_padding=False):
+    """
+    (given, charged), (B, T) bool: what is shown clean, and what carries loss. given, real: of
+    Dataset.windows. block_size: int or (B,).
+
+    Behind the end of a text stands padding. In the block in which the text ends it is noised and charged like
+    any token: shown clean it would give the length away, and a network that reads the length off it is not a
+    bound (docs/log.md). Blocks behind that one are never made, so they cost nothing, nor does a row that is
+    prompt and padding alone. clean_padding: as published weights were trained, shown clean and never charged:
+    no bound.
+    """
+    if clean_padding:
+        return given | ~real, real & ~given
+    at = torch.arange(1, real.size(1) + 1, device=real.device)
+    length = ((real & ~given) * at).amax(1, keepdim=True)  # (B, 1); 0: no text
+    b = torch.as_tensor(block_size, device=real.device).view(-1, 1)
+    return given, ~given & (at <= -(-length // b) * b)
+
+
+def first_charged(charged, unit):
+    """
+    The first position, a multiple of `unit`, from which on a noisy copy is needed: all before is prompt in
+    every row.
+    """
+    return int(charged.any(0).int().argmax()) // unit * unit
 
 
 def read_meta(path):
@@ -160,12 +211,17 @@ def check_meta(meta, path):
         if bad := sorted(k for k, v in numbers.items() if type(v) is not int or not 0 <= v < 1 << 31):
             raise ValueError(f"{bad[0]} is {numbers[bad[0]]!r}, not a number of tokens")
         if vocab_size < 1 or tokenizer not in ("char", "gpt2", "smollm", "bert", "none"):
-            raise ValueError(f"vocab_size {vocab_size} must be at least 1, tokenizer {tokenizer!r} one of char, gpt2, smollm, bert, none")
+            raise ValueError(
+                f"vocab_size {vocab_size} must be at least 1, "
+                f"tokenizer {tokenizer!r} one of char, gpt2, smollm, bert, none"
+            )
         if not isinstance(meta.get("prompt_end", ""), str):
             raise ValueError(f"prompt_end is {meta['prompt_end']!r}, not a text")
         if outside := [k for k in IDS if meta.get(k, 0) >= vocab_size]:
             raise ValueError(f"{outside[0]} {meta[outside[0]]} is not below vocab_size {vocab_size}")
-        if tokenizer == "char" and (not isinstance(meta["chars"], (str, list)) or len(set(meta["chars"])) != vocab_size):
+        if tokenizer == "char" and (
+            not isinstance(meta["chars"], (str, list)) or len(set(meta["chars"])) != vocab_size
+        ):
             raise ValueError(f"{len(set(meta['chars']))} different chars, vocab_size {vocab_size}")
         if tokenizer == "char" and not all(isinstance(c, str) for c in meta["chars"]):
             raise ValueError("chars must be characters")
@@ -186,7 +242,7 @@ def write_dataset(folder, train, val, meta):
     dtype = np.uint16 if meta["vocab_size"] <= 1 << 16 else np.uint32
     for split, ids in (("train", train), ("val", val)):
         np.asarray(ids, dtype=dtype).tofile(Path(folder) / f"{split}.bin")
-    (Path(folder) / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    (Path(folder) / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 
 def text_file(path, url, folder):
@@ -199,8 +255,11 @@ def text_file(path, url, folder):
                     shutil.copyfileobj(response, f)
                 os.replace(f"{path}.part", path)
             except OSError as e:
-                die(f"could not download {url}: {e}", f"python {os.path.relpath(folder)}/prepare.py --input FILE")
+                die(
+                    f"could not download {url}: {e}",
+                    f"python {os.path.relpath(folder)}/prepare.py --input FILE",
+                )
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # a byte order mark is no character of the text
     except (OSError, UnicodeDecodeError) as e:
         die(f"cannot read {path}: {e}", "--input FILE, a text file in UTF-8")

@@ -1,6 +1,6 @@
 """
-How is a corpus read? A document at a time, from .txt, .jsonl, .jsonl.gz or .parquet files, here or on the hub, from any document on.
-What cannot be read ends in two lines that name the file and the line.
+How is a corpus read? A document at a time, from .txt, .jsonl, .jsonl.gz or .parquet files, here or on the
+hub, from any document on. What cannot be read ends in two lines that name the file and the line.
 """
 
 import glob
@@ -21,12 +21,19 @@ CHUNK = 1 << 22  # characters: a chunk is complete with so many, however few its
 
 
 class Bad(Exception):
-    """(problem, fix) on the way from a worker, which finds a line that is no document, to the two lines that say so."""
+    """
+    (problem, fix) on the way from a worker, which finds a line that is no document, to the two lines that say
+    so.
+    """
 
 
 def inputs(words, flag="--input"):
     """The local files that a comma-separated list of paths and globs names."""
-    found = [f for w in words.split(",") for f in ([w] if os.path.exists(w) else sorted(glob.glob(w, recursive=True)) or [w])]
+    found = [
+        f
+        for w in words.split(",")
+        for f in ([w] if os.path.exists(w) else sorted(glob.glob(w, recursive=True)) or [w])
+    ]
     for name in found:
         if not os.path.isfile(name):
             die(f"{name} not found", f"{flag} FILE or {flag} 'FOLDER/*.parquet'")
@@ -53,30 +60,39 @@ def chunks(shards, columns, layout, split_of, state, size):
 
 def read(name, columns, skip=0, layout="documents"):
     """
-    Yields (where, what, is_end) from the file or url `name`, behind the first `skip`. where: line or row, from 1. what: a tuple of texts,
-    one a column, or bytes of JSON that hold them. is_end: a document ends with it; long texts come in pieces.
+    Yields (where, what, is_end) from the file or url `name`, behind the first `skip`. where: line or row,
+    from 1. what: a tuple of texts, one a column, or bytes of JSON that hold them. is_end: a document ends
+    with it; long texts come in pieces.
 
     layout "documents"   a .txt has lines <|endoftext|> between its documents, or is one document
            "lines"       each line of a .txt is a document
-           "one"         as "documents", and the rows of a .parquet file are lines of one document, "" an empty one
+           "one"         as "documents", and the rows of a .parquet file are lines of one document, "" an
+                         empty one
     """
     path = fetch(name) if "://" in name else name
     try:
         if name.endswith(".parquet") and layout == "one":
-            lines = ((n, text if text.strip() else " \n") for n, (text,), _ in parquet(path, name, columns, 0))
+            lines = (
+                (n, text if text.strip() else " \n") for n, (text,), _ in parquet(path, name, columns, 0)
+            )
             yield from islice(pieces(lines), skip, None)
         elif name.endswith(".parquet"):
             yield from parquet(path, name, columns, skip)
         elif name.endswith(".txt"):
             if columns != ["text"]:
-                die(f"{name} is plain text, without columns {', '.join(columns)}", "--input of a .jsonl or .parquet file")
+                die(
+                    f"{name} is plain text, without columns {', '.join(columns)}",
+                    "--input of a .jsonl or .parquet file",
+                )
             with open(path, "rb") as f:
                 lines = ((n, utf8(line, name, n)) for n, line in enumerate(f, 1))
                 apart = ((n, (line.strip(),), True) for n, line in lines if line.strip())
                 yield from islice(apart if layout == "lines" else pieces(lines), skip, None)
         else:
             with (gzip.open if name.endswith(".gz") else open)(path, "rb") as f:
-                yield from islice(((n, line, True) for n, line in enumerate(f, 1) if line.strip()), skip, None)
+                yield from islice(
+                    ((n, line, True) for n, line in enumerate(f, 1) if line.strip()), skip, None
+                )
     except (OSError, ValueError, EOFError, zlib.error) as e:  # the ValueErrors are pyarrow's
         die(f"cannot read {name}: {said(e)}", "a whole and readable copy of the file")
 
@@ -85,14 +101,18 @@ def utf8(line, name, n):
     try:
         return line.decode()
     except UnicodeDecodeError as e:
-        die(f"{name}, line {n} is not UTF-8: {e.reason} at byte {e.start + 1}", f"iconv -f LATIN1 -t UTF-8 {name} > FILE")
+        die(
+            f"{name}, line {n} is not UTF-8: {e.reason} at byte {e.start + 1}",
+            f"iconv -f LATIN1 -t UTF-8 {name} > FILE",
+        )
 
 
 def pieces(lines):
     """
-    Cuts documents into pieces whose ids, joined, are those of the whole. Both GPT-2's pattern and BERT's begin a new match where white
-    space follows something else, and none looks back or, but from within white space, ahead: so a piece ends there, before a line break.
-    A cut after the line break would not do: in "a.\\n\\nb" the pattern takes "\\n" twice, at the end of a piece "\\n\\n" at once.
+    Cuts documents into pieces whose ids, joined, are those of the whole. Both GPT-2's pattern and BERT's
+    begin a new match where white space follows something else, and none looks back or, but from within white
+    space, ahead: so a piece ends there, before a line break. A cut after the line break would not do: in
+        "a.\\n\\nb" the pattern takes "\\n" twice, at the end of a piece "\\n\\n" at once.
     """
     held, size, n = [], 0, 0
     for n, line in lines:
@@ -105,7 +125,8 @@ def pieces(lines):
         if size >= PIECE:
             text = "".join(held)
             body = text.rstrip(" \t\r\n\v\f")
-            if body and body != text and not body[-1].isspace():  # isspace: white space beyond ASCII; and a document keeps some end
+            # isspace: white space beyond ASCII; and a document keeps some end
+            if body and body != text and not body[-1].isspace():
                 yield n, (body,), False
                 held = [text[len(body) :]]
                 size = len(held[0])
@@ -147,7 +168,11 @@ def count(names, columns):
     n = 0
     for name in tqdm(names, desc="counting documents", delay=1, leave=False, disable=None):
         parquet = name.endswith(".parquet")
-        n += opened(name, name).metadata.num_rows if parquet else sum(is_end for *_, is_end in read(name, columns))
+        n += (
+            opened(name, name).metadata.num_rows
+            if parquet
+            else sum(is_end for *_, is_end in read(name, columns))
+        )
     return n
 
 

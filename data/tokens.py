@@ -7,13 +7,15 @@ How does text become ids, and back? By one of five ways, which a dataset's meta.
     bert     bert-base-uncased's WordPieces                bert.txt, its vocab.txt
     none     a text is a list of numbers
 
-The files are looked for in the dataset's folder, then in any data/*/, then downloaded. A text is plain text: the name of a special
-token in it, "<|endoftext|>", is spelt out like any other word. A lone surrogate, which UTF-8 cannot write, becomes U+FFFD.
+The files are looked for in the dataset's folder, then in any data/*/, then downloaded. A text is plain text:
+the name of a special token in it, "<|endoftext|>", is spelt out like any other word. A lone surrogate, which
+UTF-8 cannot write, becomes U+FFFD.
 """
 
 import base64
 import json
 import re
+import sys
 import unicodedata
 from itertools import pairwise
 from pathlib import Path
@@ -21,23 +23,34 @@ from pathlib import Path
 from run.cli import die, said
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# The same between digits, and every digit alone. Where GPT-2's pattern asks for the end of the text, a digit is one.
+# The same between digits, and every digit alone. Where GPT-2's pattern asks for the end of the text, a digit
+# is one.
 SMOLLM_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"""
 # GPT-2's alphabet for bytes: the visible ones are their own letters, the others come after U+0100, in order
 VISIBLE = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
-LETTERS = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in VISIBLE)}
-# What BERT takes for Chinese characters, each a word. The library's ranges, and its gap: U+2B820 to U+2B91F are letters to it.
-CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f"
+LETTERS = {chr(b): b for b in VISIBLE} | {
+    chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in VISIBLE)
+}
+# What BERT takes for Chinese characters, each a word. The library's ranges, and its gap: U+2B820 to U+2B91F
+# are letters to it.
+CJK = (
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0002a6df\U0002a700-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f"
+)
 
 
 FILES = {"gpt2": "gpt2.tiktoken", "smollm": "smollm.json", "bert": "bert.txt"}
 
 
 class Tokenizer:
-    """Text to ids and back, by meta["tokenizer"]. folder: where its file may lie. Exits if that can neither be found nor fetched."""
+    """
+    Text to ids and back, by meta["tokenizer"]. folder: where its file may lie. Exits if that can neither be
+    found nor fetched.
+    """
 
     def __init__(self, meta, folder):
         self.meta, self.kind, self.chars = meta, meta["tokenizer"], meta.get("chars")
+        self.name = Path(folder).name
         if self.kind == "char":
             self.ids = {c: i for i, c in enumerate(self.chars)}
         elif self.kind == "gpt2":
@@ -45,7 +58,9 @@ class Tokenizer:
         elif self.kind == "smollm":
             self.pieces = smollm(file(FILES["smollm"], folder, "HuggingFaceTB/SmolLM-135M", "tokenizer.json"))
         elif self.kind == "bert":
-            self.pieces = WordPieces(file(FILES["bert"], folder, "google-bert/bert-base-uncased", "vocab.txt"))
+            self.pieces = WordPieces(
+                file(FILES["bert"], folder, "google-bert/bert-base-uncased", "vocab.txt")
+            )
 
     def encode(self, text):
         if self.kind == "char":
@@ -54,29 +69,75 @@ class Tokenizer:
             return [self.ids[c] for c in text]
         if self.kind != "none":
             return self.pieces.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        if not all(w.isdigit() for w in text.split()):
+        if not all(w.isdecimal() for w in text.split()):
             die("this dataset has no tokenizer: a prompt is a list of ids", "--prompt '17 4 256'")
         return [int(w) for w in text.split()]
 
     def prompt(self, text):
-        """The ids before an answer. Each piece is encoded by itself, as the rows of the published training data were."""
+        """
+        The ids before an answer. Each piece is encoded by itself, as the rows of the published training data
+        were. Where all prompts are of one length, no text means blanks, id 0. Exits if it cannot be a prompt.
+        """
+        n, V = self.meta.get("prompt_len", 0), self.meta.get("vocab_size")
+        if n and not text:
+            return [0] * n
         first = [self.meta["bos_id"]] if "bos_id" in self.meta else []
-        return first + self.encode(text) + self.encode(self.meta.get("prompt_end", ""))
+        ids = first + self.encode(text) + self.encode(self.meta.get("prompt_end", ""))
+        if n and len(ids) != n:
+            fix = f"--prompt '{self.decode([0] * n)}'"
+            die(f"a prompt of {self.name} has {n} tokens, {text!r} has {len(ids)}", fix)
+        if V and ids and max(ids) >= V:
+            die(f"{text!r}: an id is not below vocab_size {V}", "--prompt with smaller ids")
+        return ids
 
     def decode(self, ids):
-        """Special tokens, and ids that are none of the tokenizer's, are no text: skipped, but by characters, which show a "_"."""
+        """
+        Special tokens, and ids that are none of the tokenizer's, are no text: skipped, but by characters,
+        which show a "_".
+        """
         if self.kind == "char":
             return "".join(self.chars[i] if i < len(self.chars) else "_" for i in ids)
         return " ".join(map(str, ids)) if self.kind == "none" else self.pieces.decode(map(int, ids))
 
     def n_bytes(self, vocab_size):
-        """UTF-8 bytes of each id, (vocab_size,) float64, 0 if no text. None for "none", and "bert", which loses spaces and accents."""
+        """
+        UTF-8 bytes of each id, (vocab_size,) float64, 0 if no text. None for "none", and "bert", which loses
+        spaces and accents.
+        """
         if self.kind in ("none", "bert"):
             return None
         import torch  # here: a prepare.py needs none of it, and starts a second sooner
 
         data = {i: c.encode() for i, c in enumerate(self.chars)} if self.kind == "char" else self.pieces.data
         return torch.tensor([len(data.get(i, b"")) for i in range(vocab_size)], dtype=torch.float64)
+
+
+def tokenizer_or_numbers(meta, folder, reads):
+    """A folder's Tokenizer. Where its file is not to be had, ids are shown, unless text is to be read."""
+    try:
+        return Tokenizer(meta, folder)
+    except SystemExit:  # it has said what is missing
+        if reads:
+            raise
+        print("WARNING: tokens are shown as numbers", file=sys.stderr, flush=True)
+        return Tokenizer({**meta, "tokenizer": "none", "prompt_end": ""}, folder)
+
+
+def read_prompts(path):
+    """The prompts of a file in UTF-8, one a line (ended by LF or CR LF). A blank line is an empty prompt."""
+    try:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-8-sig")  # a byte order mark is no character of the first prompt
+    except OSError as e:
+        missing = isinstance(e, FileNotFoundError)
+        problem = f"{path} not found" if missing else f"cannot read {path}: {e.strerror}"
+        die(problem, "--prompt_file FILE, one prompt a line")
+    except UnicodeDecodeError as e:
+        line = data[: e.start].count(b"\n") + 1
+        die(f"{path}, line {line} is not UTF-8: {e.reason}", f"iconv -f LATIN1 -t UTF-8 {path} > FILE")
+    if not text:
+        die(f"{path} is empty", "one prompt a line; a blank line is an empty prompt")
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def file(name, folder, repo="", path=""):
@@ -89,11 +150,15 @@ def file(name, folder, repo="", path=""):
 
 
 class BytePairs:
-    """missing: bytes without a token, dropped from a word before it is merged, as the library does. SmolLM lacks some, of rare scripts."""
+    """
+    missing: bytes without a token, dropped from a word before it is merged, as the library does. SmolLM lacks
+        some, of rare scripts.
+    """
 
     def __init__(self, bpe, missing=b""):
         self.bpe, self.missing = bpe, missing
-        self.data = {bpe.encode_single_token(token): token for token in bpe.token_byte_values()}  # id -> the bytes it stands for
+        # id -> the bytes it stands for
+        self.data = {bpe.encode_single_token(token): token for token in bpe.token_byte_values()}
 
     def encode(self, text):
         if not self.missing or len(text.encode().translate(None, self.missing)) == len(text.encode()):
@@ -108,31 +173,53 @@ class BytePairs:
 
 
 def gpt2(path):
-    """GPT-2's byte pair encoding, from the .tiktoken file `path` if it is there, else through tiktoken's download."""
+    """
+    GPT-2's byte pair encoding, from the .tiktoken file `path` if it is there, else through tiktoken's
+    download.
+    """
     import tiktoken
 
     try:
         if not Path(path).exists():
             return tiktoken.get_encoding("gpt2")
-        lines = Path(path).read_bytes().splitlines()  # not tiktoken's loader: it caches local files by name, stale ones too
+        # not tiktoken's loader: it caches local files by name, stale ones too
+        lines = Path(path).read_bytes().splitlines()
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
         special = {"<|endoftext|>": 50256}
-        return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special, explicit_n_vocab=50257)
+        return tiktoken.Encoding(
+            "gpt2",
+            pat_str=GPT2_PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens=special,
+            explicit_n_vocab=50257,
+        )
     except Exception as e:  # a refused download and a broken file have many names
-        die(f"no GPT-2 byte pairs: {said(e)}", f"get a gpt2.tiktoken file and run prepare.py --bpe FILE, or copy it to {path}")
+        die(
+            f"no GPT-2 byte pairs: {said(e)}",
+            f"get a gpt2.tiktoken file and run prepare.py --bpe FILE, or copy it to {path}",
+        )
 
 
 def smollm(path):
     """
-    SmolLM's tokenizer.json for tiktoken, which joins any two neighbours that are a token together, lowest id first, where the file means
-    the pairs of a list, in its order. When both come to the same is checked: ids that are a little wrong would be noticed by nobody.
+    SmolLM's tokenizer.json for tiktoken, which joins any two neighbours that are a token together, lowest id
+    first, where the file means the pairs of a list, in its order. When both come to the same is checked: ids
+    that are a little wrong would be noticed by nobody.
     """
     import tiktoken
 
     try:
         about = json.loads(Path(path).read_text(encoding="utf-8"))
         model, (digits, letters) = about["model"], about["pre_tokenizer"]["pretokenizers"]
-        plain = ("normalizer", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+        plain = (
+            "normalizer",
+            "dropout",
+            "unk_token",
+            "continuing_subword_prefix",
+            "end_of_word_suffix",
+            "byte_fallback",
+            "ignore_merges",
+        )
         unlike = [key for key in plain if {**about, **model}.get(key)]
         special = {token["content"]: token["id"] for token in about["added_tokens"]}
         spelt = lambda token: bytes(LETTERS[c] for c in token)
@@ -140,27 +227,49 @@ def smollm(path):
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         merges = {spelt(left + right): [spelt(left), spelt(right)] for left, right in merges}
         wrong = {
-            f"plain BPE is what we have, not {', '.join(unlike) or model['type']}": unlike or model["type"] != "BPE",
-            "the first pre_tokenizer is not Digits, one by one": digits != {"type": "Digits", "individual_digits": True},
-            "the second is not ByteLevel with its pattern, without a space before": {"use_regex": True, **letters, "trim_offsets": 0}
+            f"plain BPE is what we have, not {', '.join(unlike) or model['type']}": unlike
+            or model["type"] != "BPE",
+            "the first pre_tokenizer is not Digits, one by one": digits
+            != {"type": "Digits", "individual_digits": True},
+            "the second is not ByteLevel with its pattern, without a space before": {
+                "use_regex": True,
+                **letters,
+                "trim_offsets": 0,
+            }
             != {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": 0, "use_regex": True},
             "two merges make one token": len(merges) < len(model["merges"]),
             "a merge makes no token": merges.keys() - ranks.keys(),
-            "a token is neither a byte, nor made by a merge, nor special": set(map(len, ranks.keys() - merges.keys())) - {1},
+            "a token is neither a byte, nor made by a merge, nor special": set(
+                map(len, ranks.keys() - merges.keys())
+            )
+            - {1},
             "two tokens have one id": len({*ranks.values(), *special.values()}) < len(ranks) + len(special),
-            "ids do not rise along the list of merges": sorted(merges, key=lambda token: ranks.get(token, 0)) != list(merges),
+            "ids do not rise along the list of merges": sorted(merges, key=lambda token: ranks.get(token, 0))
+            != list(merges),
         }
-        apart = ("earlier merges take a token apart" for token, pair in merges.items() if merged(token, ranks, ranks[token]) != pair)
+        apart = (
+            "earlier merges take a token apart"
+            for token, pair in merges.items()
+            if merged(token, ranks, ranks[token]) != pair
+        )
         if problem := next((problem for problem, found in wrong.items() if found), None) or next(apart, None):
             raise ValueError(problem)
-        bpe = tiktoken.Encoding("smollm", pat_str=SMOLLM_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+        bpe = tiktoken.Encoding(
+            "smollm", pat_str=SMOLLM_PATTERN, mergeable_ranks=ranks, special_tokens=special
+        )
         return BytePairs(bpe, bytes(b for b in range(256) if bytes([b]) not in ranks))
     except Exception as e:  # a broken file has many names
-        die(f"{path}: {said(e)}", "the tokenizer.json of HuggingFaceTB/SmolLM-135M; without the file it is downloaded")
+        die(
+            f"{path}: {said(e)}",
+            "the tokenizer.json of HuggingFaceTB/SmolLM-135M; without the file it is downloaded",
+        )
 
 
 def merged(data, ranks, end):
-    """Byte pair encoding as it is defined: join the neighbours with the lowest rank, the first such, while one is below `end`."""
+    """
+    Byte pair encoding as it is defined: join the neighbours with the lowest rank, the first such, while one
+    is below `end`.
+    """
     parts = [data[i : i + 1] for i in range(len(data))]
     while len(parts) > 1:
         lowest, i = min((ranks.get(left + right, end), i) for i, (left, right) in enumerate(pairwise(parts)))
@@ -172,19 +281,26 @@ def merged(data, ranks, end):
 
 class WordPieces:
     """
-    BERT's: words in small letters without accents, each cut from its left into the longest pieces there are; "##x" goes on with a word.
-    decode(encode(text)) is not the text, but has its ids again if none is [UNK], a word that the vocabulary cannot spell. The library's
-    Unicode is of 2015: it keeps some 500 younger marks and punctuation characters of rare scripts in their words, Python knows them.
+    BERT's: words in small letters without accents, each cut from its left into the longest pieces there are;
+    "##x" goes on with a word. decode(encode(text)) is not the text, but has its ids again if none is [UNK], a
+    word that the vocabulary cannot spell. The library's Unicode is of 2015: it keeps some 500 younger marks
+    and punctuation characters of rare scripts in their words, Python knows them.
     """
 
     def __init__(self, path):
         try:
-            tokens = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")  # splitlines ends lines at more than that
+            # splitlines ends lines at more than that
+            tokens = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
             self.vocab = vocab = {token: i for i, token in enumerate(tokens)}
             if "[UNK]" not in vocab or len(vocab) < len(tokens):
-                raise ValueError("a token is there twice" if "[UNK]" in vocab else "no [UNK], for words it cannot spell")
+                raise ValueError(
+                    "a token is there twice" if "[UNK]" in vocab else "no [UNK], for words it cannot spell"
+                )
         except (ValueError, OSError) as e:
-            die(f"{path}: {said(e)}", "the vocab.txt of google-bert/bert-base-uncased; without the file it is downloaded")
+            die(
+                f"{path}: {said(e)}",
+                "the vocab.txt of google-bert/bert-base-uncased; without the file it is downloaded",
+            )
         self.table, self.known = Table(), {}
         # "[PAD]", "[MASK]", "[unused7]": a bracket in a text is a word of its own, so no text has these
         self.text = {i: token for token, i in vocab.items() if not re.fullmatch(r"\[.+\]", token)}
@@ -202,7 +318,11 @@ class WordPieces:
     def cut(self, word):
         ids, start, begin = [], 0, ""
         while start < len(word) <= 100:
-            if not (end := next((end for end in range(len(word), start, -1) if begin + word[start:end] in self.vocab), 0)):
+            if not (
+                end := next(
+                    (end for end in range(len(word), start, -1) if begin + word[start:end] in self.vocab), 0
+                )
+            ):
                 return [self.vocab["[UNK]"]]
             ids.append(self.vocab[begin + word[start:end]])
             start, begin = end, "##"
@@ -210,14 +330,21 @@ class WordPieces:
 
     def decode(self, ids):
         tokens = (self.text[i] for i in ids if i in self.text)
-        return "".join(token[2:] if token.startswith("##") else " " + token for token in tokens).removeprefix(" ")
+        return "".join(token[2:] if token.startswith("##") else " " + token for token in tokens).removeprefix(
+            " "
+        )
 
 
 class Table(dict):
-    """For str.translate, of text in NFD, where an accent is a character of its own: what becomes of a character, asked once each."""
+    """
+    For str.translate, of text in NFD, where an accent is a character of its own: what becomes of a character,
+    asked once each.
+    """
 
     def __missing__(self, code):
         c, kind = chr(code), unicodedata.category(chr(code))
         dropped = kind in ("Mn", "Cc", "Cf", "Co") and c not in "\t\n\r" or c == "\ufffd"
         alone = kind[0] == "P" or c in "$+<=>^`|~" or re.match(f"[{CJK}]", c)
-        return self.setdefault(code, "" if dropped else f" {c} " if alone else " " if c.isspace() else c.lower())
+        return self.setdefault(
+            code, "" if dropped else f" {c} " if alone else " " if c.isspace() else c.lower()
+        )

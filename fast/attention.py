@@ -1,11 +1,14 @@
 """
 How is the rule of model.py computed? As a mask, and attention under it in three ways that give the same:
 
-    dense       all pairs are scored, and what the mask forbids is thrown away: generation, where little is forbidden
+    dense       all pairs are scored, and what the mask forbids is thrown away: generation, where little is
+                forbidden
     in pieces   a training pass on a CPU, as the steps of its own generation side by side
-    in blocks   a training pass on CUDA, by FlexAttention (arXiv 2412.05496), which leaves out tiles of which nothing is read
+    in blocks   a training pass on CUDA, by FlexAttention (arXiv 2412.05496), which leaves out tiles of which
+                nothing is read
 
-A training pass has T clean and T noisy tokens: 4 T^2 pairs, of which the rule allows T^2 + T (b + 1) / 2. Letters as in model.py.
+A training pass has T clean and T noisy tokens: 4 T^2 pairs, of which the rule allows T^2 + T (b + 1) / 2.
+Letters as in model.py.
 """
 
 import functools
@@ -21,10 +24,11 @@ from kernels import send
 
 def attention_mask(block_size, n_past, n_clean, n_noisy, start, clean_causal=True, device=None, width=None):
     """
-    The rule of model.py as a (B or 1, S, n_past + S) bool tensor, True where a query (row) may read a key (column).
+    The rule of model.py as a (B or 1, S, n_past + S) bool tensor, True where a query (row) may read a key
+    (column).
     Keys: clean 0..n_past+C-1, then noisy start..start+N-1; queries the same without the n_past cached ones.
-    With a width, n_past may be a tensor: keys are clean 0..width-1, of which those beyond n_past+C-1 are not read, then the noisy ones.
-    With block_size 2 and four positions, input [clean | noisy]:
+    With a width, n_past may be a tensor: keys are clean 0..width-1, of which those beyond n_past+C-1 are not
+    read, then the noisy ones. With block_size 2 and four positions, input [clean | noisy]:
 
                    clean 0 1 2 3   noisy 0 1 2 3
         clean 0          # . . .         . . . .      clean text reads itself, causally
@@ -39,7 +43,11 @@ def attention_mask(block_size, n_past, n_clean, n_noisy, start, clean_causal=Tru
     b = placed(block_size, device)
     b = b[..., None] if b.dim() == 2 else b.view(-1, 1, 1)  # (1 or B, 1 or N, 1)
     clean = torch.arange(width or n_past + n_clean, device=device)
-    noisy = send(start, device or start.device) if torch.is_tensor(start) else torch.arange(start, start + n_noisy, device=device)
+    noisy = (
+        send(start, device or start.device)
+        if torch.is_tensor(start)
+        else torch.arange(start, start + n_noisy, device=device)
+    )
     ask = n_past + torch.arange(n_clean, device=device)[:, None]  # (C, 1)
     own = noisy[:, None] // b  # (1 or B, N, 1)
     mask = torch.zeros(b.size(0), n_clean + n_noisy, len(clean) + n_noisy, dtype=torch.bool, device=device)
@@ -53,19 +61,26 @@ def attention_mask(block_size, n_past, n_clean, n_noisy, start, clean_causal=Tru
 
 def placed(block_size, device):
     """A block size, or several, as a tensor on the device; the host does not wait for it."""
-    return send(block_size, device or block_size.device) if torch.is_tensor(block_size) else torch.full((), block_size, device=device)
+    return (
+        send(block_size, device or block_size.device)
+        if torch.is_tensor(block_size)
+        else torch.full((), block_size, device=device)
+    )
 
 
 def added(x, mask):
-    """(B, S, K) booleans as what is added to the scores, (B, 1, S, K): SDPA would convert them again in every layer."""
+    """
+    (B, S, K) booleans as what is added to the scores, (B, 1, S, K): SDPA would convert them again in every
+    layer.
+    """
     mask = mask[:, None]
     return torch.zeros(mask.shape, device=mask.device, dtype=dtype_of(x)).masked_fill_(~mask, -math.inf)
 
 
 def dtype_of(x):
     """
-    What attention computes in, given a weight, or what a product with it gave: its dtype, or autocast's; but on a CPU float32, for
-    bfloat16's backward takes up to 2.5 times as long there (docs/log.md).
+    What attention computes in, given a weight, or what a product with it gave: its dtype, or autocast's; but
+    on a CPU float32, for bfloat16's backward takes up to 2.5 times as long there (docs/log.md).
     """
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return x.dtype
@@ -73,12 +88,19 @@ def dtype_of(x):
 
 
 def training_mask(x, n_heads, block_size, C, N, start, clean_causal):
-    """For `attend`: a pass of clean 0..C-1 and noisy start..C-1, x (B, C + N, D), by the way that `path` names."""
-    way = path(x.device, dtype_of(x), x.size(2) // n_heads, C + N)[0]
+    """
+    For `attend`: a pass of clean 0..C-1 and noisy start..C-1, x (B, C + N, D), by the way that
+    `choose_backend` names.
+    """
+    way = choose_backend(x.device, dtype_of(x), x.size(2) // n_heads, C + N)[0]
     if way == "FlexAttention":
-        return blocks(block_size, len(x), C, N, start, clean_causal, x.device)
-    if way == "SDPA in pieces" and not torch.compiler.is_compiling() and C > (step := piece(block_size, C)):
-        return pieces(x, block_size, C, start, clean_causal, step)
+        return flex_mask(block_size, len(x), C, N, start, clean_causal, x.device)
+    if (
+        way == "SDPA in pieces"
+        and not torch.compiler.is_compiling()
+        and C > (step := chunk_length(block_size, C))
+    ):
+        return query_chunks(x, block_size, C, start, clean_causal, step)
     return added(x, attention_mask(block_size, 0, C, N, start, clean_causal, x.device))
 
 
@@ -86,41 +108,57 @@ LONG = 1024  # tokens of both streams from which on FlexAttention is worth its c
 TRIED = {}  # what became of FlexAttention, by device, dtype and width
 
 
-def path(device, dtype, width, tokens):
+def choose_backend(device, dtype, width, tokens):
     """
-    ("FlexAttention", "SDPA in pieces" or "dense SDPA", why): what a training pass of so many tokens of both streams runs on. The first call
-    for CUDA compiles FlexAttention for heads of that width, and tries it on a few numbers, forwards and backwards, against dense attention.
+    ("FlexAttention", "SDPA in pieces" or "dense SDPA", why): what a training pass of so many tokens of both
+    streams runs on. The first call for CUDA compiles FlexAttention for heads of that width, and tries it on a
+    few numbers, forwards and backwards, against dense attention.
     """
     if device.type != "cuda":
-        return ("SDPA in pieces", "a CPU") if device.type == "cpu" else ("dense SDPA", "FlexAttention is for CUDA")
+        return (
+            ("SDPA in pieces", "a CPU")
+            if device.type == "cpu"
+            else ("dense SDPA", "FlexAttention is for CUDA")
+        )
     if tokens < LONG:
         return "dense SDPA", f"FlexAttention is for {LONG} tokens and more, of both streams"
     key = str(device), dtype, width
     if key not in TRIED:
         try:
             off = try_out(device, dtype, width)
-            TRIED[key] = ("dense SDPA", "FlexAttention gave something else in its first call") if off else ("FlexAttention", "compiled")
+            TRIED[key] = (
+                ("dense SDPA", "FlexAttention gave something else in its first call")
+                if off
+                else ("FlexAttention", "compiled")
+            )
         except Exception as e:  # whatever a compiler or a driver may raise
-            TRIED[key] = "dense SDPA", f"FlexAttention's first call failed: {type(e).__name__}: {(str(e).strip() or '?').splitlines()[0]}"
+            TRIED[key] = (
+                "dense SDPA",
+                f"FlexAttention's first call failed: {type(e).__name__}: "
+                f"{(str(e).strip() or '?').splitlines()[0]}",
+            )
     return TRIED[key]
 
 
 # ----- in pieces
 
-PIECES = 32, 64  # positions that attend at once: an eighth of a row within these bounds, a 32nd part of long ones, for joining costs too
+# positions that attend at once: an eighth of a row within these bounds, a 32nd part of long ones, for joining
+# costs too
+CHUNK_BOUNDS = 32, 64
 
 
-def piece(block_size, C):
+def chunk_length(block_size, C):
     """Positions of a piece: whole blocks of every row's size."""
     unit = block_size if isinstance(block_size, int) else math.lcm(*block_size.unique().tolist())
-    least, most = PIECES
+    least, most = CHUNK_BOUNDS
     return -(-max(least, min(most, C // 8), C // 32) // unit) * unit
 
 
-def pieces(x, block_size, C, start, clean_causal, step):
+def query_chunks(x, block_size, C, start, clean_causal, step):
     """
-    [(clean tokens, noisy tokens, mask)] of pieces of `step` positions. A piece reads itself and the clean tokens before it, as a step of
-    generation does: of T clean and T noisy tokens T^2 + 3 T step pairs are scored.
+    [(clean tokens, noisy tokens, mask)] of pieces of `step` positions. A piece reads itself and the clean
+    tokens before it, as a step of generation does: of T clean and T noisy tokens T^2 + 3 T step pairs are
+    scored.
     """
     found = []
     for lo in range(0, C, step):
@@ -141,22 +179,29 @@ class Blocks(NamedTuple):
 
 @functools.cache
 def compiled():
-    """flex_attention and create_block_mask. Each kind of pass is a variant: training, validation, prompts, ..."""
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # beyond it all pairs are scored, without a word
+    """
+    flex_attention and create_block_mask. Each kind of pass is a variant: training, validation, prompts, ...
+    """
+    # beyond it all pairs are scored, without a word
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention), torch.compile(create_block_mask)
 
 
-def blocks(block_size, B, C, N, start, clean_causal, device):
+def flex_mask(block_size, B, C, N, start, clean_causal, device):
     """
-    The rule as a function of two places in [clean | noisy], for FlexAttention. Block sizes are data, one a row, and so is `start`: another
-    mixture compiles nothing anew.
+    The rule as a function of two places in [clean | noisy], for FlexAttention. Block sizes are data, one a
+    row, and so is `start`: another mixture compiles nothing anew.
     """
     size = placed(block_size, device).expand(B).contiguous()
     edge, shift = (torch.full((B,), n, device=device) for n in (C, start - C))
 
     def rule(row, head, ask, key):
         first = edge[row]  # where the noisy stream begins
-        q, k = torch.where(ask < first, ask, ask + shift[row]), torch.where(key < first, key, key + shift[row])  # positions
+        # positions
+        q, k = (
+            torch.where(ask < first, ask, ask + shift[row]),
+            torch.where(key < first, key, key + shift[row]),
+        )
         own, at = q // size[row], k // size[row]
         clean = k <= q if clean_causal else at <= own
         return torch.where(ask < first, (key < first) & clean, torch.where(key < first, at < own, at == own))
@@ -168,26 +213,35 @@ def blocks(block_size, B, C, N, start, clean_causal, device):
 
 @torch.enable_grad()
 def try_out(device, dtype, width):
-    """Whether FlexAttention and dense attention differ on a few numbers: what comes out, and its gradients."""
+    """
+    Whether FlexAttention and dense attention differ on a few numbers: what comes out, and its gradients.
+    """
     B, C, size = 2, 256, torch.tensor([1, 16], device=device)
-    *inputs, slope = torch.randn(4, B, 2, 2 * C, width, generator=torch.Generator().manual_seed(0)).to(device).unbind()
+    *inputs, slope = (
+        torch.randn(4, B, 2, 2 * C, width, generator=torch.Generator().manual_seed(0)).to(device).unbind()
+    )
     found = []
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         inputs, slope = [x.clone() for x in inputs], slope.clone()  # no inference tensors
         dense = added(slope, attention_mask(size, 0, C, C, 0, device=device))
-        for mask, kind in ((blocks(size, B, C, C, 0, True, device), dtype), (dense, torch.float32)):
+        for mask, kind in ((flex_mask(size, B, C, C, 0, True, device), dtype), (dense, torch.float32)):
             for skip in (0, C):
                 q, k, v = (x.to(kind).requires_grad_() for x in inputs)
                 y = attend(q[:, :, skip:], k, v, mask, skip)
                 found.append([y, *torch.autograd.grad(y, (q, k, v), slope[:, :, skip:].to(kind))])
     near = lambda a, b: torch.allclose(a.float(), b, rtol=0.05, atol=0.05 if dtype != torch.float32 else 1e-2)
-    return not all(near(a, b) for ours, other in zip(found[:2], found[2:], strict=True) for a, b in zip(ours, other, strict=True))
+    return not all(
+        near(a, b)
+        for ours, other in zip(found[:2], found[2:], strict=True)
+        for a, b in zip(ours, other, strict=True)
+    )
 
 
 def attend(q, k, v, mask, skip):
     """
-    Attention of queries (B, H, S - skip, D/H) over keys and values (B, H, keys, D/H). mask: None, or what is added to the scores of all S
-    queries (B or 1, 1, S, keys), or what `pieces` or `blocks` made.
+    Attention of queries (B, H, S - skip, D/H) over keys and values (B, H, keys, D/H). mask: None, or what is
+    added to the scores of all S
+    queries (B or 1, 1, S, keys), or what `query_chunks` or `flex_mask` made.
     """
     if q.is_cpu and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):  # SDPA and @ would round to bfloat16
@@ -198,12 +252,14 @@ def attend(q, k, v, mask, skip):
     if not isinstance(mask, list):
         return softmax_attention(q, k, v, mask if mask is None else mask[:, :, skip:])
     P, cs, ns = len(mask), [c for c, *_ in mask], [n for _, n, _ in mask]
-    k, v = (x.split_with_sizes(cs + ns, dim=2) for x in (k, v))  # P pieces of the clean stream, then P of the noisy one
+    # P pieces of the clean stream, then P of the noisy one
+    k, v = (x.split_with_sizes(cs + ns, dim=2) for x in (k, v))
     q = q.split_with_sizes([0] * P * (skip > 0) + cs * (skip == 0) + ns, dim=2)
     ys = []
     for p, (_, _, plus) in enumerate(mask):
         queries = torch.cat((q[p], q[P + p]), dim=2)
-        read = (torch.cat((*x[: p + 1], x[P + p]), dim=2) for x in (k, v))  # the clean tokens so far, and its own noisy ones
+        # the clean tokens so far, and its own noisy ones
+        read = (torch.cat((*x[: p + 1], x[P + p]), dim=2) for x in (k, v))
         y = softmax_attention(queries, *read, plus[:, :, -queries.size(2) :] if queries.size(2) else None)
         ys.append(y.split_with_sizes((q[p].size(2), q[P + p].size(2)), dim=2))
     return torch.cat([clean for clean, _ in ys] + [noisy for _, noisy in ys], dim=2)
@@ -211,8 +267,8 @@ def attend(q, k, v, mask, skip):
 
 def softmax_attention(q, k, v, added):
     """
-    softmax(q k' / sqrt(D/H) + added) v. Written out for many heads with few scores each: on a CPU SDPA takes up to twice as long. With
-    gradients the scores are kept, so the limit is lower.
+    softmax(q k' / sqrt(D/H) + added) v. Written out for many heads with few scores each: on a CPU SDPA takes
+    up to twice as long. With gradients the scores are kept, so the limit is lower.
     """
     B, H, S, width = q.shape
     few = B * H >= 8 and S >= 4 and S * k.size(2) <= 1 << (13 if torch.is_grad_enabled() else 14)

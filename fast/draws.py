@@ -1,118 +1,74 @@
 """
-How is a token drawn? Exactly, tail included, from logits alone, and by random numbers that belong to its row and to nothing else.
+How is a token drawn without probabilities? Exactly, tail included, from logits alone: what rng.draw does of
+dense probabilities.
 
-    Noise      uniform numbers that depend on (seed, step, row, position)
-    sample     a draw from softmax(z / T), or from q(x_s | x_t, softmax(z / T)), and what samplers want to know of it
-    sharpen    temperature and nucleus
+    sample     a draw from softmax(z / T), or from q(x_s | x_t, softmax(z / T)), and what samplers want to
+               know of it
+    settle     what the random numbers decide before anyone has seen the logits
 
 Letters as in kernels.py, which says when Triton runs: N rows, V vocabulary, z logits, p = softmax(z / T).
 """
 
-import copy
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from kernels import CHUNK, as_rows, blocks, float64, full, fused, jit, launch, log1p, send, tile, tl, wide
+import kernels
+from kernels import CHUNK, as_rows, blocks, full, jit, launch, log1p, tile, tl, wide
+from rng import exponential, float64, uniforms
 
-# ----- random numbers
-
-GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, bits like random: the increment of splitmix64, as a signed int
-
-
-def mix(z):
-    """
-    The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit ints under which counters look random.
-    z: an int64 tensor (its products wrap, its shifts keep the sign, which is cut off) or a Python int, for the same result.
-    """
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64))):
-        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
-        z = (z + (1 << 63)) % (1 << 64) - (1 << 63) if isinstance(z, int) else z
-    return z ^ ((z >> 31) & ((1 << 33) - 1))
+# lane l of a row holds the ids with v // 8 % LANES == l. Another number gives other draws, as good
+LANES = 256
 
 
-def uniforms(key, count):
-    """Numbers in (0, 1] with 63 random bits from int64 keys and counts, which broadcast; float64, float32 on MPS."""
-    return ((mix(key + count * GOLDEN) & (1 << 63) - 1).to(float64(key.device)) + 0.5) * 2.0**-63
+@functools.cache
+def works(device):
+    """Does Triton's draw give what PyTorch's does on a few numbers? The first call tries it."""
+    try:
+        return not _try_out(device)
+    except Exception:  # whatever a compiler or a driver may raise
+        return False
+
+
+def _try_out(device):
+    """The name of a draw in which the kernel and its PyTorch form differ; '' if there is none."""
+    N, V = 4, 5000
+    rng = torch.Generator().manual_seed(0)
+    logits, xt = (
+        3 * torch.randn(N, V, generator=rng).to(device),
+        torch.randint(V, (N,), generator=rng).to(device),
+    )
+    alpha, key = (
+        torch.tensor([0.1, 0.5, 0.9, 0.99], dtype=torch.float64, device=device),
+        torch.arange(N, device=device),
+    )
+    mixture, less = (
+        torch.stack((V * alpha, 1 - alpha, 0 * alpha, 0 * alpha), -1),
+        -torch.ones(N, device=device),
+    )
+    found = []
+    for form in (sample_pytorch, sample_triton):
+        draws = []
+        for z in (logits, logits.bfloat16()):
+            draws += [
+                *form(z, key, xt, mixture, xt, less, 0.7, True),
+                form(z, key, xt, mixture, xt, less, 0.7, False)[0],
+            ]
+        found.append({"sample": draws})
+    return kernels.first_difference(*found)
+
+
+def fused(x):
+    """Whether a draw of x takes the Triton kernel."""
+    return kernels.fused(x) and (not x.is_cuda or works(x.device))
 
 
 def clocks(key, count):
-    """
-    When exponential clocks of rate 1 ring, -log(1 - u). log1p: the small ones decide the tail, and are exact. None is infinite: it
-    would lose to what is next to impossible, where u rounds to 1.
-    """
-    u = uniforms(key, count)
-    return -torch.log1p(-u.clamp(max=1 - torch.finfo(u.dtype).eps / 2))
-
-
-class Noise:
-    """
-    Uniform numbers in (0, 1] with 63 random bits that depend on (seed, row, position, step, how many were taken before) and on
-    nothing else: not on the batch mates, the number of processes, the device or any global state.
-    rows (B,), positions (L,): integer tensors. noise.uniform(n) is (B, L, n) float64 (float32 on MPS). Rows and steps
-    -1 and -2 exist too: streams for what belongs to no row, or comes before the first step. step: an int, or (K, 1, 1), for `unbind`.
-    """
-
-    def __init__(self, seed, rows, positions, step=0):
-        key = seed
-        for part in (step, rows[:, None], positions[None]):
-            key = mix(key + (part + 1) * GOLDEN)
-        self.key, self.taken = key, 0  # (B, L)
-
-    @classmethod
-    def like(cls, x):
-        """Noise for x (B, L), seeded from torch's global generator: what the methods below use when given none."""
-        seed = torch.randint(1 << 62, ()).item()
-        return cls(seed, torch.arange(x.size(0), device=x.device), torch.arange(x.size(1), device=x.device))
-
-    def unbind(self):
-        """K of them, one a step: many small operations become one."""
-        several = []
-        for key in self.key.unbind():
-            several.append(copy.copy(self))
-            several[-1].key = key
-        return several
-
-    def to(self, device):
-        """This very Noise, elsewhere: the same numbers."""
-        self.key = send(self.key, device)
-        return self
-
-    def uniform(self, n):
-        count = torch.arange(self.taken + 1, self.taken + 1 + n, device=self.key.device)
-        self.taken += n
-        return uniforms(self.key[..., None], count)
-
-    def keys(self):
-        """For draws.sample: (B, L) int64. Their counts begin somewhere else than those of `uniform`, far away."""
-        self.taken += 1
-        return self.key + mix(self.taken)
-
-
-# ----- draws
-
-LANES = 256  # lane l of a row holds the ids with v // 8 % LANES == l. Another number gives other draws, as good
-
-
-def sharpen(logits, temperature=1.0, top_p=1.0):
-    """
-    Temperature, then nucleus (arXiv 1904.09751): the fewest most likely tokens whose probability reaches top_p.
-    Temperature 0 is greedy: all mass on the argmax. logits (..., V) -> (..., V). Raises ValueError out of range.
-    """
-    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature} must be finite and >= 0, top_p {top_p} in (0, 1]")
-    if temperature == 0:
-        return torch.full_like(logits, -math.inf).scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
-    if temperature != 1:
-        logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest at 0: a tiny temperature overflows nothing
-    if top_p < 1:
-        value, index = logits.sort(-1, descending=True)
-        p = value.softmax(-1)
-        outside = p.cumsum(-1) - p >= top_p  # what stands before it is enough already
-        logits = logits.masked_fill(outside.scatter(-1, index, outside), -math.inf)
-    return logits
+    """When exponential clocks of rate 1 ring."""
+    return exponential(uniforms(key, count))
 
 
 @dataclass
@@ -128,19 +84,36 @@ class Draw:
 
 def settle(key, xt, mixture, V):
     """
-    What the random numbers of `sample` settle before anyone has seen p: (token (N,), asked (N,) bool), then the numbers, u (N,) and a
-    uniform id (N,). Where not asked, that is the draw, for any p(x_t) in [0, 1]: the uniform id if u (seen + rest) < fresh, x_t if
-    fresh <= u rest <= fresh + stay.
+    What the random numbers of `sample` settle before anyone has seen p: (token (N,), asked (N,) bool), then
+    the numbers, u (N,) and a uniform id (N,). Where not asked, that is the draw, for any p(x_t) in [0, 1]:
+    the uniform id if u (seen + rest) < fresh, x_t if fresh <= u rest <= fresh + stay.
     """
     seen, rest, fresh, stay = mixture.unbind(-1)
     u, other = uniforms(key[:, None], torch.arange(1, 3, device=key.device)).unbind(-1)
     renewed, drawn = u * rest < fresh, (other * V).long().clamp(max=V - 1)
-    return torch.where(renewed, drawn, xt), renewed & (u * (seen + rest) >= fresh) | (u * rest > fresh + stay), u, drawn
+    return (
+        torch.where(renewed, drawn, xt),
+        renewed & (u * (seen + rest) >= fresh) | (u * rest > fresh + stay),
+        u,
+        drawn,
+    )
 
 
-def sample(logits, key, temperature=1.0, xt=None, mixture=None, shift=None, forbidden=None, stats=False, transform=None, settled=None):
+def sample(
+    logits,
+    key,
+    temperature=1.0,
+    xt=None,
+    mixture=None,
+    shift=None,
+    forbidden=None,
+    stats=False,
+    transform=None,
+    settled=None,
+):
     """
-    An exact draw a row, without (N, V) probabilities: from p = softmax(z / T), or, with x_t and a mixture (seen, rest, fresh, stay),
+    An exact draw a row, without (N, V) probabilities: from p = softmax(z / T), or, with x_t and a mixture
+    (seen, rest, fresh, stay),
 
         fresh / D    a uniform id               D = seen p(x_t) + rest
         (seen p(x_t) + stay) / D    x_t
@@ -148,14 +121,17 @@ def sample(logits, key, temperature=1.0, xt=None, mixture=None, shift=None, forb
 
     which is what q(x_s | x_t, p) is for both kinds of noise (`mixture` in diffusion.py). Returns a Draw.
 
-    logits (N, V) any float dtype. key (N,) int64: a row's draw depends on its key and logits, not on its batch mates or on how it is
-    run: Noise.keys. mixture (N, 4) float64. temperature > 0; shift, forbidden: as in uniform_nll, cross_entropy.
-    transform   a function of logits (n, V) that takes the temperature's place, greedy or nucleus; always in PyTorch
+    logits (N, V) any float dtype. key (N,) int64: a row's draw depends on its key and logits, not on its
+    batch mates or on how it is
+    run: Noise.keys. mixture (N, 4) float64. temperature > 0; shift, forbidden: as in uniform_nll,
+        cross_entropy.
+    transform   a function of logits (n, V) that takes the temperature's place, greedy or nucleus; always in
+                PyTorch
     settled     what `settle` said of these rows, where it was asked before
 
-    Of a row one reading keeps, for each of 256 lanes, its mass. Exponential clocks with these masses as rates choose a lane, clocks
-    with the weights inside choose its member: 256 + V / 256 random numbers of 63 bits instead of V. With 32-bit numbers the tail
-    would starve, which is a lower temperature in disguise.
+    Of a row one reading keeps, for each of 256 lanes, its mass. Exponential clocks with these masses as rates
+    choose a lane, clocks with the weights inside choose its member: 256 + V / 256 random numbers of 63 bits
+    instead of V. With 32-bit numbers the tail would starve, which is a lower temperature in disguise.
 
     A row that is read and holds NaN gets token -1.
 
@@ -164,13 +140,30 @@ def sample(logits, key, temperature=1.0, xt=None, mixture=None, shift=None, forb
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be above 0 and finite, not {temperature}")
     N, device, logits = len(logits), logits.device, as_rows(logits.detach())
-    xt, key, temperature = (torch.zeros_like(key) if xt is None else xt).contiguous(), key.contiguous(), max(temperature, 1e-30)
-    mixture = torch.eye(4, device=device, dtype=float64(device))[1].expand(N, 4) if mixture is None else mixture  # all from p
+    xt, key, temperature = (
+        (torch.zeros_like(key) if xt is None else xt).contiguous(),
+        key.contiguous(),
+        max(temperature, 1e-30),
+    )
+    # all from p
+    mixture = (
+        torch.eye(4, device=device, dtype=float64(device))[1].expand(N, 4) if mixture is None else mixture
+    )
     edit = xt if forbidden is None else torch.full_like(xt, forbidden)
-    add = -full(shift, N, device, torch.float32, 0.0) if forbidden is None else torch.full((N,), -math.inf, device=device)
+    add = (
+        -full(shift, N, device, torch.float32, 0.0)
+        if forbidden is None
+        else torch.full((N,), -math.inf, device=device)
+    )
     assert shift is None or forbidden is None, "masked noise has a forbidden id, uniform noise a shift"
     args = logits, key, xt, mixture.contiguous(), edit, add, temperature, stats
-    return Draw(*(sample_triton(*args) if fused(logits) and transform is None else sample_pytorch(*args, transform, settled)))
+    return Draw(
+        *(
+            sample_triton(*args)
+            if fused(logits) and transform is None
+            else sample_pytorch(*args, transform, settled)
+        )
+    )
 
 
 def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, transform=None, settled=None):
@@ -186,12 +179,17 @@ def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, tran
     every = rows if len(rows) == N else torch.arange(len(rows), device=device)
     source = rows if transform is None else every
     if transform is not None:  # a new (n, V) of logits, as they are drawn from
-        logits = transform(logits.index_select(0, rows).to(wide(logits)).scatter_add_(1, edit[:, None], add[:, None].to(wide(logits))))
+        logits = transform(
+            logits.index_select(0, rows)
+            .to(wide(logits))
+            .scatter_add_(1, edit[:, None], add[:, None].to(wide(logits)))
+        )
         add, temperature = torch.zeros_like(add), 1.0
 
     # one reading: the maximum m, the mass of every lane relative to it, and sum w log w
     n = max(1, CHUNK // V)
-    work = torch.empty(1 + stats, min(n, len(rows)), V, dtype=logits.dtype, device=device)  # see kernels.pieces
+    # see kernels.pieces
+    work = torch.empty(1 + stats, min(n, len(rows)), V, dtype=logits.dtype, device=device)
     m, mass, w_xt, h = [], [], [], []
     for part in every.split(n):
         z = torch.index_select(logits, 0, source[part], out=work[0, : len(part)]).to(wide(logits))
@@ -199,7 +197,13 @@ def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, tran
         m.append(z.amax(-1, keepdim=True))
         z.sub_(m[-1])
         z = z if temperature == 1 else z.div_(temperature)
-        w = torch.exp(z, out=work[1, : len(part)]) if stats and z.dtype == work.dtype else z.exp() if stats else z.exp_()
+        w = (
+            torch.exp(z, out=work[1, : len(part)])
+            if stats and z.dtype == work.dtype
+            else z.exp()
+            if stats
+            else z.exp_()
+        )
         mass.append(_lanes(w))
         w_xt.append(w.gather(1, xt[part, None]))
         h += [z.clamp_(min=-1e30).mul_(w).sum(-1)] if stats else []
@@ -208,7 +212,9 @@ def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, tran
 
     def z_at(index, ids):
         """log p, but for log(total), of ids (len(index), k)"""
-        z = logits[source[index, None], ids].to(m) + torch.where(ids == edit[index, None], add[index, None], 0.0)
+        z = logits[source[index, None], ids].to(m) + torch.where(
+            ids == edit[index, None], add[index, None], 0.0
+        )
         return (z - m[index]) / temperature
 
     p_xt = w_xt / total
@@ -218,11 +224,14 @@ def sample_pytorch(logits, key, xt, mixture, edit, add, temperature, stats, tran
     L, tiles = mass.size(1), -(-V // (8 * LANES))
     lane, member = torch.arange(L, device=device), torch.arange(min(8 * tiles, V), device=device)
     key = key[go, None]
-    lane_clock, clock = clocks(key, 3 + torch.cat((lane, LANES + member))).split_with_sizes((L, len(member)), dim=-1)
+    lane_clock, clock = clocks(key, 3 + torch.cat((lane, LANES + member))).split_with_sizes(
+        (L, len(member)), dim=-1
+    )
     lane = (mass[go] / lane_clock).argmax(-1, keepdim=True)
     ids = member // 8 * (8 * LANES) + member % 8 + 8 * lane  # (n, 8 tiles)
     real = ids.clamp(max=V - 1)
-    weight = w.index_select(0, go).gather(1, real) if len(w) == len(rows) else z_at(go, real).exp()  # if it is all there still
+    # if it is all there still
+    weight = w.index_select(0, go).gather(1, real) if len(w) == len(rows) else z_at(go, real).exp()
     y[go] = ids.gather(1, (torch.where(ids < V, weight, 0.0) / clock).argmax(-1, keepdim=True))[:, 0]
     y = torch.where(total.isnan(), -1, y)
     token[rows] = y
@@ -247,8 +256,26 @@ def _lanes(w):
 def sample_triton(logits, key, xt, mixture, edit, add, temperature, stats):
     N, V = logits.shape
     token, out = torch.empty_like(xt), torch.empty(4, N, device=logits.device)
-    launch(_sample_kernel, N, logits, logits, key, xt, mixture, edit, add, token, *out, logits.stride(0), V, 1 / temperature,
-            STATS=stats, TILES=1 << (-(-V // (8 * LANES)) - 1).bit_length(), **blocks(V, 8 * LANES))  # fmt: skip
+    launch(
+        _sample_kernel,
+        N,
+        logits,
+        logits,
+        key,
+        xt,
+        mixture,
+        edit,
+        add,
+        token,
+        *out,
+        logits.stride(0),
+        V,
+        1 / temperature,
+        # fmt: skip
+        STATS=stats,
+        TILES=1 << (-(-V // (8 * LANES)) - 1).bit_length(),
+        **blocks(V, 8 * LANES),
+    )
     return token, *(out if stats else [None] * 4)
 
 
@@ -273,7 +300,13 @@ def _sample_kernel(
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
-    row, k, x, e, plus = logits + i * stride, tl.load(key + i), tl.load(xt + i), tl.load(edit + i), tl.load(add + i)
+    row, k, x, e, plus = (
+        logits + i * stride,
+        tl.load(key + i),
+        tl.load(xt + i),
+        tl.load(edit + i),
+        tl.load(add + i),
+    )
     seen, rest, fresh = tl.load(mixture + 4 * i), tl.load(mixture + 4 * i + 1), tl.load(mixture + 4 * i + 2)
     stay, u = tl.load(mixture + 4 * i + 3), _uniform(k, 1, tl.float64)
     drawn = tl.minimum((_uniform(k, 2, tl.float64) * V).to(tl.int64), V - 1)
@@ -314,7 +347,10 @@ def _sample_kernel(
             tl.store(logp + i, (z_y - best) * by - tl.log(total))
             tl.store(top + i, 1 / total)
             tl.store(p_xt + i, p.to(tl.float32))
-            tl.store(entropy + i, tl.log(total) - tl.sum(tl.where(mass > 0, (h + gap * s) * tl.exp(gap), 0.0), 0) / total)
+            tl.store(
+                entropy + i,
+                tl.log(total) - tl.sum(tl.where(mass > 0, (h + gap * s) * tl.exp(gap), 0.0), 0) / total,
+            )
     tl.store(token + i, y)
 
 
@@ -326,14 +362,17 @@ def _online_entropy(z, m, s, h, by, STATS: tl.constexpr):
     d, fall = (z - safe[:, None]) * by, (m - safe) * by
     e, shrink = tl.exp(d), tl.exp(fall)
     if STATS:
-        h = tl.where(s > 0, shrink * (h + tl.where(shrink > 0, fall, 0.0) * s), 0.0) + tl.sum(tl.where(e > 0, e * d, 0.0), 1)
+        h = tl.where(s > 0, shrink * (h + tl.where(shrink > 0, fall, 0.0) * s), 0.0) + tl.sum(
+            tl.where(e > 0, e * d, 0.0), 1
+        )
     return new, s * shrink + tl.sum(e, 1), h
 
 
 @jit
 def _uniform(key, count, dtype: tl.constexpr):
     """uniforms; the small ones keep all their bits in float32 too."""
-    z = key.to(tl.uint64) + (key * 0 + count).to(tl.uint64) * 0x9E3779B97F4A7C15  # GOLDEN; count may be a bare int
+    # GOLDEN; count may be a bare int
+    z = key.to(tl.uint64) + (key * 0 + count).to(tl.uint64) * 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     z = z ^ (z >> 31)

@@ -1,12 +1,15 @@
 """
-How does a GPU sample without waiting for Python? A pass of generation is recorded once as a CUDA graph, and played from then on.
+How does a GPU sample without waiting for Python? A pass of generation is recorded once as a CUDA graph, and
+played from then on.
 
-A pass of a few tokens is hundreds of kernels of microseconds each, and launching them takes longer than running them. A graph is launched
-as one, but it is what was launched when it was recorded: the same shapes, the same addresses, no question to the host. So its inputs
-lie in buffers; the length of the context and all positions are tensors; attention reads the cache's whole buffers under a mask; and it
-runs all rows. It puts out hidden states: the head is asked only for the tokens a step depends on, as without graphs.
+A pass of a few tokens is hundreds of kernels of microseconds each, and launching them takes longer than
+running them. A graph is launched as one, but it is what was launched when it was recorded: the same shapes,
+the same addresses, no question to the host. So its inputs lie in buffers; the length of the context and all
+positions are tensors; attention reads the cache's whole buffers under a mask; and it runs all rows. It puts
+out hidden states: the head is asked only for the tokens a step depends on, as without graphs.
 
-Not measured on a GPU. On a CPU the tests play a tape of the same operations: nothing that a graph would freeze may change.
+Not measured on a GPU. On a CPU the tests play a tape of the same operations: nothing that a graph would
+freeze may change.
 """
 
 import contextlib
@@ -18,7 +21,8 @@ import torch
 from fast.attention import dtype_of
 from kernels import send
 
-EAGER, TRIED = 2, 2  # passes of a kind before it is worth a recording, and how many playings are compared with the network itself
+# passes of a kind before it is worth a recording, and how many playings are compared with the network itself
+EAGER, TRIED = 2, 2
 
 
 def record(run):
@@ -28,17 +32,19 @@ def record(run):
     with torch.cuda.stream(side):
         run()  # what is set up at a first call must not be recorded
     torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):  # the outer one: a failed recording would leave its stream behind
+    # the outer one: a failed recording would leave its stream behind
+    with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
         out = run()
     return graph.replay, out
 
 
 class Recorded:
     """
-    model.forward with a cache, for generation: same arguments, same logits but for rounding. A pass is recorded when its shapes have come
-    up EAGER times. If that fails, or one of its first TRIED playings differs from what the network itself says, a warning says so and
-    nothing is recorded any more; until then the network's own answer is what counts. For one cache, and within one autocast: a recording
-    reads the weights that autocast has converted.
+    model.forward with a cache, for generation: same arguments, same logits but for rounding. A pass is
+    recorded when its shapes have come up EAGER times. If that fails, or one of its first TRIED playings
+    differs from what the network itself says, a warning says so and nothing is recorded any more; until then
+    the network's own answer is what counts. For one cache, and within one autocast: a recording reads the
+    weights that autocast has converted.
     """
 
     def __init__(self, model, record=record):
@@ -93,14 +99,19 @@ class Recorded:
         def run():
             cache.length = inputs[2]
             level = inputs[4] if len(inputs) > 4 else None
-            return self.model(*inputs[:2], size, inputs[3], level, cache, readout=lambda hidden, weight, bias: hidden)
+            return self.model(
+                *inputs[:2], size, inputs[3], level, cache, readout=lambda hidden, weight, bias: hidden
+            )
 
         play, hidden = self.record(run)
         hidden.fill_(math.nan)  # it is for the playing to say what they are
         self.kinds[kind] = inputs, play, hidden, run  # run holds what only the recording reads
 
     def play(self, kind, given, ask):
-        """The logits of the tokens asked for, (M, V), or of all, (R, N, V): hidden states from the recording, and the head."""
+        """
+        The logits of the tokens asked for, (M, V), or of all, (R, N, V): hidden states from the recording,
+        and the head.
+        """
         inputs, play, hidden, _ = self.kinds[kind]
         for x, new in zip(inputs, given, strict=True):
             x.copy_(new, non_blocking=True)

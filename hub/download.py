@@ -1,7 +1,9 @@
 """
-How does a file arrive? By plain HTTPS, going on where the connection broke off, in this run or a later one, and checked when it is here.
+How does a file arrive? By plain HTTPS, going on where the connection broke off, in this run or a later one,
+and checked when it is here.
 
-Files are kept in $NANOBLOCK_CACHE (~/.cache/nanoblock). $HF_ENDPOINT names another hub than https://huggingface.co.
+Files are kept in $NANOBLOCK_CACHE (~/.cache/nanoblock). $HF_ENDPOINT names another hub than
+https://huggingface.co.
 """
 
 import errno
@@ -36,7 +38,10 @@ def url(repo, path, revision="main", kind=""):
 
 
 def cache():
-    return Path(os.environ.get("NANOBLOCK_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoblock")
+    return Path(
+        os.environ.get("NANOBLOCK_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoblock"
+    )
 
 
 # ----- downloads
@@ -49,8 +54,8 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def head(address, hops=5):
     """
-    The headers of `address` along its redirects, the first answer's word first: the hub's own says more than its storage's. "size": of the
-    file. Servers that have no HEAD are asked for one byte.
+    The headers of `address` along its redirects, the first answer's word first: the hub's own says more than
+    its storage's. "size": of the file. Servers that have no HEAD are asked for one byte.
     """
     found, method, patience = {}, "HEAD", PATIENCE
     while hops:
@@ -73,7 +78,7 @@ def head(address, hops=5):
         with response:
             own = {k.lower(): v for k, v in response.headers.items()}
             ranged = re.fullmatch(r"bytes 0-0/(\d+)", own.get("content-range", ""))
-            if ranged or response.status == 200 and own.get("content-length", "").isdigit():
+            if ranged or response.status == 200 and own.get("content-length", "").isdecimal():
                 own["size"] = ranged[1] if ranged else own["content-length"]
             found = {**own, **found}
             if "location" not in own or {"x-linked-size", "x-linked-etag"} <= set(found):
@@ -84,21 +89,29 @@ def head(address, hops=5):
 
 def promised_by(headers, address):
     """
-    {"size": bytes or None, "checksum": a sha256 of large files, git's sha1 of small ones, or None, "identity": what changes with the file}.
-    Elsewhere than on the hub an ETag is an identity and need not be a checksum.
+    {"size": bytes or None, "checksum": a sha256 of large files, git's sha1 of small ones, or None,
+    "identity": what changes with the file}. Elsewhere than on the hub an ETag is an identity and need not be
+    a checksum.
     """
     size, linked, tag = (headers.get(k, "") for k in ("x-linked-size", "x-linked-etag", "etag"))
-    ours = "x-repo-commit" in headers or urlsplit(address).netloc == urlsplit(endpoint()).netloc and not tag.startswith("W/")
+    ours = (
+        "x-repo-commit" in headers
+        or urlsplit(address).netloc == urlsplit(endpoint()).netloc
+        and not tag.startswith("W/")
+    )
     known = (linked or (tag if ours else "")).strip('"')
     return {
-        "size": int(size) if size.isdigit() else int(headers["size"]) if "size" in headers else None,
+        "size": int(size) if size.isdecimal() else int(headers["size"]) if "size" in headers else None,
         "checksum": known if re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", known) else None,
         "identity": linked or tag or headers.get("last-modified"),
     }
 
 
 def checksum(path, like):
-    """The checksum of a file, of the kind that `like` is: a sha256 (64 letters), or what git calls a blob's sha1 (40)."""
+    """
+    The checksum of a file, of the kind that `like` is: a sha256 (64 letters), or what git calls a blob's sha1
+    (40).
+    """
     digest = hashlib.sha256() if len(like) == 64 else hashlib.sha1(f"blob {os.path.getsize(path)}\0".encode())
     with open(path, "rb") as f:
         while part := f.read(1 << 22):
@@ -121,9 +134,10 @@ def locked(path):
 
 def fetch(address, instead="--input FILE"):
     """
-    The local copy (a Path) of the file at `address`, downloaded if need be: a connection that breaks is taken up again where it broke, in
-    this run or a later one, and what has arrived must have the size and the checksum that the server promises, if it does. Without a
-    network the copy that is there will do. Exits with two lines if there is none to be had; instead: the flag for a file of one's own.
+    The local copy (a Path) of the file at `address`, downloaded if need be: a connection that breaks is taken
+    up again where it broke, in this run or a later one, and what has arrived must have the size and the
+    checksum that the server promises, if it does. Without a network the copy that is there will do. Exits
+    with two lines if there is none to be had; instead: the flag for a file of one's own.
     """
     try:
         parts = urlsplit(address)
@@ -138,7 +152,13 @@ def fetch(address, instead="--input FILE"):
         fix = f"the network, or {instead}, of what is here already"
         if isinstance(e, urllib.error.HTTPError):
             fix = "another name" if e.code == 404 else f"later, or {instead}"
-        elif getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        elif getattr(e, "errno", None) in (
+            errno.ENOSPC,
+            errno.EFBIG,
+            errno.EDQUOT,
+            errno.EROFS,
+            errno.EACCES,
+        ):
             fix = f"NANOBLOCK_CACHE=FOLDER, with room: now {cache()}"
         die(f"could not download {address}: {said(e)}", fix)
     except KeyboardInterrupt:
@@ -147,9 +167,10 @@ def fetch(address, instead="--input FILE"):
 
 def up_to_date(address, path):
     """The file `path`, which is what `address` holds now; raises OSError."""
-    record = Path(f"{path}.json")  # what was promised of the file that is here, and what it was when it had arrived
+    # what was promised of the file that is here, and what it was when it had arrived
+    record = Path(f"{path}.json")
     try:
-        kept = json.loads(record.read_text())
+        kept = json.loads(record.read_text(encoding="utf-8"))
         good = os.path.getsize(path) == kept["size"] and checksum(path, kept["sha256"]) == kept["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         kept, good = None, False
@@ -173,15 +194,27 @@ def up_to_date(address, path):
         part.unlink()
         raise OSError(f"its checksum is {found}, the hub promised {want}")
     os.replace(part, path)
-    about = {"url": address, "promised": promised, "size": os.path.getsize(path), "sha256": checksum(path, "0" * 64)}
-    record.write_text(json.dumps(about) + "\n")
+    about = {
+        "url": address,
+        "promised": promised,
+        "size": os.path.getsize(path),
+        "sha256": checksum(path, "0" * 64),
+    }
+    record.write_text(json.dumps(about) + "\n", encoding="utf-8")
     return path
 
 
 def receive(address, part, size):
     """Append to the file `part` until it is `size` bytes long (None: until the connection ends well)."""
     failures, most = 0, 0
-    with tqdm(total=size, unit="B", unit_scale=True, desc=f"downloading {address.rsplit('/', 1)[1]}", leave=False, disable=None) as bar:
+    with tqdm(
+        total=size,
+        unit="B",
+        unit_scale=True,
+        desc=f"downloading {address.rsplit('/', 1)[1]}",
+        leave=False,
+        disable=None,
+    ) as bar:
         while True:
             have = part.stat().st_size if part.exists() else 0
             bar.n, problem = have, OSError("the connection broke off")
@@ -197,7 +230,11 @@ def receive(address, part, size):
                 code = getattr(e, "code", 0)
                 if code == 416:
                     part.unlink(missing_ok=True)
-                elif 400 <= code < 500 and code != 429 or getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                elif (
+                    400 <= code < 500
+                    and code != 429
+                    or getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+                ):
                     raise
                 problem = e
             now = part.stat().st_size if part.exists() else 0
@@ -210,12 +247,18 @@ def receive(address, part, size):
 
 def request_rest(address, part, have, bar):
     """One request for what is lacking; True if the server sent all it announced."""
-    request = urllib.request.Request(address, headers={"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})})
+    request = urllib.request.Request(
+        address, headers={"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+    )
     with urllib.request.urlopen(request, timeout=30) as response:
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise OSError(f"it came as {response.headers['Content-Encoding']}, which was not asked for")
-        if response.status == 206 and not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
-            raise OSError(f"bytes from {have} on were asked for, {response.headers.get('Content-Range')} came")
+        if response.status == 206 and not (response.headers.get("Content-Range") or "").startswith(
+            f"bytes {have}-"
+        ):
+            raise OSError(
+                f"bytes from {have} on were asked for, {response.headers.get('Content-Range')} came"
+            )
         if response.status != 206:
             bar.n = 0  # a server that knows no ranges begins again
         left, got = response.headers.get("Content-Length", ""), 0
@@ -227,7 +270,7 @@ def request_rest(address, part, have, bar):
                     f.write(getattr(e, "partial", b""))
                     return False
                 if not piece:
-                    return not left.isdigit() or got == int(left)
+                    return not left.isdecimal() or got == int(left)
                 f.write(piece)
                 got += len(piece)
                 bar.update(len(piece))
@@ -240,5 +283,8 @@ def listing(repo, folder, revision="main", kind="datasets"):
         with urllib.request.urlopen(address, timeout=30) as response:
             files = [entry["path"] for entry in json.load(response) if entry.get("type", "file") == "file"]
     except (*PROBLEMS, ValueError, KeyError, TypeError) as e:
-        die(f"could not list {folder} of {repo}: {said(e)}", "the network, or --input FILE with files that are there already")
+        die(
+            f"could not list {folder} of {repo}: {said(e)}",
+            "the network, or --input FILE with files that are there already",
+        )
     return [url(repo, path, revision, kind) for path in sorted(files)]

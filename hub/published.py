@@ -1,8 +1,11 @@
 """
-How are others' weights read? The public BlockGen, MDLM, Duo and AR layouts become checkpoints of ours, to sample, judge or go on from.
+How are others' weights read? The public BlockGen, MDLM, Duo and AR layouts become checkpoints of ours, to
+sample, judge or go on from.
 
-    python sample.py --init_from hf:jdeschena/blockgen/blockgen/multi_block_size/16/owt/0.05_0.95/absorb --max_new_tokens 64
-    python sample.py --init_from DIR     a local copy: config.json and model.safetensors, or a Lightning .ckpt beside a config.json
+    python sample.py --init_from hf:jdeschena/blockgen/blockgen/multi_block_size/16/owt/0.05_0.95/absorb
+    --max_new_tokens 64
+    python sample.py --init_from DIR     a local copy: config.json and model.safetensors, or a Lightning .ckpt
+                                         beside a config.json
 """
 
 import json
@@ -15,15 +18,25 @@ import torch
 
 from hub.download import fetch, url
 from model import ModelConfig, Transformer
+from options import TrainConfig
+from run import checkpoint
 from run.cli import die, said
 
-LAYOUTS = """hf:OWNER/REPO/SUBFOLDER or a folder with config.json and model.safetensors, its path ending as in the BlockGen collection:
-baselines/DATA/{ar,mdlm,duo}, blockgen/single_block_size/B/DATA/{absorb,uniform}, blockgen/multi_block_size/B/DATA/WEIGHTS/{absorb,uniform};
-or with "process" (one of these last names) and "block_sizes" ({"1": 0.05, "16": 0.95}) in config.json"""
+LAYOUTS = (
+    "hf:OWNER/REPO/SUBFOLDER or a folder with config.json and model.safetensors, "
+    "its path ending as in the BlockGen collection:\n"
+    "baselines/DATA/{ar,mdlm,duo}, blockgen/single_block_size/B/DATA/{absorb,uniform}, "
+    "blockgen/multi_block_size/B/DATA/WEIGHTS/{absorb,uniform};\n"
+    'or with "process" (one of these last names) and "block_sizes" ({"1": 0.05, "16": 0.95}) in config.json'
+)
 NOISE = {"ar": "masked", "mdlm": "masked", "duo": "uniform", "absorb": "masked", "uniform": "uniform"}
-TOKENIZERS = {  # by the tokens a vocabulary has, the mask or the padding besides: what a dataset's meta.json would say
+# by the tokens a vocabulary has, the mask or the padding besides: what a dataset's meta.json would say
+TOKENIZERS = {
     50257: ("openwebtext", {"vocab_size": 50257, "tokenizer": "gpt2", "bos_id": 50256}),
-    49152: ("tinygsm", {"vocab_size": 49152, "tokenizer": "smollm", "bos_id": 0, "eos_id": 0, "prompt_end": "\\n"}),
+    49152: (
+        "tinygsm",
+        {"vocab_size": 49152, "tokenizer": "smollm", "bos_id": 0, "eos_id": 0, "prompt_end": "\\n"},
+    ),
     30522: ("lm1b", {"vocab_size": 30522, "tokenizer": "bert", "bos_id": 101, "eos_id": 102, "pad_id": 0}),
 }
 BERT_MASK = 103  # the one of these tokenizers that has a mask of its own
@@ -34,39 +47,54 @@ def is_published(path):
     path = str(path)
     if path.startswith(("hf:", "http://", "https://")) or path.endswith((".safetensors", ".ckpt")):
         return True
-    return any(os.path.isfile(f"{path}/{name}") for name in ("config.json", "model.safetensors")) and not os.path.exists(f"{path}/ckpt.pt")
+    return any(
+        os.path.isfile(f"{path}/{name}") for name in ("config.json", "model.safetensors")
+    ) and not os.path.exists(f"{path}/ckpt.pt")
 
 
 def place(spec):
     """A name in out/ for what is made of published weights: the last parts of their path."""
-    return "out/" + "_".join([part for part in re.split("[/:@]+", str(spec).removeprefix("hf:")) if part][-6:])
+    return "out/" + "_".join(
+        [part for part in re.split("[/:@]+", str(spec).removeprefix("hf:")) if part][-6:]
+    )
 
 
 def published(spec, flag="--init_from"):
     """
-    A dict as checkpoint.load gives it, of published weights: the EMA ones. spec: see LAYOUTS; or https://HOST/FOLDER, a .safetensors or a
-    Lightning .ckpt file beside its config.json. Which noise, block sizes, mask and tokenizer: as config.json and the path say. "network"
-    in the dict says what the network is (model.ModelConfig) and which id is the mask, in place of the settings of a training run.
-    Exits with two lines if something is lacking.
+    A dict as checkpoint.load gives it, of published weights: the EMA ones. spec: see LAYOUTS; or
+    https://HOST/FOLDER, a .safetensors or a Lightning .ckpt file beside its config.json. Which noise, block
+    sizes, mask and tokenizer: as config.json and the path say. "network" in the dict says what the network is
+    (model.ModelConfig), in place of the settings of a training run. Exits with two lines if something is
+    lacking.
     """
-    from train import TrainConfig  # here: it imports checkpoint.py, which imports this file
-
     where, config_file, weights_file = files_of(str(spec), flag)
     config = read_config(config_file)
     weights = read_weights(weights_file)
     network, state = network_of(config, weights, where)
     process, sizes = how_trained(config, where, network)
     V, masked = network.vocab_size, NOISE[process] == "masked"
-    # by the tokens there are, or one more: the mask behind them, or for uniform noise the padding that the public code adds
-    name, meta = TOKENIZERS.get(V) or TOKENIZERS.get(V - 1) or (Path(where).name, {"tokenizer": "none", "vocab_size": V})
+    # by the tokens there are, or one more: the mask behind them, or for uniform noise the padding that the
+    # public code adds
+    name, meta = (
+        TOKENIZERS.get(V)
+        or TOKENIZERS.get(V - 1)
+        or (Path(where).name, {"tokenizer": "none", "vocab_size": V})
+    )
     mask_id = None
     if masked:
-        mask_id = whole(config, "mask_index", BERT_MASK if meta["tokenizer"] == "bert" else V - 1, 0, V - 1, where)
+        mask_id = whole(
+            config, "mask_index", BERT_MASK if meta["tokenizer"] == "bert" else V - 1, 0, V - 1, where
+        )
         if mask_id == V - 1:
             meta = {**meta, "vocab_size": min(meta["vocab_size"], V - 1)}
         if mask_id in [meta.get("bos_id"), meta.get("eos_id")]:
-            die(f"{where}: {V} ids are those of {meta['tokenizer']}, without room for a mask", "mask_index in config.json")
-    if process == "mdlm":  # BlockDiTs are known by their shape, and this is a DiT as Duo's is: but the public code feeds it sigma = 0
+            die(
+                f"{where}: {V} ids are those of {meta['tokenizer']}, without room for a mask",
+                "mask_index in config.json",
+            )
+    # BlockDiTs are known by their shape, and this is a DiT as Duo's is: but the public code feeds it sigma =
+    # 0
+    if process == "mdlm":
         network = replace(network, zero_sigma=True)
     settings = TrainConfig(
         dataset=name,
@@ -76,13 +104,20 @@ def published(spec, flag="--init_from"):
         time_conditioning=str(network.time_conditioning and not network.zero_sigma).lower(),
         random_ar=not masked,
         clean_causal=network.clean_causal,
+        clean_padding="pad_id" in meta,
         next_token=network.next_token,
         seq_len=network.seq_len,
         n_layers=network.n_layers,
         n_heads=network.n_heads,
         d_model=network.d_model,
     )
-    facts = {"network": {**asdict(network), "mask_id": mask_id}}
+    noise = {"class": "Masked", "arguments": {"vocab_size": V, "mask_id": mask_id}}
+    if not masked:
+        noise = {
+            "class": "Uniform",
+            "arguments": {"vocab_size": V, "predicts": settings.predicts, "ar_token": None},
+        }
+    facts = {"network": asdict(network), "process": noise, "version": checkpoint.VERSION}
     return {"model": state, "ema": state, "config": asdict(settings), "meta": meta, "step": 0, **facts}
 
 
@@ -96,12 +131,21 @@ def files_of(spec, flag):
             if not owner or not repo:
                 die(f"{spec!r} names no repository", f"{flag} hf:jdeschena/blockgen/baselines/owt/mdlm")
             base = url(f"{owner}/{repo}", where).rstrip("/")
-        return where or repo, *(fetch(f"{base}/{file}", f"{flag} DIR") for file in ("config.json", "model.safetensors"))
+        return where or repo, *(
+            fetch(f"{base}/{file}", f"{flag} DIR") for file in ("config.json", "model.safetensors")
+        )
     path = Path(spec)
     folder = path if path.is_dir() else path.parent
-    found = [path] if path.is_file() else [f for f in (folder / "model.safetensors", *sorted(folder.glob("*.ckpt"))) if f.is_file()]
+    found = (
+        [path]
+        if path.is_file()
+        else [f for f in (folder / "model.safetensors", *sorted(folder.glob("*.ckpt"))) if f.is_file()]
+    )
     if not found or not (folder / "config.json").is_file():
-        die(f"{spec}: no {'config.json' if found else 'model.safetensors or .ckpt'} there", f"{flag} {LAYOUTS}")
+        die(
+            f"{spec}: no {'config.json' if found else 'model.safetensors or .ckpt'} there",
+            f"{flag} {LAYOUTS}",
+        )
     return str(folder.absolute()), folder / "config.json", found[0]
 
 
@@ -109,14 +153,21 @@ def read_config(file):
     """The model's settings in a config.json; a whole Hydra tree is looked through for them."""
     try:
         config = json.loads(Path(file).read_text(encoding="utf-8"))
-        algo = {theirs: config["algo"][k] for k, theirs in (("name", "process"), ("block_weights",) * 2) if k in config.get("algo", {})}
+        algo = {
+            theirs: config["algo"][k]
+            for k, theirs in (("name", "process"), ("block_weights",) * 2)
+            if k in config.get("algo", {})
+        }
         return {k.removeprefix("cfg."): v for k, v in config.get("model", config).items()} | algo
     except (ValueError, OSError, AttributeError, TypeError, RecursionError) as e:
         die(f"{file}: {said(e)}", "the config.json of the model: hidden_size, n_heads, n_blocks, length, ...")
 
 
 class Inert:
-    """What stands for anything of a Lightning checkpoint that is not a number, a tensor, a list or a dict: nothing of it is run."""
+    """
+    What stands for anything of a Lightning checkpoint that is not a number, a tensor, a list or a dict:
+    nothing of it is run.
+    """
 
     def __new__(cls, *_, **__):
         return object.__new__(cls)
@@ -126,7 +177,10 @@ class Inert:
 
 
 def read_weights(file):
-    """name -> tensor: of a .safetensors file, or of a Lightning checkpoint the averaged (EMA) weights if there are any."""
+    """
+    name -> tensor: of a .safetensors file, or of a Lightning checkpoint the averaged (EMA) weights if there
+    are any.
+    """
     try:
         if str(file).endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -135,20 +189,28 @@ def read_weights(file):
         strangers = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         with torch.serialization.safe_globals([(Inert, name) for name in strangers]):
             state = torch.load(file, map_location="cpu", weights_only=True)
-        weights = state.get("state_dict", state)  # besides the network it may hold a teacher, of Duo's distillation
+        # besides the network it may hold a teacher, of Duo's distillation
+        weights = state.get("state_dict", state)
         weights = {k: v for k, v in weights.items() if not k.startswith("teacher") and torch.is_tensor(v)}
         shadows = (state.get("ema") or {}).get("shadow_params")
-        if shadows is not None:  # torch_ema's list, in the order of parameters(), which is that of the state dict without its buffers
+        # torch_ema's list, in the order of parameters(), which is that of the state dict without its buffers
+        if shadows is not None:
             names = [k for k in weights if not k.endswith("rotary_emb.inv_freq")]
             if [tuple(weights[k].shape) for k in names] != [tuple(v.shape) for v in shadows]:
-                raise ValueError(f"{len(shadows)} averaged tensors do not fit the {len(names)} of the state dict")
+                raise ValueError(
+                    f"{len(shadows)} averaged tensors do not fit the {len(names)} of the state dict"
+                )
             weights |= dict(zip(names, shadows, strict=True))
         return weights
     except MemoryError:
         raise
     except Exception as e:  # a damaged file fails in many ways
-        reason = str(e).rpartition("WeightsUnpickler error:")[2]  # torch's own words before it are about its version
-        die(f"{file} is damaged, or no file of weights: {said(ValueError(reason) if reason else e)}", "model.safetensors, or another copy")
+        # torch's own words before it are about its version
+        reason = str(e).rpartition("WeightsUnpickler error:")[2]
+        die(
+            f"{file} is damaged, or no file of weights: {said(ValueError(reason) if reason else e)}",
+            "model.safetensors, or another copy",
+        )
 
 
 def whole(config, key, default, low, high, where):
@@ -158,7 +220,8 @@ def whole(config, key, default, low, high, where):
         value = int(value)
     if type(value) is not int or not low <= value <= high:
         die(
-            f"{where}: {key} in config.json is {str(value)[:40]!r}, not a whole number from {low} to {high:,}",
+            f"{where}: {key} in config.json is {str(value)[:40]!r}, "
+            f"not a whole number from {low} to {high:,}",
             "the config.json of these weights",
         )
     return value
@@ -179,11 +242,13 @@ def from_reference(weights, cfg):
 def translated(weights, cfg):
     """
     (ModelConfig, state dict) in our words.
-    weights: name -> array or tensor; prefixes `w.`, `backbone.`, `_orig_mod.` are dropped, `rotary_emb.inv_freq` is implied.
-    cfg: hidden_size, n_heads, n_blocks, length, and cond_dim, mlp_ratio, x0_causal, rope_base where they differ from the published ones
-    (with or without `cfg.` in front). With type block-dit, or without a type and with x0_causal, it is a BlockDiT, which conditions both
-    streams on sigma; else a DiT of one stream: full diffusion, or without adaLN the causal next-token one. The vocabulary and adaLN are
-    as the weights say.
+    weights: name -> array or tensor; prefixes `w.`, `backbone.`, `_orig_mod.` are dropped,
+        `rotary_emb.inv_freq` is implied.
+    cfg: hidden_size, n_heads, n_blocks, length, and cond_dim, mlp_ratio, x0_causal, rope_base where they
+        differ from the published ones
+    (with or without `cfg.` in front). With type block-dit, or without a type and with x0_causal, it is a
+    BlockDiT, which conditions both streams on sigma; else a DiT of one stream: full diffusion, or without
+    adaLN the causal next-token one. The vocabulary and adaLN are as the weights say.
     Raises KeyError for a setting or a weight without which nothing can be said.
     """
     cfg = {k.removeprefix("cfg."): v for k, v in cfg.items()}
@@ -235,25 +300,45 @@ def is_block_dit(cfg):
 
 
 def network_of(config, weights, where):
-    """(ModelConfig, state dict) of the public layouts; two lines that say what was expected, and what was found, for anything else."""
-    expected = "hidden_size, n_heads, n_blocks, length in config.json; vocab_embed, blocks.i, output_layer (and sigma_map) in the weights"
-    numbers = {"hidden_size": (1, 0), "n_heads": (1, 0), "n_blocks": (1, 0), "length": (2, 0), "cond_dim": (1, 128), "mlp_ratio": (1, 4)}
+    """
+    (ModelConfig, state dict) of the public layouts; two lines that say what was expected, and what was found,
+    for anything else.
+    """
+    expected = (
+        "hidden_size, n_heads, n_blocks, length in config.json; "
+        "vocab_embed, blocks.i, output_layer (and sigma_map) in the weights"
+    )
+    numbers = {
+        "hidden_size": (1, 0),
+        "n_heads": (1, 0),
+        "n_blocks": (1, 0),
+        "length": (2, 0),
+        "cond_dim": (1, 128),
+        "mlp_ratio": (1, 4),
+    }
     try:
         if lacking := [key for key in ("hidden_size", "n_heads", "n_blocks", "length") if key not in config]:
             raise ValueError(f"no {', '.join(lacking)} in config.json")
-        config = {**config, **{key: whole(config, key, usual, low, 1 << 24, where) for key, (low, usual) in numbers.items()}}
+        config = {
+            **config,
+            **{key: whole(config, key, usual, low, 1 << 24, where) for key, (low, usual) in numbers.items()},
+        }
         if config.get("type", "dit") not in ("dit", "ddit", "block-dit"):
             raise ValueError(f"type {config['type']!r}, not dit or block-dit")
         if config.get("x0_causal", 0) not in (0, 1):
             raise ValueError(f"x0_causal is {config['x0_causal']!r}, not true or false")
-        if (n := len({k.split("blocks.")[1].split(".")[0] for k in weights if "blocks." in k})) != config["n_blocks"]:
+        if (n := len({k.split("blocks.")[1].split(".")[0] for k in weights if "blocks." in k})) != config[
+            "n_blocks"
+        ]:
             raise ValueError(f"n_blocks is {config['n_blocks']}, and there are weights of {n}")
         network, state = translated(weights, config)
         with torch.device("meta"):
             wanted = {k: tuple(v.shape) for k, v in Transformer(network).state_dict().items()}
         found = {k: tuple(v.shape) for k, v in state.items()}
         if lacking := sorted(set(wanted) - set(found)):
-            raise ValueError(f"{len(lacking)} tensors are missing, {lacking[0]} {wanted[lacking[0]]} among them")
+            raise ValueError(
+                f"{len(lacking)} tensors are missing, {lacking[0]} {wanted[lacking[0]]} among them"
+            )
         if left := sorted(set(found) - set(wanted)):
             raise ValueError(f"{len(left)} tensors are left over, {left[0]} {found[left[0]]} among them")
         if odd := [k for k in wanted if wanted[k] != found[k]]:
@@ -264,30 +349,61 @@ def network_of(config, weights, where):
         for k, v in weights.items():  # implied, but its length is what shows a wrong number of heads
             if k.endswith("rotary_emb.inv_freq") and v.shape != (half,):
                 raise ValueError(f"{k} {tuple(v.shape)} is not that of {network.n_heads} heads of {2 * half}")
-        # a copy: tensors in a mapped file begin anywhere, and a CPU multiplies ten times slower from there (docs/log.md)
+        # a copy: tensors in a mapped file begin anywhere, and a CPU multiplies ten times slower from there
+        # (docs/log.md)
         return network, {k: v.to(torch.float32, copy=True) for k, v in state.items()}
-    except (LookupError, ValueError, TypeError, AssertionError, ArithmeticError, RuntimeError, NotImplementedError) as e:
+    except (
+        LookupError,
+        ValueError,
+        TypeError,
+        AssertionError,
+        ArithmeticError,
+        RuntimeError,
+        NotImplementedError,
+    ) as e:
         few = ", ".join(sorted(weights)[:3])
-        die(f"{where}: an unknown layout: {said(e)}; found {', '.join(sorted(config))} and {len(weights)} tensors: {few}, ...", expected)
+        die(
+            f"{where}: an unknown layout: {said(e)}; found {', '.join(sorted(config))} "
+            f"and {len(weights)} tensors: {few}, ...",
+            expected,
+        )
 
 
 def how_trained(config, where, network):
     """(one of NOISE, {block size: weight}) as config.json says, or else the path."""
     parts = [p for p in re.split(r"[/\\]", where) if p]
-    name = str(config.get("process", parts[-1] if parts else "")).removeprefix("blockgen-").removesuffix("_base")
+    name = (
+        str(config.get("process", parts[-1] if parts else "")).removeprefix("blockgen-").removesuffix("_base")
+    )
     if name not in NOISE:
-        die(f"{where}: nothing says which noise it was trained with: {name!r} is none of {', '.join(NOISE)}", LAYOUTS)
-    block_dit = is_block_dit(config)
-    if (name == "ar") != network.next_token or (name in ("absorb", "uniform")) != block_dit and "process" not in config:
-        shape = "a BlockDiT" if block_dit else "a causal transformer" if network.next_token else "a DiT with adaLN"
         die(
-            f"{where} says {name}, and config.json and the weights say {shape}", "the config.json of these weights, with type and x0_causal"
+            f"{where}: nothing says which noise it was trained with: {name!r} is none of {', '.join(NOISE)}",
+            LAYOUTS,
+        )
+    block_dit = is_block_dit(config)
+    if (
+        (name == "ar") != network.next_token
+        or (name in ("absorb", "uniform")) != block_dit
+        and "process" not in config
+    ):
+        shape = (
+            "a BlockDiT"
+            if block_dit
+            else "a causal transformer"
+            if network.next_token
+            else "a DiT with adaLN"
+        )
+        die(
+            f"{where} says {name}, and config.json and the weights say {shape}",
+            "the config.json of these weights, with type and x0_causal",
         )
     sizes = config.get("block_sizes")
     path = re.search(r"(single|multi)_block_size/(\d+)/[^/]+/(?:([^/]+)/)?[^/]+$", "/".join(parts))
     try:
         if sizes is None and "block_weights" in config:
-            sizes = {2**i: float(w) for i, w in enumerate(str(config["block_weights"]).split()) if float(w) > 0}
+            sizes = {
+                2**i: float(w) for i, w in enumerate(str(config["block_weights"]).split()) if float(w) > 0
+            }
         elif sizes is None and network.next_token:
             sizes = {1: 1.0}
         elif sizes is None and (name in ("mdlm", "duo") or config.get("type") in ("dit", "ddit")):
@@ -303,6 +419,11 @@ def how_trained(config, where, network):
         sizes = {int(b): float(w) for b, w in sizes.items()}
     except (ValueError, AttributeError, TypeError, OverflowError):  # sizes None: nobody said anything
         die(f"{where}: nothing says which block sizes it was trained with", LAYOUTS)
-    if odd := [b for b in sizes if b < 1 or network.seq_len % b] or ([path[2]] if path and max(sizes) != int(path[2]) else []):
+    if odd := [b for b in sizes if b < 1 or network.seq_len % b] or (
+        [path[2]] if path and max(sizes) != int(path[2]) else []
+    ):
         die(f"{where}: block size {odd[0]} does not go into {network.seq_len} tokens as it should", LAYOUTS)
     return name, sizes
+
+
+checkpoint.READERS.append((is_published, published))

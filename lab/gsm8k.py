@@ -1,13 +1,15 @@
 """
-Can it do sums? GSM8K by execution: the model writes a program for each question, and the program's answer is right or wrong.
+Can it do sums? GSM8K by execution: the model writes a program for each question, and the program's answer is
+right or wrong.
 
-    python eval.py --gsm8k --ckpt out/tinygsm_masked_1_16                all 1,319 questions of the test set
-    python eval.py --gsm8k --ckpt out/tinygsm_masked_1_16 --n 64 --sampler ancestral --steps 4
-    python eval.py --gsm8k --init_from hf:OWNER/REPO/SUBFOLDER           published weights
+    python -m lab.gsm8k --ckpt out/tinygsm_masked_1_16                all 1,319 questions of the test set
+    python -m lab.gsm8k --ckpt out/tinygsm_masked_1_16 --n 64 --sampler ancestral --steps 4
+    python -m lab.gsm8k --init_from hf:OWNER/REPO/SUBFOLDER           published weights
 
-The text behind a question is made a program (sandbox.extract), which runs in a sandbox of its own; simple_math_problem() must return the
-number behind the #### of the answer. One JSON line a question goes to --out, so an evaluation that was stopped goes on where it was, and
-the numbers of all questions to the .summary.json beside it.
+The text behind a question is made a program (sandbox.extract), which runs in a sandbox of its own;
+simple_math_problem() must return the number behind the #### of the answer. One JSON line a question goes to
+--out, so an evaluation that was stopped goes on where it was, and the numbers of all questions to the
+.summary.json beside it.
 """
 
 import hashlib
@@ -25,14 +27,16 @@ from tqdm import tqdm
 
 from data.tokens import Tokenizer
 from diffusion import SCHEDULES
-from generate import NOTHING, OWN_PACE, SAMPLERS, generate
+from fast.block import generate
+from generate import NOTHING
 from hub import published
 from lab import sandbox
 from run import checkpoint
 from run.cli import die, said, writable
+from run.flags import load_with_sampler
 from run.machine import Signals, guard, mixed
 from run.restore import restore
-from sample import load_with_sampler
+from samplers import SAMPLERS
 
 
 @dataclass
@@ -49,10 +53,12 @@ class Gsm8kConfig:
     batch_size: int = 32  # questions at a time
     timeout: float = 5.0  # seconds a program may take
     workers: int = 0  # programs at a time; 0: one a CPU
-    weak_sandbox: bool = False  # run a model's programs where the system offers no boundary: on a machine you can lose
+    # run a model's programs where the system offers no boundary: on a machine you can lose
+    weak_sandbox: bool = False
     seed: int = 1
     device: str = "auto"
-    dtype: str = "float32"  # bfloat16: the layers' products in it, faster where the hardware has it; logits and draws stay float32
+    # bfloat16: the layers' products in it, faster where the hardware has it; logits and draws stay float32
+    dtype: str = "float32"
 
 
 def questions(path, n):
@@ -71,7 +77,10 @@ def questions(path, n):
                 die(f"{path}, line {i}: {said(e)}", "lines {'question': ..., 'answer': '... #### 18'}")
             found.append((text, gold))
     if not found or n > len(found):
-        die(f"{path} holds {len(found)} questions" + f", not {n}" * (n > 0), "--n 0, for all" if found else "--input FILE")
+        die(
+            f"{path} holds {len(found)} questions" + f", not {n}" * (n > 0),
+            "--n 0, for all" if found else "--input FILE",
+        )
     return found[: n or None]
 
 
@@ -83,9 +92,12 @@ def where_to(spec):
 
 
 def begun(path, settings):
-    """{index: line} of what an earlier evaluation with the same settings left in the file; a line cut short by a kill is cut off."""
+    """
+    {index: line} of what an earlier evaluation with the same settings left in the file; a line cut short by a
+    kill is cut off.
+    """
     if not os.path.exists(path) or not os.path.getsize(path):
-        Path(path).write_text(json.dumps({"settings": settings}) + "\n")
+        Path(path).write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
         return {}
     data = Path(path).read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
@@ -99,7 +111,10 @@ def begun(path, settings):
     theirs = lines[0]["settings"] if lines else settings
     if theirs != settings:
         key = next(k for k in {**settings, **theirs} if settings.get(k) != theirs.get(k))
-        die(f"{path} is of another evaluation: {key} {theirs.get(key)}, not {settings.get(key)}", "--out FILE, another one")
+        die(
+            f"{path} is of another evaluation: {key} {theirs.get(key)}, not {settings.get(key)}",
+            "--out FILE, another one",
+        )
     os.truncate(path, len(whole))
     if not lines:
         return begun(path, settings)
@@ -119,22 +134,32 @@ def settled_sampler(cfg, sampler, run, model, trained):
     """(name, block size, steps or None), as asked or as fits the checkpoint."""
     b = cfg.block_size or (1 if cfg.sampler == "ar" else trained[-1])
     if b not in trained:
-        die(f"it was trained on block sizes {', '.join(map(str, trained))}, not {b}", f"--block_size {trained[-1]}")
-    name = cfg.sampler or ("ar" if b == 1 else "arpc" if 1 in trained and model.cfg.clean_causal else "ancestral")
+        die(
+            f"it was trained on block sizes {', '.join(map(str, trained))}, not {b}",
+            f"--block_size {trained[-1]}",
+        )
+    name = cfg.sampler or (
+        "ar" if b == 1 else "arpc" if 1 in trained and model.cfg.clean_causal else "ancestral"
+    )
     if name == "ancestral" and b == 1:
         name = "ar"
-    return name, b, None if SAMPLERS[name] in OWN_PACE else cfg.steps
+    return name, b, None if "own pace" in SAMPLERS[name].needs else cfg.steps
 
 
 @guard("a smaller --batch_size, or --device=cpu")
-def main(argv=None):
-    cfg, sampler, own = load_with_sampler(Gsm8kConfig, sys.argv[1:] if argv is None else argv)
+def main():
+    cfg, sampler, own = load_with_sampler(Gsm8kConfig, sys.argv[1:])
     for name, fine, fix in (
-        ("n", cfg.n >= 0, "0, for all"), ("block_size", cfg.block_size >= 0, "0"), ("steps", cfg.steps >= 1, "8"),
-        ("temperature", 0 <= cfg.temperature < float("inf"), "0.1"), ("batch_size", cfg.batch_size >= 1, "32"),
-        ("timeout", 0 < cfg.timeout <= 600, "5"), ("workers", 0 <= cfg.workers <= 1000, "0"), ("seed", cfg.seed >= 0, "1"),
+        ("n", cfg.n >= 0, "0, for all"),
+        ("block_size", cfg.block_size >= 0, "0"),
+        ("steps", cfg.steps >= 1, "8"),
+        ("temperature", 0 <= cfg.temperature < float("inf"), "0.1"),
+        ("batch_size", cfg.batch_size >= 1, "32"),
+        ("timeout", 0 < cfg.timeout <= 600, "5"),
+        ("workers", 0 <= cfg.workers <= 1000, "0"),
+        ("seed", cfg.seed >= 0, "1"),
         ("dtype", cfg.dtype in ("float32", "bfloat16"), "float32"),
-    ):  # fmt: skip
+    ):
         if not fine:
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {fix}")
     holds, what = sandbox.isolation()
@@ -149,39 +174,84 @@ def main(argv=None):
     trained, tokenizer = sorted(run.block_sizes), Tokenizer(meta, Path("data") / run.dataset)
     dtype = getattr(torch, cfg.dtype)
     name, b, steps = settled_sampler(cfg, sampler, run, model, trained)
-    how = {"block_size": b, "sampler": SAMPLERS[name], "steps": steps, "temperature": cfg.temperature, "trained": trained, **own}
+    how = {
+        "block_size": b,
+        "sampler": SAMPLERS[name],
+        "steps": steps,
+        "temperature": cfg.temperature,
+        "trained": trained,
+        **own,
+    }
     how |= {"schedule": SCHEDULES[run.schedule], "eos_id": meta.get("eos_id")}
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     settings = {
-        "weights": checkpoint.fingerprint(model), "step": step, "sampler": name, "options": own, "block_size": b, "steps": steps,
-        "temperature": cfg.temperature, "batch_size": cfg.batch_size, "timeout": cfg.timeout, "seed": cfg.seed, "n": len(asked),
-        "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12], "device": next(model.parameters()).device.type,
-    }  # fmt: skip
+        "weights": checkpoint.fingerprint(model),
+        "step": step,
+        "sampler": name,
+        "options": own,
+        "block_size": b,
+        "steps": steps,
+        "temperature": cfg.temperature,
+        "batch_size": cfg.batch_size,
+        "timeout": cfg.timeout,
+        "seed": cfg.seed,
+        "n": len(asked),
+        "questions": digest[:12],
+        "device": next(model.parameters()).device.type,
+    }
     settings |= {"dtype": cfg.dtype} if cfg.dtype != "float32" else {}  # older files do not name it
     layers = sandbox.LAYERS if holds else ()
     print(f"sandbox: {what}")
-    print(f"{spec}, step {step}; {len(asked)} questions, {name}, block size {b}, {f'{steps} steps, ' if steps else ''}", end="")
+    print(
+        f"{spec}, step {step}; {len(asked)} questions, "
+        f"{name}, block size {b}, {f'{steps} steps, ' if steps else ''}",
+        end="",
+    )
     print(f"temperature {cfg.temperature:g}, seed {cfg.seed}; {out}")
     lines, spent, made = begun(out, settings), 0.0, 0
     bar = tqdm(total=len(asked), initial=len(lines), desc="gsm8k", disable=None)
-    with ThreadPoolExecutor(cfg.workers or os.cpu_count()) as pool, Signals() as signals, open(out, "a") as file:
+    with (
+        ThreadPoolExecutor(cfg.workers or os.cpu_count()) as pool,
+        Signals() as signals,
+        open(out, "a", encoding="utf-8") as file,
+    ):
         for first in range(0, len(asked), cfg.batch_size):
             here = range(first, min(first + cfg.batch_size, len(asked)))
             if all(i in lines for i in here):
                 continue
             start = time.time()
             try:
-                rows = written(model, process, {i: tokenizer.prompt(asked[i][0]) for i in here}, cfg.seed + first, how, dtype)
+                rows = written(
+                    model,
+                    process,
+                    {i: tokenizer.prompt(asked[i][0]) for i in here},
+                    cfg.seed + first,
+                    how,
+                    dtype,
+                )
             except ValueError as e:
                 bar.close()
-                die(str(e), f"python eval.py --gsm8k --sampler {name} --help")
+                die(str(e), f"python -m lab.gsm8k --sampler {name} --help")
             spent, made = spent + time.time() - start, made + sum(len(tokens) for tokens, _ in rows.values())
             texts = {i: tokenizer.decode(tokens) for i, (tokens, _) in rows.items()}
             codes = [sandbox.extract(texts[i]) for i in texts]
-            answers = dict(zip(texts, pool.map(lambda code: sandbox.run(code, cfg.timeout, layers=layers), codes), strict=True))
+            answers = dict(
+                zip(
+                    texts,
+                    pool.map(lambda code: sandbox.run(code, cfg.timeout, layers=layers), codes),
+                    strict=True,
+                )
+            )
             for i in here:
                 question, gold = asked[i]
                 got = answers.get(i, {"answer": None, "why": "prompt too long"})
-                line = {"index": i, "question": question, "response": texts.get(i, ""), "answer": got["answer"], "gold": gold}
+                line = {
+                    "index": i,
+                    "question": question,
+                    "response": texts.get(i, ""),
+                    "answer": got["answer"],
+                    "gold": gold,
+                }
                 line |= {"correct": sandbox.correct(got["answer"], gold), "why": got["why"]}
                 line |= {"tokens": len(rows[i][0]) if i in rows else 0, "nfe": rows[i][1] if i in rows else 0}
                 if i not in lines:
@@ -198,29 +268,49 @@ def main(argv=None):
 
 
 def written(model, process, prompts, seed, how, dtype):
-    """{index: (new tokens, passes the row needed)} for prompts {index: ids}; those that leave no room in the context are left out."""
+    """
+    {index: (new tokens, passes the row needed)} for prompts {index: ids}; those that leave no room in the
+    context are left out.
+    """
     prompts = {i: ids for i, ids in prompts.items() if len(ids) < model.cfg.seq_len}
     if not prompts:
         return {}
     with mixed(model.head.weight.device, dtype):
         for state in generate(model, process, list(prompts.values()), seed=seed, **how):
             pass
-    rows = [[token for token in row if token != NOTHING][len(p) :] for row, p in zip(state.x.tolist(), prompts.values(), strict=True)]
+    rows = [
+        [token for token in row if token != NOTHING][len(p) :]
+        for row, p in zip(state.x.tolist(), prompts.values(), strict=True)
+    ]
     return dict(zip(prompts, zip(rows, state.nfe_rows.tolist(), strict=True), strict=True))
 
 
 def show(out, settings, lines, rate):
-    """Print and keep the numbers of all questions. rate: tokens per second, None if all were there already."""
+    """
+    Print and keep the numbers of all questions. rate: tokens per second, None if all were there already.
+    """
     right, kinds = [line["correct"] for line in lines], {}
     for line in lines:
         kind = line["why"].partition(":")[0]
         kinds[kind] = kinds.get(kind, 0) + 1
     low, high = interval(right)
     summary = {"accuracy": sum(right) / len(right), "low": low, "high": high, "n": len(lines), "why": kinds}
-    summary |= {"nfe_row": sum(x["nfe"] for x in lines) / len(lines), "tokens_row": sum(x["tokens"] for x in lines) / len(lines)}
+    summary |= {
+        "nfe_row": sum(x["nfe"] for x in lines) / len(lines),
+        "tokens_row": sum(x["tokens"] for x in lines) / len(lines),
+    }
     path = Path(out.removesuffix(".jsonl") + ".summary.json")
-    path.write_text(json.dumps({**settings, **summary, "tokens_per_s": rate}, indent=1) + "\n")
-    print(f"correct {100 * summary['accuracy']:.1f} % (95 %: {100 * low:.1f}-{100 * high:.1f}, bootstrap over {len(lines)} questions)")
+    path.write_text(
+        json.dumps({**settings, **summary, "tokens_per_s": rate}, indent=1) + "\n", encoding="utf-8"
+    )
+    print(
+        f"correct {100 * summary['accuracy']:.1f} % (95 %: {100 * low:.1f}-{100 * high:.1f}, "
+        f"bootstrap over {len(lines)} questions)"
+    )
     speed = f", {rate:,.0f} tokens/s" if rate else ""
     print(f"{summary['nfe_row']:.1f} NFE a row, {summary['tokens_row']:.1f} tokens{speed}; ", end="")
     print(", ".join(f"{k} {v}" for k, v in sorted(kinds.items(), key=lambda kv: -kv[1])) + f"; {path}")
+
+
+if __name__ == "__main__":
+    main()

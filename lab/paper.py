@@ -1,11 +1,14 @@
 """
-Are the paper's claims true at laptop scale? Trains a network a row of config/paper and seed, measures them, and writes docs/paper.md.
+Are the paper's claims true at laptop scale? Trains a network a row of config/paper and seed, measures them,
+and writes docs/paper.md.
 
     make paper                          rows x 3 seeds: 36 minutes on 2 CPU cores
-    python -m lab.paper --seeds 1           a first look; every claim stays undecided, for one seed has no spread
+    python -m lab.paper --seeds 1           a first look; every claim stays undecided, for one seed has no
+                                            spread
     python -m lab.paper --minutes 20        no training begins that would end later: fewer seeds
 
-What was trained and measured is not done again. Change a TOML in config/paper and run it again: that row is, and nothing else.
+What was trained and measured is not done again. Change a TOML in config/paper and run it again: that row is,
+and nothing else.
 """
 
 import json
@@ -20,18 +23,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import methods
 from data.dataset import Dataset
 from diffusion import SCHEDULES
 from eval import estimate, likelihood
-from generate import SAMPLERS
 from lab import plots
 from lab.quality import accuracy, checker, generated, prompts_of
 from lab.sweep import read
+from options import TrainConfig
 from run import checkpoint
 from run.cli import die, load_config, writable
 from run.machine import pick_device
 from run.restore import rebuild
-from train import TrainConfig
+from samplers import SAMPLERS
 
 HEAD = "# BlockGen's claims on a laptop"
 
@@ -64,7 +68,10 @@ def correct(r, row, sampler, steps=None):
 
 
 def few_steps(r):
-    return statistics.mean(correct(r, "uniform_mixture", "ancestral", n) - correct(r, "masked_mixture", "ancestral", n) for n in (1, 2, 4))
+    return statistics.mean(
+        correct(r, "uniform_mixture", "ancestral", n) - correct(r, "masked_mixture", "ancestral", n)
+        for n in (1, 2, 4)
+    )
 
 
 def rises(r, row):
@@ -73,46 +80,61 @@ def rises(r, row):
     return min(b - a for a, b in zip(values, values[1:], strict=False))
 
 
-CLAIMS = [  # (which question, the claim, unit, number that is positive if it holds); [paper]: of arXiv 2606.02241
+# (which question, the claim, unit, number that is positive if it holds); [paper]: of arXiv 2606.02241
+CLAIMS = [
     ("a", "masked: AR alone has fewer nats than the bound of blocks of 16 alone", "nats",
      lambda r: nats(r, "masked_block", 16) - nats(r, "masked_ar", 1)),
     ("a", "uniform: the same", "nats", lambda r: nats(r, "uniform_block", 16) - nats(r, "uniform_ar", 1)),
-    ("a", "[paper] masked: one network's nats rise with every step of the dial 1, 4, 16, 64 (the smallest step)", "nats",
-     lambda r: rises(r, "masked_dial")),
+    ("a", "[paper] masked: one network's nats rise with every step of the dial 1, 4, 16, 64 "
+     "(the smallest step)", "nats", lambda r: rises(r, "masked_dial")),
     ("a", "[paper] uniform: the same", "nats", lambda r: rises(r, "uniform_dial")),
     ("b", "[paper] uniform beats masked in few ancestral steps (mean of 1, 2, 4)", "points", few_steps),
     ("b", "uniform beats masked in 16 ancestral steps", "points",
-     lambda r: correct(r, "uniform_mixture", "ancestral", 16) - correct(r, "masked_mixture", "ancestral", 16)),
+     lambda r: correct(r, "uniform_mixture", "ancestral", 16)
+     - correct(r, "masked_mixture", "ancestral", 16)),
     ("b", "[paper] masked: ARPC in 8 steps (15 passes a block) beats ancestral in 16 (at most 16)", "points",
      lambda r: correct(r, "masked_mixture", "arpc", 8) - correct(r, "masked_mixture", "ancestral", 16)),
     ("b", "[paper] uniform: the same", "points",
      lambda r: correct(r, "uniform_mixture", "arpc", 8) - correct(r, "uniform_mixture", "ancestral", 16)),
     ("b", "[paper] with ARPC and many passes (16 steps) masked beats uniform", "points",
      lambda r: correct(r, "masked_mixture", "arpc", 16) - correct(r, "uniform_mixture", "arpc", 16)),
-    ("c", "masked: the mixture costs its AR mode nats", "nats", lambda r: nats(r, "masked_mixture", 1) - nats(r, "masked_ar", 1)),
+    ("c", "masked: the mixture costs its AR mode nats", "nats",
+     lambda r: nats(r, "masked_mixture", 1) - nats(r, "masked_ar", 1)),
     ("c", "uniform: the same", "nats", lambda r: nats(r, "uniform_mixture", 1) - nats(r, "uniform_ar", 1)),
-    ("c", "masked: and correct answers", "points", lambda r: correct(r, "masked_ar", "ar") - correct(r, "masked_mixture", "ar")),
-    ("c", "uniform: the same", "points", lambda r: correct(r, "uniform_ar", "ar") - correct(r, "uniform_mixture", "ar")),
+    ("c", "masked: and correct answers", "points",
+     lambda r: correct(r, "masked_ar", "ar") - correct(r, "masked_mixture", "ar")),
+    ("c", "uniform: the same", "points",
+     lambda r: correct(r, "uniform_ar", "ar") - correct(r, "uniform_mixture", "ar")),
     ("c", "masked: it gives its blocks of 16 a better bound", "nats",
      lambda r: nats(r, "masked_block", 16) - nats(r, "masked_mixture", 16)),
-    ("c", "uniform: the same", "nats", lambda r: nats(r, "uniform_block", 16) - nats(r, "uniform_mixture", 16)),
+    ("c", "uniform: the same", "nats",
+     lambda r: nats(r, "uniform_block", 16) - nats(r, "uniform_mixture", 16)),
     ("c", "masked: and more correct answers, 16 ancestral steps", "points",
      lambda r: correct(r, "masked_mixture", "ancestral", 16) - correct(r, "masked_block", "ancestral", 16)),
     ("c", "uniform: the same", "points",
      lambda r: correct(r, "uniform_mixture", "ancestral", 16) - correct(r, "uniform_block", "ancestral", 16)),
 ]  # fmt: skip
 
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t by seeds
+# Student's t by seeds
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def verdict(values):
-    """(verdict, mean, low, high) of one number a seed: the 95 % interval of the mean by Student's t decides, if it has one side of 0."""
+    """
+    (verdict, mean, low, high) of one number a seed: the 95 % interval of the mean by Student's t decides, if
+    it has one side of 0.
+    """
     mean = statistics.mean(values) if values else math.nan
     if len(values) < 2:
         return "undecided", mean, -math.inf, math.inf
     half = T_975[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
     low, high = mean - half, mean + half
-    return "**confirmed**" if low > 0 else "**not confirmed**: the opposite" if high < 0 else "undecided", mean, low, high
+    return (
+        "**confirmed**" if low > 0 else "**not confirmed**: the opposite" if high < 0 else "undecided",
+        mean,
+        low,
+        high,
+    )
 
 
 # ----- training and measuring
@@ -130,31 +152,52 @@ def finished(cfg, out_dir):
 def train_row(argv, toml, out_dir, resume):
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     with open(Path(out_dir) / "train.txt", "a") as log:  # its progress bar and its complaints are on stderr
-        code = subprocess.run([sys.executable, "train.py", toml, *argv] + ["--resume"] * resume, stdout=log).returncode
+        code = subprocess.run(
+            [sys.executable, "train.py", toml, *argv] + ["--resume"] * resume, stdout=log
+        ).returncode
     if code:
         raise SystemExit(code)
 
 
 def measured(name, seed, out_dir, cfg, lines, seconds):
-    """The results of a checkpoint as a dict: from out/results.jsonl, or measured now and put there. seconds: what its training took."""
+    """
+    The results of a checkpoint as a dict: from out/results.jsonl, or measured now and put there. seconds:
+    what its training took.
+    """
     device = pick_device(cfg.device)[0]
     run, meta, _, model, process = rebuild(out_dir, device)
-    what = {"row": name, "seed": seed, "weights": checkpoint.fingerprint(model), "n_eval": cfg.n_eval, "n_mc": cfg.n_mc}
+    what = {
+        "row": name,
+        "seed": seed,
+        "weights": checkpoint.fingerprint(model),
+        "n_eval": cfg.n_eval,
+        "n_mc": cfg.n_mc,
+    }
     for line in lines:
         if all(line.get(k) == v for k, v in what.items()):
             return line
     data, sizes = Dataset(run.dataset, run.seq_len), sorted(run.block_sizes)
     data.same_as(meta)
     module = checker(data.folder)
-    found = likelihood(model, process, data, sizes, cfg.n_eval, cfg.n_mc, seed + 1)
-    result = {"nats": {str(b): estimate(halves, found.tokens) for b, halves in found.nats.items()}, "correct": {}}
+    how = {"clean_padding": run.clean_padding, "method": methods.load(run.method)}
+    found = likelihood(model, process, data, sizes, cfg.n_eval, cfg.n_mc, seed + 1, **how)
+    result = {
+        "nats": {str(b): estimate(halves, found.tokens) for b, halves in found.nats.items()},
+        "correct": {},
+    }
     asked = [("ar", 1, None)] * (1 in sizes)
     if len(sizes) <= 2 and sizes[-1] > 1:
         asked += [("ancestral", sizes[-1], n) for n in STEPS]
         asked += [("arpc", sizes[-1], n) for n in STEPS[1:]] * (1 in sizes)  # of one step ARPC guides none
     prompts = prompts_of(data, cfg.n_eval)
     for sampler, b, steps in tqdm(asked, desc=f"{name}, seed {seed}", leave=False, disable=None):
-        how = {"block_size": b, "sampler": SAMPLERS[sampler], "steps": steps, "trained": sizes, "schedule": SCHEDULES[run.schedule]}
+        how = {
+            "block_size": b,
+            "sampler": SAMPLERS[sampler],
+            "steps": steps,
+            "trained": sizes,
+            "schedule": SCHEDULES[run.schedule],
+        }
         rows, cost = generated(model, process, data, prompts, seed + 1, **how)
         texts = [data.tokenizer.decode(row) for row in rows]
         result["correct"][f"{sampler} {steps}" if steps else sampler] = cost | accuracy(module, texts)
@@ -203,7 +246,9 @@ def passes(r, row, key):
 
 
 def pictures(results, page):
-    """page_likelihood.png, page_frontier.png, page_mixture.png: dots are means over seeds, bars their range."""
+    """
+    page_likelihood.png, page_frontier.png, page_mixture.png: dots are means over seeds, bars their range.
+    """
     colour = {"masked": "#1f6fb4", "uniform": "#d2691e"}
     point = lambda x, values: [(x, statistics.mean(values), min(values), max(values))] if values else []
     names = {
@@ -216,12 +261,22 @@ def pictures(results, page):
     for noise in colour:
         series = []
         for row, (marker, label) in names.items():
-            points = [p for b in (1, 4, 16, 64) for p in point(b, values_of(results, nats, f"{noise}_{row}", b))]
-            series.append((label, points, {"marker": marker, "linestyle": "-" if len(points) > 1 else "none"}))
-        panels.append({
-            "title": f"{noise} noise", "xlabel": "block size", "ylabel": "nats per token (above 1: upper bounds)",
-            "xscale": "log", "ticks": ([1, 4, 16, 64], ["1: AR", "4", "16", "64: diffusion"]), "series": series,
-        })  # fmt: skip
+            points = [
+                p for b in (1, 4, 16, 64) for p in point(b, values_of(results, nats, f"{noise}_{row}", b))
+            ]
+            series.append(
+                (label, points, {"marker": marker, "linestyle": "-" if len(points) > 1 else "none"})
+            )
+        panels.append(
+            {
+                "title": f"{noise} noise",
+                "xlabel": "block size",
+                "ylabel": "nats per token (above 1: upper bounds)",
+                "xscale": "log",
+                "ticks": ([1, 4, 16, 64], ["1: AR", "4", "16", "64: diffusion"]),
+                "series": series,
+            }
+        )
     plots.curves([panels], f"{page}_likelihood.png")
 
     series = []
@@ -236,21 +291,32 @@ def pictures(results, page):
         ar = point(1, values_of(results, correct, row, "ar"))
         series.append((f"{noise}, its AR mode", ar, {"color": tint, "linestyle": "none", "marker": "*"}))
     panel = {
-        "title": "{1, 16} in one network: quality against speed", "xlabel": "passes per token", "ylabel": "% correct", "xscale": "log",
-        "ticks": ([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2], ["1/16", "1/8", "1/4", "1/2", "1", "2"]), "series": series,
-    }  # fmt: skip
+        "title": "{1, 16} in one network: quality against speed",
+        "xlabel": "passes per token",
+        "ylabel": "% correct",
+        "xscale": "log",
+        "ticks": ([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2], ["1/16", "1/8", "1/4", "1/2", "1", "2"]),
+        "series": series,
+    }
     plots.curves([[panel]], f"{page}_frontier.png")
 
-    series, groups = [], [("masked", 1, "ar"), ("uniform", 1, "ar"), ("masked", 16, "block"), ("uniform", 16, "block")]
+    series, groups = (
+        [],
+        [("masked", 1, "ar"), ("uniform", 1, "ar"), ("masked", 16, "block"), ("uniform", 16, "block")],
+    )
     for row, (marker, label) in list(names.items())[:2]:
         points = []
         for i, (noise, b, alone) in enumerate(groups):
             points += point(i, values_of(results, against, f"{noise}_{row}", f"{noise}_{alone}", b))
         series.append((label, points, {"marker": marker, "linestyle": "none"}))
     panel = {
-        "title": "what a mixture costs (above 0) or gives", "xlabel": "", "ylabel": "nats per token, against that block size alone",
-        "ticks": (range(4), [f"{noise},\nblock size {b}" for noise, b, _ in groups]), "series": series, "level": 0,
-    }  # fmt: skip
+        "title": "what a mixture costs (above 0) or gives",
+        "xlabel": "",
+        "ylabel": "nats per token, against that block size alone",
+        "ticks": (range(4), [f"{noise},\nblock size {b}" for noise, b, _ in groups]),
+        "series": series,
+        "level": 0,
+    }
     plots.curves([[panel]], f"{page}_mixture.png")
 
 
@@ -264,14 +330,15 @@ def write(results, cfg):
     out = [
         HEAD,
         f"""
-Made by `python -m lab.paper` (`make paper`): a network a row of `{cfg.rows}` and seed, {len(results)} seed(s); {where};
-{sum(line["train_seconds"] for line in lines) / 60:.0f} minutes of training.
-Correct: of the answers that the `check` of the dataset's prepare.py finds in a text, those that are true (digits: sums like 3+8=11).
-Entries are means over seeds and, in brackets, the smallest and the largest; {cfg.n_eval} windows and texts a measurement, {cfg.n_mc} draws
-of noise a window. [paper] marks what BlockGen (arXiv 2606.02241) says of far larger networks on text; the rest are questions one would
-ask. A claim is a number a seed that should be above 0, defined in `paper.CLAIMS`: **confirmed** if the 95 % interval of its mean by
-Student's t lies above 0, **not confirmed** if it lies below, else undecided. If every true number were 0, about one of {len(CLAIMS)}
-would get a verdict all the same.
+Made by `python -m lab.paper` (`make paper`): a network a row of `{cfg.rows}` and seed, {len(results)}
+seed(s); {where}; {sum(line["train_seconds"] for line in lines) / 60:.0f} minutes of training.
+Correct: of the answers that the `check` of the dataset's prepare.py finds in a text, those that are true
+(digits: sums like 3+8=11). Entries are means over seeds and, in brackets, the smallest and the largest;
+{cfg.n_eval} windows and texts a measurement, {cfg.n_mc} draws of noise a window. [paper] marks what
+BlockGen (arXiv 2606.02241) says of far larger networks on text; the rest are questions one would ask. A
+claim is a number a seed that should be above 0, defined in `paper.CLAIMS`: **confirmed** if the 95 %
+interval of its mean by Student's t lies above 0, **not confirmed** if it lies below, else undecided. If
+every true number were 0, about one of {len(CLAIMS)} would get a verdict all the same.
 
 | | claim | verdict | number (95 % interval) | seeds |
 | --- | --- | --- | --- | --- |""",
@@ -281,14 +348,15 @@ would get a verdict all the same.
         said, mean, low, high = verdict(values)
         digits = 3 if unit == "nats" else 1
         interval = f" ({low:+.{digits}f} to {high:+.{digits}f})" if math.isfinite(low) else ""
-        out.append(f"| {which} | {text} | {said} | {f'{mean:+.{digits}f}{interval} {unit}' if values else ''} | {len(values)} |")
+        number = f"{mean:+.{digits}f}{interval} {unit}" if values else ""
+        out.append(f"| {which} | {text} | {said} | {number} | {len(values)} |")
     out.append(f"""
 ## (a) Likelihood from AR to diffusion
 
 ![nats per token against block size]({name}_likelihood.png)
 
-Nats per token; block size 1 is exact, the others are upper bounds (a step from 1 is one from the truth to a bound), whose
-Monte Carlo error is at most {noisiest:.3f}.
+Nats per token; block size 1 is exact, the others are upper bounds (a step from 1 is one from the truth to a
+bound), whose Monte Carlo error is at most {noisiest:.3f}.
 
 | row | parameters | block sizes | 1 | 4 | 16 | 64 |
 | --- | --- | --- | --- | --- | --- | --- |""")
@@ -302,8 +370,8 @@ Monte Carlo error is at most {noisiest:.3f}.
 
 ![percent correct against passes per token]({name}_frontier.png)
 
-Percent of correct answers, and passes a token: T steps of ARPC are 2T - 1 passes a block, and a network that does not see the noise level
-is not asked again while nothing has changed.
+Percent of correct answers, and passes a token: T steps of ARPC are 2T - 1 passes a block, and a network
+that does not see the noise level is not asked again while nothing has changed.
 
 | row | sampler | {" | ".join(f"{n} step" + "s" * (n > 1) for n in STEPS)} | own pace |
 | --- | --- |{" --- |" * (len(STEPS) + 1)}""")
@@ -321,15 +389,17 @@ is not asked again while nothing has changed.
 
 ![nats of a mixture minus nats of one block size]({name}_mixture.png)
 
-The numbers are in the claims and in the first table. Every network has the same steps and rows, so a mixture has seen each block
-size less.
+The numbers are in the claims and in the first table. Every network has the same steps and rows, so a
+mixture has seen each block size less.
 
 ## What is not controlled
 
-Uniform networks see the noise level and are trained by cross-entropy, masked ones do not see it (the defaults; the paper's see it in
-neither), so they differ in parameters and in time a step. One dataset, one size of network, one learning rate for all rows. All seeds
-are measured on the same windows: the intervals are about training and noise, not about other data. Bounds of uniform noise end at
-t = 1e-3 and add the last step (`eval.one_draw`); another end gives another bound, lower by some hundredths on one network (docs/log.md).
+Uniform networks see the noise level and are trained by cross-entropy, masked ones do not see it (the
+defaults; the paper's see it in neither), so they differ in parameters and in time a step. One dataset, one
+size of network, one learning rate for all rows. All seeds are measured on the same windows: the intervals
+are about training and noise, not about other data. Bounds of uniform noise end at t = 1e-3 and add the last
+step (`eval.one_draw`); another end gives another bound, lower by some hundredths on one network
+(docs/log.md).
 """)
     text = "\n".join(out)
     Path(f"{cfg.page}.md").write_text(text)
@@ -338,7 +408,13 @@ t = 1e-3 and add the last step (`eval.one_draw`); another end gives another boun
 
 def main():
     cfg, start = load_config(PaperConfig, sys.argv[1:]), time.time()
-    if not 1 <= cfg.seeds <= max(T_975) or not cfg.minutes > 0 or cfg.n_eval < 2 or cfg.n_mc < 2 or cfg.n_mc % 2:
+    if (
+        not 1 <= cfg.seeds <= max(T_975)
+        or not cfg.minutes > 0
+        or cfg.n_eval < 2
+        or cfg.n_mc < 2
+        or cfg.n_mc % 2
+    ):
         die(
             f"seeds must be 1 to {max(T_975)}, minutes above 0, n_eval at least 2, n_mc even",
             "--seeds 3 --minutes 38 --n_eval 256 --n_mc 8",
@@ -349,13 +425,17 @@ def main():
     page = Path(f"{cfg.page}.md")
     if page.exists() and not page.read_text().startswith(HEAD):
         die(f"{page} is not a page of ours, and would be written over", "--page docs/my_paper")
-    writable(f"{cfg.page}.md", "page"), writable(f"{cfg.out}/results.jsonl", "out"), plots.pyplot()  # complain now, not after half an hour
+    # complain now, not after half an hour
+    writable(f"{cfg.page}.md", "page"), writable(f"{cfg.out}/results.jsonl", "out"), plots.pyplot()
     lines, results, took = read(f"{cfg.out}/results.jsonl", mend=True), [], 0.0
     jobs = [(seed, toml) for seed in range(cfg.seeds) for toml in tomls]
     for toml in tomls:  # before anything is trained
         run = load_config(TrainConfig, [str(toml)])
         if checker(Dataset(run.dataset, run.seq_len).folder) is None:
-            die(f"{toml}: nothing checks the answers of {run.dataset}", 'dataset = "digits", or a check(text) in its prepare.py')
+            die(
+                f"{toml}: nothing checks the answers of {run.dataset}",
+                'dataset = "digits", or a check(text) in its prepare.py',
+            )
     for seed, toml in tqdm(jobs, desc="trainings", disable=None):
         name, out_dir = toml.stem, f"{cfg.out}/{toml.stem}/{seed}"
         argv = [f"--seed={seed}", f"--out_dir={out_dir}", f"--device={cfg.device}"]

@@ -1,21 +1,26 @@
 """
-What may a stranger's program do? Compute for a few seconds, and say one number. Language models write programs that nobody has read.
+What may a stranger's program do? Compute for a few seconds, and say one number. Language models write
+programs that nobody has read.
 
-    run(code)           {"answer": a number or None, "why": "ok", "timeout", ...}; threads may call it, several at a time
+    run(code)           {"answer": a number or None, "why": "ok", "timeout", ...}; threads may call it,
+                        several at a time
     isolation()         what holds on this machine: print it
     extract, correct    from a model's text to a program; from its answer to right or wrong
 
-Each program gets a process of its own, and that is the boundary: whatever Python a program gets hold of, the kernel refuses. Two layers,
-each of which alone would do; they hold for root and for ordinary users, and Linux (x86-64, aarch64) has both unless its owner forbids it:
+Each program gets a process of its own, and that is the boundary: whatever Python a program gets hold of, the
+kernel refuses. Two layers, each of which alone would do; they hold for root and for ordinary users, and Linux
+(x86-64, aarch64) has both unless its owner forbids it:
 
     namespaces   no network, no other process in sight, and for a file system one empty, read-only folder
-    seccomp      16 system calls: memory, clocks, writing to an open pipe, the end. Neither files nor sockets, nor signals
+    seccomp      16 system calls: memory, clocks, writing to an open pipe, the end. Neither files nor sockets,
+                 nor signals
 
-Root becomes nobody, and rlimits bound time, memory, files and processes: it may start none, so it leaves none behind. Python's builtins are
-restricted too, but only so that programs mean what they meant to others who measured: that is no boundary, and the tests go around it.
+Root becomes nobody, and rlimits bound time, memory, files and processes: it may start none, so it leaves none
+behind. Python's builtins are restricted too, but only so that programs mean what they meant to others who
+measured: that is no boundary, and the tests go around it.
 
-evaluator --stdin: program--> launcher, this file as a script, trusted --fork--> the program, which writes one line. The launcher ends it
-when it has answered, when its time is up, and when the evaluator is gone.
+evaluator --stdin: program--> launcher, this file as a script, trusted --fork--> the program, which writes one
+line. The launcher ends it when it has answered, when its time is up, and when the evaluator is gone.
 """
 
 import math
@@ -30,9 +35,11 @@ LAYERS = ("namespaces", "seccomp")
 LONGEST = 1 << 20  # bytes of a program
 REPLY = 4096  # bytes of what it may say
 NOBODY = 65534
-USER, PID, NET, MOUNT, IPC, UTS = 0x10000000, 0x20000000, 0x40000000, 0x00020000, 0x08000000, 0x04000000  # linux/sched.h, CLONE_NEW*
+# linux/sched.h, CLONE_NEW*
+USER, PID, NET, MOUNT, IPC, UTS = 0x10000000, 0x20000000, 0x40000000, 0x00020000, 0x08000000, 0x04000000
 SYSCALLS = {  # machine: its AUDIT_ARCH, mmap, and what else a program needs
-    #          write mprotect munmap brk sigprocmask sigreturn sched_yield mremap madvise futex clocks gettimeofday getrandom exit(s)
+    #          write mprotect munmap brk sigprocmask sigreturn sched_yield mremap madvise futex clocks
+    # gettimeofday getrandom exit(s)
     "x86_64": (0xC000003E, 9, (1, 10, 11, 12, 14, 15, 24, 25, 28, 202, 228, 96, 318, 60, 231)),
     "aarch64": (0xC00000B7, 222, (64, 226, 215, 214, 135, 139, 124, 216, 233, 98, 113, 169, 278, 93, 94)),
 }
@@ -42,9 +49,14 @@ SYSCALLS = {  # machine: its AUDIT_ARCH, mmap, and what else a program needs
 
 
 def extract(text):
-    """The program in a model's text: its first fenced block, else from the first `def ` on, up to a special token; "" without any."""
+    """
+    The program in a model's text: its first fenced block, else from the first `def ` on, up to a special
+    token; "" without any.
+    """
     _, _, block = text.partition("```")[2].partition("\n")  # behind the fence and what it says, "python"
-    code = block.partition("```")[0] if block else "def " + text.partition("def ")[2] if "def " in text else ""
+    code = (
+        block.partition("```")[0] if block else "def " + text.partition("def ")[2] if "def " in text else ""
+    )
     return re.split(r"<\|[^|\n]{1,40}\|>|</s>|\[(?:EOS|SEP|PAD|MASK)\]", code, maxsplit=1)[0]
 
 
@@ -64,7 +76,10 @@ def number(text):
 
 
 def settled(value):
-    """An int, or a float that is none within 1e-6; None for anything else, and for ints too large to mean an answer."""
+    """
+    An int, or a float that is none within 1e-6; None for anything else, and for ints too large to mean an
+    answer.
+    """
     if type(value) is float and math.isfinite(value):
         return round(value) if abs(value - round(value)) <= 1e-6 else value
     return value if type(value) is int and value.bit_length() < 1500 else None
@@ -92,11 +107,14 @@ def correct(answer, gold):
 
 def run(code, timeout=5.0, memory_mb=256, layers=LAYERS):
     """
-    Call simple_math_problem() of the program `code`, within `timeout` seconds and memory_mb 2^20 bytes. Returns
+    Call simple_math_problem() of the program `code`, within `timeout` seconds and memory_mb 2^20 bytes.
+    Returns
         answer   its value as an int or float (settled), else the last number it printed, else None
-        why      ok | no code | no function | no answer | too long | error: KIND | timeout | killed | no boundary | no sandbox
+        why      ok | no code | no function | no answer | too long | error: KIND | timeout | killed | no
+                 boundary | no sandbox
         layers   those that were in force
-    Nothing runs if none of the layers that are asked for can be had; without asking for any it runs with limits alone.
+    Nothing runs if none of the layers that are asked for can be had; without asking for any it runs with
+    limits alone.
     """
     import select
     import subprocess
@@ -109,9 +127,14 @@ def run(code, timeout=5.0, memory_mb=256, layers=LAYERS):
     if os.name != "posix":
         return {"answer": None, "why": "no sandbox", "layers": ()}
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-B", os.path.join(HERE, "sandbox.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, env={}, cwd="/", start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-I", "-S", "-B", os.path.join(HERE, "sandbox.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={},
+        cwd="/",
+        start_new_session=True,
+    )
     reply, deadline = b"", time.monotonic() + timeout + 10  # the launcher is trusted, not infallible
     try:
         process.stdin.write(f"{timeout} {memory_mb} {len(code)} {' '.join(layers)}\n".encode() + code)
@@ -136,9 +159,15 @@ def run(code, timeout=5.0, memory_mb=256, layers=LAYERS):
     if not end or not held:
         return {"answer": None, "why": "no sandbox", "layers": ()}  # not even Python began
     kind, _, value = said.partition(" ")
-    why = {"": end, "int": "ok", "float": "ok"}.get(kind, said if re.fullmatch(r"[\w :]{1,60}", said) else "killed")
+    why = {"": end, "int": "ok", "float": "ok"}.get(
+        kind, said if re.fullmatch(r"[\w :]{1,60}", said) else "killed"
+    )
     answer = number(value) if why == "ok" else None
-    return {"answer": answer, "why": "no answer" if why == "ok" and answer is None else why, "layers": tuple(held.split()[1:])}
+    return {
+        "answer": answer,
+        "why": "no answer" if why == "ok" and answer is None else why,
+        "layers": tuple(held.split()[1:]),
+    }
 
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -158,7 +187,8 @@ def isolation(layers=LAYERS):
     reason = f"{os.uname().sysname} {os.uname().machine}" if os.name == "posix" else os.name
     return (
         False,
-        f"no boundary on this machine ({reason}: {got['why']}), at most {limits}: a program can read your files and use the network",
+        f"no boundary on this machine ({reason}: {got['why']}), "
+        f"at most {limits}: a program can read your files and use the network",
     )
 
 
@@ -166,7 +196,10 @@ def isolation(layers=LAYERS):
 
 
 def launch():
-    """Read limits and a program from stdin, run it in a fork, write how it ended and what it said. Ends early if stdin does."""
+    """
+    Read limits and a program from stdin, run it in a fork, write how it ended and what it said. Ends early if
+    stdin does.
+    """
     import ctypes
     import resource  # noqa: F401  for `inside`, which may not be able to read files
     import select
@@ -210,12 +243,19 @@ def launch():
 
 
 def unshared(libc):
-    """Leave this process's namespaces; whether the kernel lets us. Its next child is the first process of a new world."""
+    """
+    Leave this process's namespaces; whether the kernel lets us. Its next child is the first process of a new
+    world.
+    """
     uid, gid = os.getuid(), os.getgid()
     if libc.unshare(USER | PID | NET | MOUNT | IPC | UTS) != 0:
         return False
     try:
-        for name, line in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {uid} 1"), ("gid_map", f"{NOBODY} {gid} 1")):
+        for name, line in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{NOBODY} {uid} 1"),
+            ("gid_map", f"{NOBODY} {gid} 1"),
+        ):
             with open(f"/proc/self/{name}", "w") as f:
                 f.write(line)
     except OSError:
@@ -224,11 +264,16 @@ def unshared(libc):
 
 
 def nowhere(libc):
-    """Make an empty read-only folder the whole file system, for this process and its namespace; whether that worked."""
+    """
+    Make an empty read-only folder the whole file system, for this process and its namespace; whether that
+    worked.
+    """
     bind_flags, empty = 1 | 2 | 4 | 8, b"size=4k,nr_inodes=4,mode=555"  # MS_RDONLY | NOSUID | NODEV | NOEXEC
     return (
-        libc.mount(b"none", b"/", None, 0x44000, None) == 0  # MS_REC | MS_PRIVATE: what follows is seen here alone
-        and libc.mount(b"none", b"/proc", b"tmpfs", bind_flags - 1, empty) == 0  # any folder that is sure to be there
+        # MS_REC | MS_PRIVATE: what follows is seen here alone
+        libc.mount(b"none", b"/", None, 0x44000, None) == 0
+        and libc.mount(b"none", b"/proc", b"tmpfs", bind_flags - 1, empty)
+        == 0  # any folder that is sure to be there
         and os.chdir("/proc") is None
         and os.mkdir("empty", 0o555) is None
         and libc.mount(b"none", b"/proc", None, 32 | bind_flags, None) == 0  # MS_REMOUNT
@@ -245,7 +290,8 @@ def filtered(libc, ctypes):
         return False
     arch, mmap, others = SYSCALLS[os.uname().machine]
     kill, allow, refuse = 0x80000000, 0x7FFF0000, 0x00050001
-    load, equal, any_bit, end = 0x20, 0x15, 0x45, 0x06  # (operation, so many to skip if true, if false, operand), linux/filter.h
+    # (operation, so many to skip if true, if false, operand), linux/filter.h
+    load, equal, any_bit, end = 0x20, 0x15, 0x45, 0x06
     lines = [(load, 0, 0, 4), (equal, 1, 0, arch), (end, 0, 0, kill), (load, 0, 0, 0), (equal, 0, 4, mmap)]
     # shared memory outlives its unmapping in part: it would not count as ours
     lines += [(load, 0, 0, 40), (any_bit, 0, 1, 1), (end, 0, 0, refuse), (end, 0, 0, allow)]
@@ -254,7 +300,12 @@ def filtered(libc, ctypes):
     lines += [(end, 0, 0, refuse)]
 
     class Line(ctypes.Structure):
-        _fields_ = [("code", ctypes.c_ushort), ("yes", ctypes.c_ubyte), ("no", ctypes.c_ubyte), ("k", ctypes.c_uint)]
+        _fields_ = [
+            ("code", ctypes.c_ushort),
+            ("yes", ctypes.c_ubyte),
+            ("no", ctypes.c_ubyte),
+            ("k", ctypes.c_uint),
+        ]
 
     class Program(ctypes.Structure):
         _fields_ = [("n", ctypes.c_ushort), ("lines", ctypes.POINTER(Line))]
@@ -267,7 +318,9 @@ def filtered(libc, ctypes):
 
 
 def inside(libc, code, say, seconds, memory, layers):
-    """Give up all that can be given up, say which layers hold, run the program, say its answer. Does not return."""
+    """
+    Give up all that can be given up, say which layers hold, run the program, say its answer. Does not return.
+    """
     import ctypes
     import resource
 
@@ -284,7 +337,17 @@ def inside(libc, code, say, seconds, memory, layers):
         held += ["namespaces"] * ("namespaces" in layers and nowhere(libc))
     except OSError:
         pass
-    kinds = {"CPU": seconds, "AS": memory, "DATA": memory, "FSIZE": 0, "NOFILE": 4, "NPROC": 1, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}
+    kinds = {
+        "CPU": seconds,
+        "AS": memory,
+        "DATA": memory,
+        "FSIZE": 0,
+        "NOFILE": 4,
+        "NPROC": 1,
+        "CORE": 0,
+        "MEMLOCK": 0,
+        "MSGQUEUE": 0,
+    }
     for kind, most in kinds.items():
         try:
             resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (most, most))
@@ -328,7 +391,10 @@ def parsed(code):
 
 
 def answer(code):
-    """'int 42', 'float 0.5', or why there is none. It runs beside the program, so it is as honest as that: a lie about its own answer."""
+    """
+    'int 42', 'float 0.5', or why there is none. It runs beside the program, so it is as honest as that: a lie
+    about its own answer.
+    """
     printed = Tail()
 
     def load(name, *_):

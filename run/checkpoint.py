@@ -1,24 +1,28 @@
 """
 What stays of a run? In its out_dir:
 
-    ckpt.STEP.pt   a checkpoint: weights, EMA weights, optimizer state, settings, dataset facts and the step; the newest few
-    ckpt.pt        the newest of them, and best.pt that of the lowest validation loss: second names of a file (hard links)
+    ckpt.STEP.pt   a checkpoint: weights, EMA weights, optimizer state, settings, dataset facts and the step;
+                   the newest few
+    ckpt.pt        the newest of them, and best.pt that of the lowest validation loss: second names of a file
+                   (hard links)
     ckpt.STEP.pt.ruined   saved after the last good one, when a run gave up; yours to delete
     log.jsonl      a line {"step": ...} a look
     earlier.N/     what a run that was here before left
     lock           held while a run writes here; not empty: one has begun here
 
-There is no random state to keep: every draw is a function of (seed, step, row), see draws.Noise.
+There is no random state to keep: every draw is a function of (seed, step, row), see rng.Noise.
 
-A file is written under a temporary name, brought to the disk and renamed, so a kill at any moment leaves the last good one. It
-carries checksums, and is read with weights_only, so a file from a stranger runs no code.
+A file is written under a temporary name, brought to the disk and renamed, so a kill at any moment leaves the
+last good one. It carries checksums, and is read with weights_only, so a file from a stranger runs no code.
 """
 
 import errno
 import hashlib
+import importlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -28,17 +32,22 @@ from pathlib import Path
 
 import torch
 
-from diffusion import Masked, Uniform
-from hub.published import is_published, published
+from diffusion import Masked, NoiseProcess, Uniform
+from fast.processes import plain
 from model import ModelConfig, Transformer
+from rng import Noise
 from run.cli import die, said
 from run.machine import has_memory
+from run.migrate import migrate
 
 # ----- checkpoints
 
 
 def save(out_dir, state):
-    """state: a dict of tensors, numbers, strings, lists and dicts, "step" among them. Raises OSError, and then ckpt.pt is as it was."""
+    """
+    state: a dict of tensors, numbers, strings, lists and dicts, "step" among them. Raises OSError, and then
+        ckpt.pt is as it was.
+    """
     folder, name = Path(out_dir), f"ckpt.{state['step']}.pt"
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{name}.tmp"
@@ -62,8 +71,13 @@ def prune(out_dir, step, keep):
 
 
 def fall_back_to_good(out_dir):
-    """The newest numbered checkpoint whose validation was finite, or None. Newer ones are set aside as ckpt.STEP.pt.ruined."""
-    finite = {r["step"] for r in logged(out_dir) if "val" in r and all(math.isfinite(v) for v in r["val"].values())}
+    """
+    The newest numbered checkpoint whose validation was finite, or None. Newer ones are set aside as
+    ckpt.STEP.pt.ruined.
+    """
+    finite = {
+        r["step"] for r in logged(out_dir) if "val" in r and all(math.isfinite(v) for v in r["val"].values())
+    }
     good = next((f for f in numbered(out_dir) if step_of(f) in finite), None)
     if good:
         for ruined in [f for f in numbered(out_dir) if step_of(f) > step_of(good)]:
@@ -99,26 +113,43 @@ def also(path, name):
 
 def numbered(folder):
     """The files ckpt.STEP.pt of a folder, newest first."""
-    return sorted((f for f in Path(folder).glob("ckpt.*.pt") if f.name[5:-3].isdigit()), key=step_of, reverse=True)
+    found = [f for f in Path(folder).glob("ckpt.*.pt") if f.name[5:-3].isdecimal()]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(file):
     return int(file.name[5:-3])
 
 
+READERS = []  # (recognises, reads) of other formats, which take a path: hub/published.py adds its own
+
+
+def is_foreign(path):
+    """Is this not a run of ours, but weights in another format?"""
+    return any(recognises(path) for recognises, _ in READERS)
+
+
 def load(path, flag="--ckpt"):
     """
-    The dict that was saved, on the CPU. path: an out_dir, whose newest checkpoint is meant, or one file, out_dir/best.pt; or published
-    weights, hf:OWNER/REPO/SUBFOLDER or a folder, which published.py reads. If the newest checkpoint is damaged the one before it takes
-    its place, and stderr says so. Two lines if there is none; flag: what gave the path.
+    The dict that was saved, on the CPU. path: an out_dir, whose newest checkpoint is meant, or one file,
+    out_dir/best.pt. If the newest checkpoint is damaged the one before it takes its place, and stderr says
+    so. Two lines if there is none; flag: what gave the path.
     """
-    if is_published(path):
-        return published(path, flag)
+    for recognises, read_other in READERS:
+        if recognises(path):
+            return read_other(path, flag)
     path = Path(path)
-    files = [path] if os.path.isfile(path) else [f for f in (path / "ckpt.pt", *numbered(path), path / "best.pt") if os.path.isfile(f)]
+    files = (
+        [path]
+        if os.path.isfile(path)
+        else [f for f in (path / "ckpt.pt", *numbered(path), path / "best.pt") if os.path.isfile(f)]
+    )
     if not files:
         have = sorted(str(p.parent) for p in path.parent.glob("*/ckpt.pt"))
-        die(f"no checkpoint {path / 'ckpt.pt'}", f"{flag} {have[0]}" if have else "python train.py config/sudoku.toml")
+        die(
+            f"no checkpoint {path / 'ckpt.pt'}",
+            f"{flag} {have[0]}" if have else "python train.py config/sudoku.toml",
+        )
     problems, seen = [], set()
     for file in files:
         if (inode := file.stat().st_ino) in seen:
@@ -133,23 +164,36 @@ def load(path, flag="--ckpt"):
             continue
         if problems:
             print("\n".join(f"WARNING: {p}" for p in problems), file=sys.stderr)
-            print(f"WARNING: using the one before it, {file}, of step {state['step']}", file=sys.stderr, flush=True)
+            print(
+                f"WARNING: using the one before it, {file}, of step {state['step']}",
+                file=sys.stderr,
+                flush=True,
+            )
         return state
     older = f"; {len(problems) - 1} older likewise" if problems[1:] else ""
-    die(problems[0] + older, f"train again: python train.py --out_dir={path if path.is_dir() else path.parent}")
+    die(
+        problems[0] + older,
+        f"train again: python train.py --out_dir={path if path.is_dir() else path.parent}",
+    )
 
 
 def read(file):
     """The dict in one file; raises something if it is not what `save` wrote."""
     if bad := zipfile.ZipFile(file).testzip():
-        raise ValueError(f"the checksum of {bad} does not match")  # torch would load a flipped bit without a word
+        # torch would load a flipped bit without a word
+        raise ValueError(f"the checksum of {bad} does not match")
     state = torch.load(file, map_location="cpu", weights_only=True)
-    parts = {"model": dict, "ema": dict, "config": dict, "meta": dict, "step": int}  # the rest is for going on
+    # the rest is for going on
+    parts = {"model": dict, "ema": dict, "config": dict, "meta": dict, "step": int}
     if not isinstance(state, dict) or (lacking := sorted(set(parts) - set(state))):
         raise ValueError(f"it lacks {', '.join(lacking) if isinstance(state, dict) else 'everything'}")
-    if odd := sorted(k for k, kind in parts.items() if not isinstance(state[k], kind) or kind is int and not 0 <= state[k] < 1 << 62):
+    if odd := sorted(
+        k
+        for k, kind in parts.items()
+        if not isinstance(state[k], kind) or kind is int and not 0 <= state[k] < 1 << 62
+    ):
         raise ValueError(f"its {odd[0]} is a {type(state[odd[0]]).__name__}: {str(state[odd[0]])[:40]}")
-    return state
+    return migrate(state)
 
 
 # ----- the folder of a run
@@ -158,12 +202,13 @@ def read(file):
 @contextmanager
 def writing(out_dir, begin):
     """
-    Hold the folder, which is made if need be: two runs that write to one would ruin both. Two lines if another does, or none can.
+    Hold the folder, which is made if need be: two runs that write to one would ruin both. Two lines if
+    another does, or none can.
     begin: a run begins here, and the lock says so, for `begun`.
     """
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
-        lock = open(Path(out_dir) / "lock", "a")
+        lock = open(Path(out_dir) / "lock", "a", encoding="utf-8")
     except (OSError, ValueError) as e:  # ValueError: a name with a zero byte
         die(f"cannot write to {out_dir!r}: {getattr(e, 'strerror', e)}", "--out_dir of a folder of yours")
     try:
@@ -175,7 +220,10 @@ def writing(out_dir, begin):
                 break
             except BlockingIOError:
                 if patience == 0:
-                    die(f"another run is writing to {out_dir}", "--out_dir of another folder, or wait for its end")
+                    die(
+                        f"another run is writing to {out_dir}",
+                        "--out_dir of another folder, or wait for its end",
+                    )
                 time.sleep(0.1)
     except (ImportError, OSError):  # a system, or a disk, without such locks
         pass
@@ -198,7 +246,10 @@ UNWRITTEN = {}  # path of a log.jsonl: lines that a full disk has not taken yet
 
 
 def log(out_dir, *records):
-    """Append lines to log.jsonl. A full disk loses nothing: what it does not take waits for the next call, which may bring no record."""
+    """
+    Append lines to log.jsonl. A full disk loses nothing: what it does not take waits for the next call, which
+    may bring no record.
+    """
     path = Path(out_dir) / "log.jsonl"
     lines = UNWRITTEN.setdefault(path, [])
     lines += [json.dumps(record) + "\n" for record in records]
@@ -215,15 +266,22 @@ def log(out_dir, *records):
 
 
 def logged(out_dir, until=None):
-    """The records of log.jsonl, [] without one; until: those up to that step. A line that a kill cut short does not count."""
+    """
+    The records of log.jsonl, [] without one; until: those up to that step. A line that a kill cut short does
+    not count.
+    """
     records = []
     path = Path(out_dir) / "log.jsonl"
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    records = [r for r in records if isinstance(r, dict) and isinstance(r.get("step"), int) and isinstance(r.get("val", {}), dict)]
+    records = [
+        r
+        for r in records
+        if isinstance(r, dict) and isinstance(r.get("step"), int) and isinstance(r.get("val", {}), dict)
+    ]
     return [r for r in records if until is None or r["step"] <= until]
 
 
@@ -235,13 +293,16 @@ def forget_after(out_dir, step):
     """Drop the lines of steps that will be taken again."""
     path = Path(out_dir) / "log.jsonl"
     temporary = path.with_name("log.jsonl.tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in logged(out_dir, step)))
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in logged(out_dir, step)), encoding="utf-8")
     to_disk(temporary)
     os.replace(temporary, path)
 
 
 def keep_earlier_run(out_dir):
-    """What a run left that was here before moves to earlier.1 and so on, where --ckpt finds it: nothing is overwritten."""
+    """
+    What a run left that was here before moves to earlier.1 and so on, where --ckpt finds it: nothing is
+    overwritten.
+    """
     folder = Path(out_dir)
     left = [folder / name for name in ("ckpt.pt", "best.pt", "log.jsonl") if (folder / name).exists()]
     left += [*numbered(folder), *folder.glob("ckpt.*.pt.ruined")]
@@ -259,44 +320,112 @@ def keep_earlier_run(out_dir):
 
 def fingerprint(model):
     """Twelve letters that stand for a model's weights, bit by bit."""
-    return hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())).hexdigest()[:12]
+    return hashlib.sha256(
+        b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
+    ).hexdigest()[:12]
 
 
-def build(cfg, vocab_size, network=None):
+VERSION = 2  # of the format; run/migrate.py reads those before
+
+
+def process_facts(process):
+    """What a checkpoint keeps of a noise process: its class and arguments."""
+    process = plain(process)
+    module, name = type(process).__module__, type(process).__qualname__
+    return {"class": name if module == "diffusion" else f"{module}.{name}", "arguments": process.arguments()}
+
+
+def process_of(facts):
     """
-    (model, process) for the settings cfg (a TrainConfig) and the dataset's vocabulary. Masked noise adds one id, the mask.
-    Uniform noise adds none to the V it predicts: idle symbols would be drawn as noise.
-    network: a dict, of weights that began elsewhere: what they are (ModelConfig) and their mask_id. The model is then on the device meta,
-    without weights, and `load_state_dict(..., assign=True)` gives it some.
+    The process that process_facts describes. Only classes of diffusion.py and methods/ come back: a file
+    names no other code.
     """
-    if network is not None:
-        try:
+    module, _, name = facts["class"].rpartition(".")
+    if module and not re.fullmatch(r"methods\.[a-z_0-9]+", module):
+        raise ValueError(f"no noise process {facts['class']!r}")
+    kind = getattr(importlib.import_module(module or "diffusion"), name, None)
+    if not (isinstance(kind, type) and issubclass(kind, NoiseProcess)):
+        raise ValueError(f"no noise process {facts['class']!r}")
+    return kind(**facts["arguments"])
+
+
+def check_process(process, vocab_size, n_ids):
+    """
+    Raise ValueError, or what the process raises, unless a process that a file describes can be: for a dataset
+    of vocab_size ids, and a network that reads n_ids.
+    """
+    V = process.vocab_size
+    if type(V) is not int or not 1 <= V <= vocab_size + 64:  # room for masks
+        raise ValueError(f"noise of {V!r} ids, for {vocab_size}")
+    noise, x0 = Noise(0, torch.arange(1), torch.arange(1)), torch.zeros(1, 1, dtype=torch.long)
+    made = process.prior((1, 1), noise), process.ar_input((1, 1), noise), process.corrupt(x0, 0.0, noise)
+    if odd := [ids.item() for ids in made if ids.dtype != torch.long or not 0 <= ids.item() < n_ids]:
+        raise ValueError(f"its noise makes id {odd[0]}, of {n_ids} ids")
+
+
+def network_config(cfg, process, vocab_size):
+    """The ModelConfig for the settings cfg (a TrainConfig) and a noise process."""
+    return ModelConfig(
+        vocab_size=process.vocab_size,
+        seq_len=cfg.seq_len,
+        n_layers=cfg.n_layers,
+        n_heads=cfg.n_heads,
+        d_model=cfg.d_model,
+        time_conditioning=cfg.time_conditioning == "true",
+        n_extra_tokens=process.n_extra_tokens,
+        clean_causal=cfg.clean_causal,
+        next_token=cfg.next_token,
+        dropout=cfg.dropout,
+    )
+
+
+def build(cfg, vocab_size, network=None, method=None, settings=None, process=None):
+    """
+    (model, process) of the lesson for the settings cfg (a TrainConfig) and the dataset's vocabulary. Masked
+    noise adds one id, the mask. Uniform noise adds none to the V it predicts: idle symbols would be drawn as
+    noise.
+    network: a dict, of weights that began elsewhere: what they are (ModelConfig). The model is then on the
+        device
+    meta, without weights, and `load_state_dict(..., assign=True)` gives it some.
+    method, settings: a method's module and its Settings.
+    process: what a checkpoint says of its process (process_facts), in place of what the settings make.
+    """
+    make = getattr(method, "network", lambda model_cfg, settings: Transformer(model_cfg))
+    try:
+        if process is not None:
+            noise = process_of(process)
+        elif hasattr(method, "process"):
+            noise = method.process(cfg, settings, vocab_size)
+        elif cfg.process == "masked":
+            noise = Masked(vocab_size + 1, vocab_size)
+        else:
+            noise = Uniform(vocab_size, cfg.predicts, None if cfg.random_ar else vocab_size)
+        if network is not None:
             with torch.device("meta"):
-                model = Transformer(ModelConfig(**{k: v for k, v in network.items() if k != "mask_id"}))
-            V, mask_id = model.cfg.vocab_size, network["mask_id"]
-            if mask_id is not None and not 0 <= mask_id < V:
-                raise ValueError(f"mask_id is {mask_id}, of {V} ids")
-            return model, Uniform(V, cfg.predicts) if mask_id is None else Masked(V, mask_id)
-        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError) as e:
-            die(f"the checkpoint says of its network what cannot be: {said(e)}", "another checkpoint")
+                model = make(ModelConfig(**network), settings)
+            if noise.vocab_size != model.cfg.vocab_size:
+                raise ValueError(f"{model.cfg.vocab_size} ids, and noise of {noise.vocab_size}")
+            check_process(noise, noise.vocab_size, model.cfg.vocab_size + model.cfg.n_extra_tokens)
+            return model, noise
+        if process is not None:
+            check_process(noise, vocab_size, noise.vocab_size + noise.n_extra_tokens)
+    except (
+        AssertionError,
+        AttributeError,
+        ArithmeticError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as e:
+        if network is None and process is None:
+            raise  # a fault of the code, not of a file
+        die(f"the checkpoint says of its network what cannot be: {said(e)}", "another checkpoint")
     need = 4 * (12 * cfg.n_layers * cfg.d_model**2 + 2 * vocab_size * cfg.d_model)
     if need > (have := has_memory(torch.device("cpu"))):
-        die(f"the weights alone take {need / 2**30:,.0f} GB, and there are {have / 2**30:,.0f}", "--d_model=128 --n_layers=4")
-    masked = cfg.process == "masked"
-    ar_token = None if masked or cfg.random_ar else vocab_size
-    model = Transformer(
-        ModelConfig(
-            vocab_size=vocab_size + masked,
-            seq_len=cfg.seq_len,
-            n_layers=cfg.n_layers,
-            n_heads=cfg.n_heads,
-            d_model=cfg.d_model,
-            time_conditioning=cfg.time_conditioning == "true",
-            n_extra_tokens=int(ar_token is not None),
-            clean_causal=cfg.clean_causal,
-            next_token=cfg.next_token,
-            dropout=cfg.dropout,
+        die(
+            f"the weights alone take {need / 2**30:,.0f} GB, and there are {have / 2**30:,.0f}",
+            "--d_model=128 --n_layers=4",
         )
-    )
-    process = Masked(vocab_size + 1, vocab_size) if masked else Uniform(vocab_size, cfg.predicts, ar_token)
-    return model, process
+    return make(network_config(cfg, noise, vocab_size), settings), noise

@@ -1,10 +1,10 @@
 """
 How are settings read? A dataclass is the list of settings, the command line and the TOML presets at once.
 
-    python train.py [config/file.toml] [--name value | --name=value ...]     flags win over the file; --help prints the dataclass
+    python train.py [config/file.toml] [--name value | --name=value ...]
 
-A name nobody declared never passes, from either door. A user's slip ends in two lines, what is wrong and what to type,
-and exit code 2.
+Flags win over the file; --help prints the dataclass. Unknown settings are an error, in flags and in TOML
+files. A user's slip ends in two lines, what is wrong and which command fixes it, and exit code 2.
 """
 
 import difflib
@@ -22,7 +22,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 def die(problem, fix):
     """End the program as a user's slip: two lines on stderr, exit code 2."""
-    problem, fix = (" ".join(s.splitlines()) for s in (problem, fix))  # what a message quotes may have lines of its own
+    problem, fix = (" ".join(s.splitlines()) for s in (problem, fix))  # a message may quote several lines
     print(f"error: {problem}\n  try: {fix}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -37,12 +37,18 @@ def writable(path, flag):
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         new = not os.path.exists(path)
-        with open(path, "a"):
+        with open(path, "a", encoding="utf-8"):
             pass
         if new:
             os.remove(path)
     except OSError as e:
         die(f"cannot write {path}: {e.strerror}", f"--{flag} FILE, in a folder of yours")
+
+
+def show_anything():
+    """Every command begins here: text that the terminal cannot encode is shown as ?, and ends no run."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def command():
@@ -51,57 +57,89 @@ def command():
     return f"-m {spec.name}" if spec is not None and spec.parent else os.path.basename(sys.argv[0])
 
 
-def load_config(cls, argv, help="--help", given_names=None):
+def load_config(cls, argv, help="--help"):
     """
-    An instance of the dataclass `cls` from command-line words; exits with two lines, `help` in them, on anything it does not know.
-    given_names: a set, which gets the names that somebody chose.
+    An instance of the dataclass `cls` from command-line words; exits with two lines, `help` in them, on
+    anything it does not know.
     """
-    declared, from_file, from_flags, words = {f.name: f for f in fields(cls)}, {}, {}, list(argv)
-    script = command()
+    return cls(**given_settings(cls, argv, help))
+
+
+def parsed(argv, kinds):
+    """
+    [(word, name, value)] of command-line words: a flag with its value, or a word that is no flag, with name
+    None. kinds: {name: type}. A bool needs no value. The value of another flag is the next word, whatever it
+    looks like, unless that is a setting's flag: then somebody forgot the value, and it is None.
+    """
+    found, words = [], list(argv)
+    is_setting = lambda word: word.startswith("--") and name_of(word) in kinds
     while words:
         word = words.pop(0)
-        if word in ("-h", "--help"):
-            print((inspect.getdoc(sys.modules[cls.__module__]) or "").strip(), "\n\n" + inspect.getsource(cls))
-            raise SystemExit
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            name, where = name.replace("-", "_"), word.partition("=")[0]
-            if not equals:
-                has_value = bool(words) and not words[0].startswith("--")
-                is_switch = name in declared and declared[name].type is bool
-                if is_switch and not (has_value and words[0].lower() in ("true", "false")):
-                    value = True
-                else:
-                    value = words.pop(0) if has_value else None
+        if not word.startswith("--") or word == "--help":
+            found.append((word, None, None))
+            continue
+        flag, equals, value = word.partition("=")
+        name = name_of(flag)
+        if not equals and kinds.get(name) is bool:
+            value = words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
+        elif not equals:
+            value = words.pop(0) if words and not is_setting(words[0]) else None
+        found.append((flag, name, value))
+    return found
+
+
+def name_of(flag):
+    """--batch-size=8 -> batch_size"""
+    return flag.removeprefix("--").partition("=")[0].replace("-", "_")
+
+
+def wants_help(argv, kinds):
+    return any(name is None and word in ("-h", "--help") for word, name, _ in parsed(argv, kinds))
+
+
+def kinds_of(cls):
+    """{name: type} of the settings that a dataclass declares."""
+    return {f.name: f.type for f in fields(cls)}
+
+
+def given_settings(cls, argv, help="--help"):
+    """{name: value} of the settings of `cls` chosen in command-line words or TOML files. Flags win."""
+    declared, from_file, from_flags = {f.name: f for f in fields(cls)}, {}, {}
+    ask_help = f"python {command()} {help}"
+    show_anything()
+    for word, name, value in parsed(argv, kinds_of(cls)):
+        if name is not None:
             pairs, given = {name: value}, from_flags
+        elif word in ("-h", "--help"):
+            doc = sys.modules["__main__"].__doc__ or sys.modules[cls.__module__].__doc__ or ""
+            print(inspect.cleandoc(doc).strip(), "\n\n" + inspect.getsource(cls))
+            raise SystemExit
         elif word.endswith(".toml"):
-            where, pairs, given = word, read_toml(word), from_file
+            pairs, given = read_toml(word), from_file
         else:
-            die(f"'{word}' is neither a --flag nor a .toml file", f"python {script} {help}")
+            die(f"'{word}' is neither a --flag nor a .toml file", ask_help)
         for name, value in pairs.items():
             if name not in declared:
                 near = difflib.get_close_matches(name, declared, 1)
-                die(f"{where}: no setting named '{name}'", f"--{near[0]}" if near else f"python {script} {help}")
+                die(f"{word}: no setting named '{name}'", f"--{near[0]}" if near else ask_help)
             try:
                 given[name] = convert(value, declared[name].type)
             except (ValueError, TypeError, KeyError, AttributeError):
-                default = declared[name].default
-                default = declared[name].default_factory() if default is MISSING else default
-                example = ",".join(f"{k}:{v:g}" for k, v in default.items()) if isinstance(default, dict) else default
-                die(
-                    f"{where}: '{name}' wants {declared[name].type.__name__}, got {value!r}",
-                    f"python {script} {help}, or --{name}={example}",
-                )
-    if given_names is not None:
-        given_names |= {*from_file, *from_flags}
-    return cls(**{**from_file, **from_flags})
+                fix = f"{ask_help}, or --{name}={example_of(declared[name])}"
+                die(f"{word}: '{name}' wants {declared[name].type.__name__}, got {value!r}", fix)
+    return {**from_file, **from_flags}
+
+
+def example_of(setting):
+    """The default of a dataclass field, as a flag's value."""
+    default = setting.default_factory() if setting.default is MISSING else setting.default
+    return ",".join(f"{k}:{v:g}" for k, v in default.items()) if isinstance(default, dict) else default
 
 
 def read_toml(path):
     if not os.path.exists(path):
-        near = difflib.get_close_matches(
-            path, [os.path.join("config", f) for f in os.listdir("config")] if os.path.isdir("config") else [], 1, 0.3
-        )
+        presets = [os.path.join("config", f) for f in os.listdir("config")] if os.path.isdir("config") else []
+        near = difflib.get_close_matches(path, presets, 1, 0.3)
         die(f"config file {path} not found", near[0] if near else "ls config/")
     try:
         with open(path, "rb") as f:
@@ -126,7 +164,7 @@ def convert(value, kind):
 
 
 def parse_dict(value):
-    """'1:0.25,16:0.75', '{1: 0.25, 16: 0.75}' or a TOML table -> {1: 0.25, 16: 0.75}: block size -> weight or name."""
+    """'1:0.25,16:0.75', '{1: 0.25, 16: 0.75}' or a TOML table -> {1: 0.25, 16: 0.75}, weights or names."""
     if not isinstance(value, dict):
         pairs = [pair.split(":") for pair in re.sub(r"[{}\s\"']", "", value).split(",") if pair]
         if len({k for k, _ in pairs}) != len(pairs):

@@ -1,22 +1,26 @@
 """
-Which tokens first? Samplers that commit the surest tokens of a block and leave the rest as noise. See samplers.py for letters.
+Which tokens first? Samplers that commit the surest tokens of a block and leave the rest as noise. See
+generate.py for letters.
 """
 
 import math
 
 import torch
 
-from samplers.reverse import entropy, margin, need, pick, top
+from diffusion import pick
+from generate import sampler
+from samplers.pieces import entropy, margin, need, top
 
 
 def unmask(block, choose):
     """
-    The loop these samplers share. Some positions are committed, the rest is pure noise: masks, or fresh uniform tokens at every step,
-    predicted by l, which leaves their own token out: it is known to be noise (that the others' tokens are, the network is not told,
-    other than by the noise level). A step proposes y ~ l for the rest;
-    choose(k, left, y, logp) returns which positions are committed after it, and the tokens; left (R, b) marks the rest,
-    logp (R, b, V) is log l, and confidence means l(y). The noise level is the share committed. The last step keeps everything:
-    where --steps is a limit, its default, one a token, is none.
+    The loop these samplers share. Some positions are committed, the rest is pure noise: masks, or fresh
+    uniform tokens at every step, predicted by l, which leaves their own token out: it is known to be noise
+    (that the others' tokens are, the network is not told, other than by the noise level). A step proposes y ~
+    l for the rest; choose(k, left, y, logp) returns which positions are committed after it, and the tokens;
+    left (R, b) marks the rest,
+    logp (R, b, V) is log l, and confidence means l(y). The noise level is the share committed. The last step
+    keeps everything: where --steps is a limit, its default, one a token, is none.
     """
     committed = ~block.open
     for k in range(block.steps):
@@ -37,23 +41,34 @@ def unmask(block, choose):
 
 
 def quota(block, k):
-    """(R,) tokens to have after step k of T, ceil(n (k + 1) / min(n, T)): even portions; n open positions never take more than n steps."""
+    """
+    (R,) tokens to have after step k of T, ceil(n (k + 1) / min(n, T)): even portions; n open positions never
+    take more than n steps.
+    """
     n = block.open.sum(1)
     return -(-n * (k + 1) // n.clamp(1, block.steps))
 
 
+@sampler()
 def confidence(block):
     """
-    Low-confidence remasking (after MaskGIT, arXiv 2202.04200; with the even schedule of LLaDA, 2502.09992): every step commits the
-    same number of tokens, those with the highest l(y).
+    Low-confidence remasking (after MaskGIT, arXiv 2202.04200; with the even schedule of LLaDA, 2502.09992):
+    every step commits the same number of tokens, those with the highest l(y).
     """
-    yield from unmask(block, lambda k, left, y, logp: (~left | top(pick(logp, y), quota(block, k) - (block.open & ~left).sum(1), left), y))
+    yield from unmask(
+        block,
+        lambda k, left, y, logp: (
+            ~left | top(pick(logp, y), quota(block, k) - (block.open & ~left).sum(1), left),
+            y,
+        ),
+    )
 
 
+@sampler()
 def threshold(block, *, threshold=0.9):
     """
-    Fast-dLLM (arXiv 2505.22618): commit every token with l(y) >= threshold, and at least the surest. As many passes as that
-    takes; --steps is a limit, whose last step commits the rest.
+    Fast-dLLM (arXiv 2505.22618): commit every token with l(y) >= threshold, and at least the surest. As many
+    passes as that takes; --steps is a limit, whose last step commits the rest.
 
     threshold: 0 commits all at once, 1 about one at a time
     """
@@ -66,10 +81,11 @@ def threshold(block, *, threshold=0.9):
     yield from unmask(block, choose)
 
 
+@sampler()
 def factor(block, *, factor=1.0):
     """
-    Fast-dLLM with a factor (arXiv 2505.22618): commit the n surest tokens, the largest n with (n + 1) (1 - c_(n)) < factor,
-    c_(1) >= c_(2) >= ... the confidences l(y); at least one. --steps is a limit.
+    Fast-dLLM with a factor (arXiv 2505.22618): commit the n surest tokens, the largest n with (n + 1) (1 -
+    c_(n)) < factor, c_(1) >= c_(2) >= ... the confidences l(y); at least one. --steps is a limit.
 
     factor: more commits more at once
     """
@@ -85,9 +101,11 @@ def factor(block, *, factor=1.0):
     yield from unmask(block, choose)
 
 
+@sampler()
 def entropy_bound(block, *, bound=0.5):
     """
-    Entropy-bounded unmasking (arXiv 2505.24857): with entropies of l in rising order commit the largest k with
+    Entropy-bounded unmasking (arXiv 2505.24857): with entropies of l in rising order commit the largest k
+    with
 
         H_(1) + ... + H_(k) - max_i<=k H_(i) <= bound,
 
@@ -106,11 +124,12 @@ def entropy_bound(block, *, bound=0.5):
     yield from unmask(block, choose)
 
 
+@sampler()
 def rcr(block):
     """
-    Running-confidence remasking (MDPO, arXiv 2508.13148): like `confidence`, but every step fills the whole block, and its least
-    sure tokens become noise again, whenever they were written: `quota` tokens stay, those with the highest stored confidence, which is
-    the l(y) that a token was last written with.
+    Running-confidence remasking (MDPO, arXiv 2508.13148): like `confidence`, but every step fills the whole
+    block, and its least sure tokens become noise again, whenever they were written: `quota` tokens stay,
+    those with the highest stored confidence, which is the l(y) that a token was last written with.
     """
     stored = torch.zeros(block.x.shape, dtype=torch.float64, device=block.x.device)
 
@@ -122,18 +141,20 @@ def rcr(block):
     yield from unmask(block, choose)
 
 
+@sampler()
 def saber(block, *, at_least=2):
     """
-    Saber (arXiv 2510.18165): commit what is surer than the tokens so far were on average, at least two, then take back the written
-    tokens whose probability fell most since the step before. --steps is a limit.
+    Saber (arXiv 2510.18165): commit what is surer than the tokens so far were on average, at least two, then
+    take back the written tokens whose probability fell most since the step before. --steps is a limit.
 
-        commit l(y) > mean of the confidences at which the block's tokens were committed (1 when there are none)
-        take back min(max(floor(at_least / 2), ceil(commits / 8)), commits - 1) tokens, the largest fall of l(x_i) first, if it fell
+        commit l(y) > mean of the confidences at which the block's tokens were committed (1 when there are
+        none) take back min(max(floor(at_least / 2), ceil(commits / 8)), commits - 1) tokens, the largest fall
+        of l(x_i) first, if it fell
 
     at_least: tokens to commit in a step, at least
 
-    For masked noise l at a visible token is the raw output there, which training never looked at: a weak witness. The paper takes
-    its mean over the whole text so far; this one knows its block.
+    For masked noise l at a visible token is the raw output there, which training never looked at: a weak
+    witness. The paper takes its mean over the whole text so far; this one knows its block.
     """
     need(at_least >= 1, "at_least", at_least, "at least 1")
     stored = torch.zeros(block.x.shape, dtype=torch.float64, device=block.x.device)
@@ -156,7 +177,10 @@ def saber(block, *, at_least=2):
 
 
 def early_exit(block, statistic, limit):
-    """`confidence`, but a row whose statistic(left, gap), (R,), reaches limit(share of steps done) commits the argmax at once."""
+    """
+    `confidence`, but a row whose statistic(left, gap), (R,), reaches limit(share of steps done) commits the
+    argmax at once.
+    """
 
     def choose(k, left, y, logp):
         gap = margin(logp).double()
@@ -167,11 +191,12 @@ def early_exit(block, statistic, limit):
     yield from unmask(block, choose)
 
 
+@sampler()
 def prophet(block, *, high=7.5, middle=5.0, low=2.5):
     """
-    Prophet (arXiv 2508.19982): `confidence`, until the mean over the block of the gap between the two best logits reaches a limit that
-    falls in three stairs; then the argmax everywhere. A committed token counts with the gap it was committed at (the paper asks
-    again; a masked network has no answer there).
+    Prophet (arXiv 2508.19982): `confidence`, until the mean over the block of the gap between the two best
+    logits reaches a limit that falls in three stairs; then the argmax everywhere. A committed token counts
+    with the gap it was committed at (the paper asks again; a masked network has no answer there).
 
     high: the limit in the first third of the steps
     middle: in the second
@@ -189,10 +214,12 @@ def prophet(block, *, high=7.5, middle=5.0, low=2.5):
     yield from early_exit(block, statistic, lambda r: high if r < 1 / 3 else middle if r < 2 / 3 else low)
 
 
+@sampler()
 def sched(block, *, high=7.5, low=0.0, shape="linear", decay=4.0):
     """
-    SchED (arXiv 2512.02892): like prophet with the mean over the positions that are still open, and a limit that falls smoothly with
-    the step progress r: high + (low - high) r | low + (high - low) (1 + cos pi r) / 2 | low + (high - low) exp(-decay r).
+    SchED (arXiv 2512.02892): like prophet with the mean over the positions that are still open, and a limit
+    that falls smoothly with the step progress r: high + (low - high) r | low + (high - low) (1 + cos pi r) /
+    2 | low + (high - low) exp(-decay r).
 
     high: the limit at r = 0
     low: the limit at the end
@@ -204,6 +231,10 @@ def sched(block, *, high=7.5, low=0.0, shape="linear", decay=4.0):
     need(shape == "exp" or decay == 4.0, "decay", decay, f"left out: it belongs to shape exp, not to {shape}")
     for name, limit in (("high", high), ("low", low)):
         need(math.isfinite(limit), name, limit, "a finite gap")
-    fall = {"linear": lambda r: 1 - r, "cosine": lambda r: (1 + math.cos(math.pi * r)) / 2, "exp": lambda r: math.exp(-decay * r)}[shape]
+    fall = {
+        "linear": lambda r: 1 - r,
+        "cosine": lambda r: (1 + math.cos(math.pi * r)) / 2,
+        "exp": lambda r: math.exp(-decay * r),
+    }[shape]
     mean = lambda left, gap: (gap * left).sum(1) / left.sum(1).clamp(min=1)
     yield from early_exit(block, mean, lambda r: low + (high - low) * fall(r))

@@ -1,10 +1,12 @@
 """
-Does a run survive? Small runs killed with SIGKILL at random moments, on a full disk, in a folder they cannot write to, and split over
-processes in three ways; then 350 malformed inputs. `make faults`, 10 minutes on 2 CPU cores; exit code 1 if anything was lost.
+Does a run survive? Small runs killed with SIGKILL at random moments, on a full disk, in a folder they cannot
+write to, and split over processes in three ways; then 350 malformed inputs. `make faults`, 10 minutes on 2
+CPU cores; exit code 1 if anything was lost.
 
     python -m tests.faults [--kills 30] [--seed 0]
 
-A third of the kills come while a checkpoint is being written, and hit every process; the others a worker or torchrun itself, in turn.
+A third of the kills come while a checkpoint is being written, and hit every process; the others a worker or
+torchrun itself, in turn.
 """
 
 import contextlib
@@ -30,8 +32,24 @@ from run.cli import load_config
 
 ROOT = Path(checkpoint.__file__).parents[1]
 STEPS, KILLS_A_RUN = 150, 3
-FLAGS = ["--dataset=toy", "--seq_len=32", "--block_sizes=1:0.25,16:0.75", "--n_layers=2", "--n_heads=2", "--d_model=96", "--warmup=5"]
-FLAGS += [f"--max_steps={STEPS}", "--eval_every=3", "--n_eval=4", "--n_samples=0", "--log_every=1", "--device=cpu", "--timeout=60"]
+FLAGS = [
+    "--dataset=toy",
+    "--seq_len=32",
+    "--block_sizes=1:0.25,16:0.75",
+    "--n_layers=2",
+    "--n_heads=2",
+    "--d_model=96",
+    "--warmup=5",
+]
+FLAGS += [
+    f"--max_steps={STEPS}",
+    "--eval_every=3",
+    "--n_eval=4",
+    "--n_samples=0",
+    "--log_every=1",
+    "--device=cpu",
+    "--timeout=60",
+]
 FLAGS += ["--lr_schedule=constant"]  # others depend on max_steps
 
 
@@ -41,9 +59,20 @@ class FaultConfig:
     seed: int = 0  # of the moments
 
 
-def command(out_dir, world, *flags):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
-    return [sys.executable, *torchrun, str(ROOT / "train.py"), *FLAGS, f"--batch_size={8 // world}", f"--out_dir={out_dir}", *flags]
+def command(out_dir, world, *flags, float64=False):
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
+    )
+    train = [str(ROOT / "tests" / "in_float64.py")] * float64 + [str(ROOT / "train.py")]
+    return [
+        sys.executable,
+        *torchrun,
+        *train,
+        *FLAGS,
+        f"--batch_size={8 // world}",
+        f"--out_dir={out_dir}",
+        *flags,
+    ]
 
 
 def start(out_dir, world, *flags):
@@ -59,7 +88,9 @@ def processes(out_dir):
             with contextlib.suppress(OSError):  # it has ended by now
                 found[int(path.parent.name)] = path.read_bytes().decode(errors="replace").split("\0")
     else:
-        lines = subprocess.run(["ps", "-axo", "pid=,command="], capture_output=True, text=True).stdout.splitlines()
+        lines = subprocess.run(
+            ["ps", "-axo", "pid=,command="], capture_output=True, text=True
+        ).stdout.splitlines()
         found = {int(pid): words for pid, *words in map(str.split, lines)}
     return [pid for pid, words in found.items() if f"--out_dir={out_dir}" in words]
 
@@ -74,7 +105,10 @@ def wait_for_all(out_dir, seconds=60):
 
 
 def parts(out_dir):
-    """What must be bit for bit the same: weights, EMA, optimizer; the log but for times and memory; which one is the best."""
+    """
+    What must be bit for bit the same: weights, EMA, optimizer; the log but for times and memory; which one is
+    the best.
+    """
     state = torch.load(Path(out_dir) / "ckpt.pt", weights_only=True)
     tensors = {(part, k): v for part in ("model", "ema") for k, v in state[part].items()}
     tensors |= {("optimizer", i, k): v for i, s in state["optimizer"]["state"].items() for k, v in s.items()}
@@ -90,7 +124,9 @@ def same(a, b):
 
 
 def newest(out_dir):
-    """The step of the newest checkpoint, -1 without one. Every file must be whole: SIGKILL damages nothing."""
+    """
+    The step of the newest checkpoint, -1 without one. Every file must be whole: SIGKILL damages nothing.
+    """
     files = [f for f in Path(out_dir).glob("*.pt")]
     for file in files:
         checkpoint.read(file)
@@ -99,7 +135,8 @@ def newest(out_dir):
 
 def killed_run(name, world, seconds, kills, seed):
     """
-    One run, killed up to `kills` times and resumed as often, to its end; seconds: how long one takes that is let alone.
+    One run, killed up to `kills` times and resumed as often, to its end; seconds: how long one takes that is
+    let alone.
     Returns (kills, those while a checkpoint was being written, what went wrong).
     """
     draw, wrong, hits, writing, before = random.Random(seed), [], 0, 0, -1
@@ -137,7 +174,10 @@ def killed_run(name, world, seconds, kills, seed):
 
 
 def kills(world, n, seed):
-    """n kills, three a run: a run that came to its end before the third was killed less often, and another one makes up for it."""
+    """
+    n kills, three a run: a run that came to its end before the third was killed less often, and another one
+    makes up for it.
+    """
     began = time.time()
     assert start(f"whole{world}", world).wait(120) == 0, Path(f"whole{world}.txt").read_text()
     seconds = time.time() - began
@@ -145,7 +185,10 @@ def kills(world, n, seed):
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // world)) as pool:
         while bar.n < n:
             many = [min(KILLS_A_RUN, n - bar.n - i) for i in range(0, n - bar.n, KILLS_A_RUN)]
-            jobs = [pool.submit(killed_run, f"killed{world}_{runs + i}", world, seconds, k, seed + runs + i) for i, k in enumerate(many)]
+            jobs = [
+                pool.submit(killed_run, f"killed{world}_{runs + i}", world, seconds, k, seed + runs + i)
+                for i, k in enumerate(many)
+            ]
             runs += len(jobs)
             for job in jobs:
                 hits, writing, problems = job.result()
@@ -153,40 +196,59 @@ def kills(world, n, seed):
                 bar.refresh()
     bar.close()
     fine = f"{runs} runs of {STEPS} steps bit for bit as if never killed, no checkpoint lost, no process left"
-    print(f"{n} kills of {world} process(es), {inside} inside the writing of a checkpoint: {'WRONG' if wrong else fine}", flush=True)
+    print(
+        f"{n} kills of {world} process(es), {inside} inside the writing of a checkpoint: {'WRONG' if wrong else fine}",
+        flush=True,
+    )
     return wrong
 
 
 def curves():
-    """8 rows a step as 1 process x 4 accumulated, 2 x 2 and 4 x 1: one loss curve."""
+    """8 rows a step as 1 process x 4 accumulated, 2 x 2 and 4 x 1: one loss curve, in float64."""
     losses, wrong = {}, []
     for world in (1, 2, 4):
         name = f"split{world}"
-        argv = command(name, world, "--batch_size=2", f"--accumulation={4 // world}", "--max_steps=40", "--eval_every=20")
+        steps = ["--batch_size=2", f"--accumulation={4 // world}", "--max_steps=40", "--eval_every=20"]
+        argv = command(name, world, *steps, float64=True)
         subprocess.run(argv, check=True, capture_output=True)
-        losses[world] = np.array([r["loss"] for r in map(json.loads, Path(name, "log.jsonl").read_text().splitlines()) if "loss" in r])
+        losses[world] = np.array(
+            [
+                r["loss"]
+                for r in map(json.loads, Path(name, "log.jsonl").read_text().splitlines())
+                if "loss" in r
+            ]
+        )
     gap = max(np.abs(losses[1] - losses[world]).max() for world in (2, 4))
-    if gap > 1e-5 or len(losses[1]) != 40:
+    if gap > 1e-9 or len(losses[1]) != 40:
         wrong.append(f"the loss curves of 1, 2 and 4 processes are up to {gap} apart")
-    for flags in ((), ("--fsdp",)):  # sums of three are rounded by their order: it must not depend on where a run began
+    # sums of three are rounded by their order: it must not depend on where a run began
+    for flags in ((), ("--fsdp",)):
         names = [f"three{len(flags)}", f"three{len(flags)}_stopped"]
         for name, *more in ((names[0],), (names[1], "--max_steps=20"), (names[1], "--resume")):
             argv = command(name, 3, "--batch_size=2", "--max_steps=40", "--eval_every=20", *flags, *more)
             subprocess.run(argv, check=True, capture_output=True)
         if not same(*names):
             wrong.append(f"3 processes {flags}, stopped and resumed, are not bit for bit one run")
-    print(f"1 process x 4 accumulated, 2 x 2, 4 x 1: 40 losses at most {gap:.1e} apart, from {losses[1][0]:.3f} to {losses[1][-1]:.3f}")
+    print(
+        f"1 process x 4 accumulated, 2 x 2, 4 x 1: 40 losses at most {gap:.1e} apart, from {losses[1][0]:.3f} to {losses[1][-1]:.3f}"
+    )
     return wrong
 
 
 def full_disk():
-    """A run on a disk of its own with room for a checkpoint and a half; then with more room; then read-only."""
+    """
+    A run on a disk of its own with room for a checkpoint and a half; then with more room; then read-only.
+    """
     mount, wrong = Path("disk"), []
     mount.mkdir()
     size = Path("whole1/ckpt.pt").stat().st_size
     options = lambda n: f"size={n // 1024}k"
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options(6 * size), "tmpfs", mount], capture_output=True).returncode:
-        print("full disk, read-only folder: not tried, it takes the right to mount (tests/test_checkpoint.py limits the size of files)")
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options(6 * size), "tmpfs", mount], capture_output=True
+    ).returncode:
+        print(
+            "full disk, read-only folder: not tried, it takes the right to mount (tests/test_checkpoint.py limits the size of files)"
+        )
         return wrong
     try:
         go = lambda *flags: subprocess.run(command("disk/run", 1, *flags), capture_output=True, text=True)
@@ -195,8 +257,15 @@ def full_disk():
         room = os.statvfs(mount)
         ballast.write_bytes(bytes(room.f_bavail * room.f_frsize - size // 2))  # half a checkpoint fits
         full = go("--max_steps=60", "--resume")
-        if first.returncode or full.returncode != 2 or "No space left on device" not in full.stderr or "Traceback" in full.stderr:
-            wrong.append(f"a full disk: exit codes {first.returncode} and {full.returncode}, {full.stderr[-300:]}")
+        if (
+            first.returncode
+            or full.returncode != 2
+            or "No space left on device" not in full.stderr
+            or "Traceback" in full.stderr
+        ):
+            wrong.append(
+                f"a full disk: exit codes {first.returncode} and {full.returncode}, {full.stderr[-300:]}"
+            )
         if newest("disk/run") < 30:
             wrong.append("a full disk has cost a checkpoint")
         held = newest("disk/run")
@@ -216,9 +285,22 @@ def full_disk():
 
 
 def malformed():
-    argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/test_malformed.py")]
-    tried = subprocess.run(argv, cwd=ROOT, env={**os.environ, "EXAMPLES": "70"}, capture_output=True, text=True)
-    print("350 malformed inputs: " + ("exit code 0 or 2, two lines, nothing touched" if tried.returncode == 0 else tried.stdout[-2000:]))
+    argv = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(ROOT / "tests/test_malformed.py"),
+    ]
+    tried = subprocess.run(
+        argv, cwd=ROOT, env={**os.environ, "EXAMPLES": "70"}, capture_output=True, text=True
+    )
+    print(
+        "350 malformed inputs: "
+        + ("exit code 0 or 2, two lines, nothing touched" if tried.returncode == 0 else tried.stdout[-2000:])
+    )
     return ["malformed inputs"] * (tried.returncode != 0)
 
 
@@ -230,8 +312,12 @@ def main():
     Path("data/toy").mkdir(parents=True)
     stream = (np.arange(20000) + (np.random.default_rng(0).random(20000) < 0.1)) % 7
     write_dataset("data/toy", stream[:18000], stream[18000:], {"vocab_size": 7, "tokenizer": "none"})
-    wrong = kills(1, cfg.kills, cfg.seed) + kills(2, cfg.kills, cfg.seed) + curves() + full_disk() + malformed()
-    print(f"{(time.time() - began) / 60:.1f} minutes; " + ("all is well" if not wrong else f"look into {home}"))
+    wrong = (
+        kills(1, cfg.kills, cfg.seed) + kills(2, cfg.kills, cfg.seed) + curves() + full_disk() + malformed()
+    )
+    print(
+        f"{(time.time() - began) / 60:.1f} minutes; " + ("all is well" if not wrong else f"look into {home}")
+    )
     if wrong:
         raise SystemExit("\n".join(wrong))
     shutil.rmtree(home)

@@ -1,7 +1,14 @@
-"""Why believe the command lines? Every script as a user runs it, in a fresh copy of the project, for a few steps."""
+"""
+Why believe the command lines? Every script as a user runs it, in a fresh copy of the project, for a few
+steps: once in a process of its own, which takes seconds to begin, and then in this one.
+"""
 
+import contextlib
+import functools
 import inspect
+import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,53 +23,102 @@ import distill
 import eval as evaluation
 import sample
 import train as training
-from generate import SAMPLERS
-from lab import bench, paper, plots
+from fast import FastTransformer
+from lab import bench, gsm8k, paper, plots, quality, sweep
 from model import Transformer
-from run.cli import load_config
-from sample import SampleConfig, load_with_sampler, options
-from train import TrainConfig
+from options import SampleConfig, TrainConfig
+from run.flags import load_with_method, load_with_sampler, options
+from samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
+MAIN = {f"{module.__name__}.py": module.main for module in (distill, evaluation, sample, training)}
+MAIN |= {module.__name__: module.main for module in (bench, gsm8k, paper, plots, quality, sweep)}
 SMALL = ["--max_steps=20", "--n_layers=2", "--d_model=32", "--batch_size=8", "--n_eval=8", "--device=cpu"]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("nanoblock")
+@pytest.fixture(scope="session")
+def home(once):
+    return once("commands", make_home)
+
+
+def make_home(home):
     copy_project(home)
     call(home, "data/sudoku/prepare.py", "--n_train=500", "--n_val=50")
     call(home, "data/digits/prepare.py", "--n_train=500", "--n_val=50")
-    for name, process in (("sudoku", "masked"), ("digits", "uniform")):
-        out = call(home, "train.py", f"config/{name}.toml", "--out_dir", f"out/{name}", f"--process={process}", *SMALL)
-        assert "losses and draws: PyTorch (Triton is for CUDA)" in out.splitlines()[0], "the first line says what runs, and why"
+    for name, process, run in (("sudoku", "masked", call), ("digits", "uniform", call_here)):
+        out = run(
+            home,
+            "train.py",
+            f"config/{name}.toml",
+            "--out_dir",
+            f"out/{name}",
+            f"--process={process}",
+            *SMALL,
+        )
+        assert "losses and draws: PyTorch (Triton is for CUDA)" in out.splitlines()[0], (
+            "the first line says what runs, and why"
+        )
         assert "parameters" in out and "val step 20 | block 1: " in out and "sample:" in out
-    call(home, "train.py", "config/sudoku.toml", "--out_dir=out/half", "--block_sizes=16:1", *SMALL, "--max_steps=2")
-    return home
+    call_here(
+        home,
+        "train.py",
+        "config/sudoku.toml",
+        "--out_dir=out/half",
+        "--block_sizes=16:1",
+        *SMALL,
+        "--max_steps=2",
+    )
 
 
-def call(home, *argv, code=0):
-    p = subprocess.run([sys.executable, *argv], cwd=home, capture_output=True, text=True)
+def call(home, *argv, code=0, **more):
+    """A command as a user runs it: what it prints. more: environment variables."""
+    ask = {"cwd": home, "capture_output": True, "encoding": "utf-8", "env": {**os.environ, **more}}
+    p = subprocess.run([sys.executable, *argv], **ask)
     assert p.returncode == code, f"{argv}: exit {p.returncode}\n{p.stdout}{p.stderr}"
     assert "Traceback" not in p.stderr
     return p.stdout + p.stderr if code == 0 else p.stderr
 
 
-def test_settings_of_another_version_are_refused(home):
+def call_here(home, *argv, code=0):
+    """What `call` returns, from this process."""
+    script, *flags = argv[1:] if argv[0] == "-m" else argv
+    out, err, ended = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.chdir(home)
+        patch.setattr(sys, "argv", [script, *flags])
+        try:
+            MAIN[script]()
+        except SystemExit as e:
+            ended = e.code or 0
+    out, err = out.getvalue(), err.getvalue()
+    assert ended == code, f"{script} {flags}: exit {ended}\n{out}{err}"
+    return out + err if code == 0 else err
+
+
+@pytest.fixture
+def here(home):
+    return functools.partial(call_here, home)
+
+
+def test_settings_of_another_version_are_refused(home, here):
     state = torch.load(home / "out/sudoku/ckpt.pt", weights_only=True)
     (home / "out/other").mkdir()
     torch.save({**state, "config": {**state["config"], "n_heaps": 3}}, home / "out/other/ckpt.pt")
-    assert "n_heaps" in call(home, "sample.py", "--ckpt=out/other", code=2)
+    assert "n_heaps" in here("sample.py", "--ckpt=out/other", code=2)
 
 
 def test_every_preset_is_a_valid_config():
     presets = sorted((ROOT / "config").rglob("*.toml"))
     assert len(presets) >= 13
     for path in presets:
-        load_config(TrainConfig, [str(path)])
+        load_with_method(TrainConfig, [str(path)], set())
 
 
-def test_sample(home):
+def test_sample(home, here):
     ask = (
         "sample.py",
         "--ckpt",
@@ -79,31 +135,42 @@ def test_sample(home):
     out = call(home, *ask, "--n_samples", "4", "--temperature", "1.0", "--seed", "1")
     assert "losses and draws: PyTorch (Triton is for CUDA)" in out.splitlines()[0]
     found = re.findall(r"--- sample \d\n(.*)\n", out)
-    assert len(found) == 4 and all(re.fullmatch(r"\.\.3\.1\.........4\.[.1234]{16}", s) for s in found) and len(set(found)) > 1
+    assert (
+        len(found) == 4
+        and all(re.fullmatch(r"\.\.3\.1\.........4\.[.1234]{16}", s) for s in found)
+        and len(set(found)) > 1
+    )
     assert re.search(r"64 tokens, .* tokens/s, 8 NFE \(.*\), block size 16, seed 1", out)
-    again = call(home, *ask, "--n_samples", "4", "--seed", "1")
+    again = here(*ask, "--n_samples", "4", "--seed", "1")
     assert re.findall(r"--- sample \d\n(.*)\n", again) == found
-    assert "\x1b" not in call(home, *ask, "--animate"), "plain text where output is not a terminal"
-    assert "16 NFE" in call(home, "sample.py", "--ckpt", "out/sudoku", "--sampler", "ar")
-    several = call(home, "sample.py", "--ckpt=out/sudoku", "--prompt_file=data/sudoku/puzzles.txt", "--temperature=0", "--steps=2")
-    assert [s[:16] for s in re.findall(r"--- sample \d\n(.*)\n", several)] == (ROOT / "data/sudoku/puzzles.txt").read_text().split()
+    assert "\x1b" not in here(*ask, "--animate"), "plain text where output is not a terminal"
+    assert "16 NFE" in here("sample.py", "--ckpt", "out/sudoku", "--sampler", "ar")
+    several = here(
+        "sample.py",
+        "--ckpt=out/sudoku",
+        "--prompt_file=data/sudoku/puzzles.txt",
+        "--temperature=0",
+        "--steps=2",
+    )
+    assert [s[:16] for s in re.findall(r"--- sample \d\n(.*)\n", several)] == (
+        ROOT / "data/sudoku/puzzles.txt"
+    ).read_text().split()
 
 
 def samples(out):
     return re.findall(r"--- sample \d+\n(.*)\n", out)
 
 
-def test_samplers_and_their_own_options(home):
+def test_samplers_and_their_own_options(here, float64):
     ask = ("sample.py", "--ckpt=out/sudoku", "--n_samples=4")
-    out = call(home, *ask, "--sampler", "arpc", "--steps=8", "--guide_every", "2", "--corruption=divergence")
-    assert re.search(r"1[0-2] NFE \([\d.]+ a row", out), "8 passes and 4 checks, less those in which nothing had changed"
-    assert samples(call(home, *ask, "--sampler=speculation", "--temperature=0")) == samples(
-        call(home, *ask, "--sampler=ar", "--temperature=0")
+    out = here(*ask, "--sampler", "arpc", "--steps=8", "--guide_every", "2", "--corruption=divergence")
+    assert re.search(r"1[0-2] NFE \([\d.]+ a row", out), (
+        "8 passes and 4 checks, less those in which nothing had changed"
     )
-    assert samples(call(home, *ask, "--sampler=speculation")) == samples(call(home, *ask, "--sampler=ar")), (
-        "token for token, not only on average"
-    )
-    assert samples(call(home, *ask, "--steps=4", "--greedy_tail")) != samples(call(home, *ask, "--steps=4"))
+    for more in (["--temperature=0"], []):
+        by = [samples(here(*ask, f"--sampler={name}", *more)) for name in ("speculation", "ar")]
+        assert by[0] == by[1] != [], "token for token, not only on average"
+    assert samples(here(*ask, "--steps=4", "--greedy_tail")) != samples(here(*ask, "--steps=4"))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -116,31 +183,43 @@ def test_a_sampler_explains_itself(capsys, name):
     assert inspect.getdoc(SAMPLERS[name]) in out and not e.value.code
 
 
-def test_scripts_print_their_settings(home):
-    assert inspect.getdoc(SAMPLERS["arpc"]) in call(home, "sample.py", "--sampler", "arpc", "--help")
-    assert "SampleConfig" in call(home, "sample.py", "--help") and "DistillConfig" in call(home, "distill.py", "--help")
+def test_scripts_print_their_settings(home, here):
+    assert inspect.getdoc(SAMPLERS["arpc"]) in here("sample.py", "--sampler", "arpc", "--help")
+    assert "SampleConfig" in here("sample.py", "--help") and "teacher_steps: int" in call(
+        home, "distill.py", "--help"
+    )
 
 
-def test_sweeping_samplers(home):
-    flags = ("--n_eval=4", "--samplers=ar,confidence,speculation", "--out=out/c.jsonl", "--batch_size=2", "--steps=1,2")
-    call(home, "eval.py", "--sweep", "--ckpt=out/sudoku", *flags)
+def test_sweeping_samplers(home, here):
+    flags = (
+        "--n_eval=4",
+        "--samplers=ar,confidence,speculation",
+        "--out=out/c.jsonl",
+        "--batch_size=2",
+        "--steps=1,2",
+    )
+    call(home, "-m", "lab.sweep", "--ckpt=out/sudoku", *flags)
     rows = [json.loads(line) for line in (home / "out/c.jsonl").read_text().splitlines()]
     assert len(rows) == 1 + 1 + 2 + 5 and all(0 <= r["low"] <= r["accuracy"] <= r["high"] <= 1 for r in rows)
     table = (home / "out/c.md").read_text()
-    assert "### out/sudoku: sudoku, masked, with clues, batches of 2" in table and table.count("| speculation") == 5
-    out = call(home, "eval.py", "--sweep", "--report=out/side", "--out=out/c.jsonl", "--panels=samplers")
+    assert (
+        "### out/sudoku: sudoku, masked, with clues, batches of 2" in table
+        and table.count("| speculation") == 5
+    )
+    out = here("-m", "lab.sweep", "--report=out/side", "--out=out/c.jsonl", "--panels=samplers")
     side = (home / "out/side.md").read_text()
     assert "9 lines" in out and (home / "out/side.png").stat().st_size > 10_000
     (home / "out/page.md").write_text("# Written by hand\n")
-    assert "--report out/page_tables" in call(home, "eval.py", "--sweep", "--report=out/page", "--out=out/c.jsonl", code=2)
+    assert "--report out/page_tables" in here(
+        "-m", "lab.sweep", "--report=out/page", "--out=out/c.jsonl", code=2
+    )
     assert "### confidence: sudoku, masked, with clues" in side and side.count("| out/sudoku") == 8
-    assert "SweepConfig" in call(home, "eval.py", "--sweep", "--help") and "EvalConfig" in call(home, "eval.py", "--help")
+    assert "SweepConfig" in here("-m", "lab.sweep", "--help") and "EvalConfig" in here("eval.py", "--help")
 
 
-def test_sampling_a_stream(home):
+def test_sampling_a_stream(home, here):
     (home / "prompts.txt").write_text("\n3+\n3+8=11;4+4=\n")
-    out = call(
-        home,
+    out = here(
         "sample.py",
         "--ckpt=out/digits",
         "--prompt_file=prompts.txt",
@@ -150,7 +229,11 @@ def test_sampling_a_stream(home):
         "--top_p=0.9",
     )
     found = re.findall(r"--- sample \d\n(.*)\n", out)
-    assert [len(s) for s in found] == [21, 23, 32] and found[1].startswith("3+") and found[2].startswith("3+8=11;4+4=")
+    assert (
+        [len(s) for s in found] == [21, 23, 32]
+        and found[1].startswith("3+")
+        and found[2].startswith("3+8=11;4+4=")
+    )
     assert "63 tokens" in out
 
 
@@ -172,20 +255,44 @@ def test_sampling_a_stream(home):
         (["sample.py", "--ckpt=out/digits", "--sampler"], "no sampler named ''"),
         (["sample.py", "--ckpt=out/digits", "--sampler=arpc", "--eta=0.1"], "psi"),
         (["sample.py", "--ckpt=out/digits", "--sampler=arpc", "--guide_evry=2"], "--guide_every"),
-        (["sample.py", "--ckpt=out/digits", "--sampler=arpc", "--guide_every=0"], "guide_every must be at least 1"),
+        (
+            ["sample.py", "--ckpt=out/digits", "--sampler=arpc", "--guide_every=0"],
+            "guide_every must be at least 1",
+        ),
         (["sample.py", "--ckpt=out/digits", "--sampler=arpc", "--metric=kl"], "nll, gap, entropy"),
         (["sample.py", "--ckpt=out/digits", "--sampler=first_hitting"], "uniform noise"),
         (["sample.py", "--ckpt=out/sudoku", "--sampler=gibbs"], "masked noise"),
         (["sample.py", "--ckpt=out/sudoku", "--sampler=speculation", "--steps=4"], "--steps"),
         (["sample.py", "--ckpt=out/sudoku", "--sampler=arpc", "--block_size=1"], "block size 1"),
         (["sample.py", "--ckpt=out/half", "--sampler=arpc"], "without 1 it has no AR mode"),
-        (["eval.py", "--ckpt=out/sudoku", "--samples", "--sampler=max_coupling"], "masked noise"),
-        (["eval.py", "--ckpt=out/sudoku", "--samples", "--eta=2"], "psi"),
-        (["eval.py", "--ckpt=out/sudoku", "--dtype=bfloat16"], "--samples"),
-        (["eval.py", "--sweep", "--ckpt=out/sudoku", "--samplers=ar,best"], "'best'"),
-        (["eval.py", "--sweep", "--report=x", "--out=none.jsonl"], "none.jsonl"),
+        (["-m", "lab.quality", "--ckpt=out/sudoku", "--sampler=max_coupling"], "masked noise"),
+        (["-m", "lab.quality", "--ckpt=out/sudoku", "--eta=2"], "psi"),
+        (["eval.py", "--ckpt=out/sudoku", "--dtype=bfloat16"], "no setting named 'dtype'"),
+        (["eval.py", "--ckpt=out/sudoku", "--samples"], "python -m lab.quality"),
+        (["eval.py", "--samples=true", "--ckpt=out/sudoku", "--sampler=psi"], "python -m lab.quality"),
+        (["eval.py", "--sweep", "--ckpt=out/sudoku", "--samplers=ar"], "python -m lab.sweep"),
+        (["eval.py", "--gsm8k", "--ckpt=out/sudoku"], "python -m lab.gsm8k"),
+        (["-m", "lab.sweep", "--ckpt=out/sudoku", "--samplers=ar,best"], "'best'"),
+        (["-m", "lab.sweep", "--report=x", "--out=none.jsonl"], "none.jsonl"),
         (["sample.py", "--ckpt=out/digits", "--sampler=ar", "--steps=3"], "--steps"),
         (["sample.py", "--ckpt=out/digits", "--prompt_file=none.txt"], "none.txt"),
+        (["sample.py", "--ckpt=out/digits", "--prompt_file=none.txt", "--prompt=3+"], "together"),
+        (["sample.py", "--ckpt=out/digits", "--prompt_file", "none.toml"], "none.toml not found"),
+        (["sample.py", "--ckpt=out/digits", "--prompt_file=data"], "cannot read data"),
+        (
+            ["sample.py", "--ckpt=out/digits", "--prompt", "notes.toml"],
+            "character '.' is not in the vocabulary",
+        ),
+        (["sample.py", "--ckpt=out/digits", "--prompt", "-h"], "character '-' is not in the vocabulary"),
+        (["sample.py", "--ckpt=out/digits", "--prompt", "--help"], "character '-' is not in the vocabulary"),
+        (["sample.py", "--ckpt=out/digits", "--prompt", "--eta=1"], "an option of psi"),
+        (["sample.py", "--ckpt=out/digits", "--prompt", "--steps=1"], "'prompt' wants str, got None"),
+        (
+            ["-m", "lab.quality", "--ckpt=out/digits", "--dataset", "--help"],
+            "data/--help/meta.json not found",
+        ),
+        (["sample.py", "--ckpt=out/digits", "--seed=99999999999999999999999"], "seed cannot be"),
+        (["sample.py", "--ckpt=out/digits", "--graphs", "--plain"], "--graphs"),
         (["sample.py", "--ckpt=out/digits", "--tempreature=1"], "--temperature"),
         (["train.py", "config/sudoku.toml", "--batchsize=3"], "--batch_size"),
         (["train.py", "config/sudku.toml"], "config/sudoku.toml"),
@@ -194,12 +301,12 @@ def test_sampling_a_stream(home):
         (["-m", "lab.plots", "--steps=0"], "--steps 4"),
         (["distill.py", "--ckpt=out/none"], "--ckpt out/"),
         (["distill.py", "--ckpt=out/sudoku", "--rounds=6"], "--teacher_steps=64"),
-        (["eval.py", "--sweep", "--panels=rows"], "--panels samplers"),
+        (["-m", "lab.sweep", "--panels=rows"], "--panels samplers"),
         (["-m", "lab.bench", "--growth=100"], "--growth 8192"),
         (["sample.py"], "out/run"),
         (["sample.py", "--init_from=hf:nobody"], "names no repository"),
         (["sample.py", "--init_from=out/none"], "--ckpt out/"),
-        (["eval.py", "--gsm8k", "--ckpt=out/sudoku"], "data/gsm8k/test.jsonl"),
+        (["-m", "lab.gsm8k", "--ckpt=out/sudoku"], "data/gsm8k/test.jsonl"),
         (["train.py", "--init_from=out/none"], "--init_from out/"),
         (["train.py", "--init_from=out/sudoku", "--n_layers=9"], "n_layers 2, not 9"),
         (["train.py", "--init_from=out/sudoku", "--dataset=digits", "--seq_len=32"], "not in the tokens"),
@@ -209,65 +316,213 @@ def test_sampling_a_stream(home):
 def test_slips_get_two_lines(home, slip, monkeypatch, argv, says):
     """In this process: what the fixture checks is the exit code and the two lines."""
     monkeypatch.chdir(home)
-    scripts = {f"{module.__name__}.py": module.main for module in (distill, evaluation, sample, training)}
-    commands = {module.__name__: module.main for module in (bench, paper, plots)}
-    if argv[0] == "-m":
-        assert says in slip(commands[argv[1]], argv=argv[2:])
-    else:
-        assert says in slip(scripts[argv[0]], argv=argv[1:])
+    assert says in slip(MAIN[argv[argv[0] == "-m"]], argv=argv[1 + (argv[0] == "-m") :])
 
 
-def test_nanogpts_own_files_train(home):
-    """train.bin, val.bin and two lines; GPT-2's byte pairs may be out of reach, and a run does not need them."""
+METHODS = {  # name: flags of training, those of sampling, what eval.py calls it
+    "duo": (
+        ["config/digits.toml", "--curriculum=3", "--tau=0.1"],
+        ["--sampler=token_editing"],
+        "uniform (duo)",
+    ),
+    "distill": (
+        ["--ckpt=out/sudoku", "--rounds=2", "--round_steps=2"],
+        ["--sampler=ancestral"],
+        "masked (distill)",
+    ),
+    "gidd": (["config/sudoku.toml", "--p_uniform=0.3"], ["--sampler=self_correction", "--rounds=2"], "gidd"),
+    "loopholing": (["config/sudoku.toml"], ["--sampler=loopholing", "--carry=false"], "masked (loopholing)"),
+}
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_trained_resumed_sampled_and_evaluated(home, capsys, monkeypatch, name, plain):
+    """
+    In this process, as `train.py --method NAME` and what follows it; the checkpoint says what it needs to
+    know.
+    """
+    monkeypatch.chdir(home)
+    flags, sampler, noise = METHODS[name]
+    folder, how = f"out/{name}{plain}", ["--device=cpu", *["--plain"] * plain]
+
+    def run(command, *argv):
+        monkeypatch.setattr(sys, "argv", ["", *argv, *how])
+        capsys.readouterr()
+        command.main()
+        return capsys.readouterr().out
+
+    shape = [] if name == "distill" else SMALL
+    train = (training, *flags, f"--method={name}", *shape, f"--out_dir={folder}", "--n_eval=8")
+    assert "val step 2" in run(*train, "--max_steps=2")
+    assert "val step 4" in run(*train, "--max_steps=4", "--resume")
+    whole = [*train, "--max_steps=4", "--eval_every=2"]
+    whole[whole.index(f"--out_dir={folder}")] = f"--out_dir={folder}_whole"
+    run(*whole)
+    one, two = (torch.load(f"{f}/ckpt.pt", weights_only=True) for f in (folder, f"{folder}_whole"))
+    assert one["method"]["name"] == name and all(
+        torch.equal(one["ema"][k], two["ema"][k]) for k in two["ema"]
+    )
+    out = run(
+        sample,
+        f"--ckpt={folder}",
+        *sampler,
+        *["--steps=4"] * ("own pace" not in SAMPLERS[sampler[0][10:]].needs),
+    )
+    assert len(samples(out)) == 1
+    assert f", {noise}, EMA weights of step 4" in run(
+        evaluation, f"--ckpt={folder}", "--n_eval=8", "--n_mc=2"
+    )
+    assert f", {noise}, EMA" in run(
+        quality, f"--ckpt={folder}", "--n_eval=2", "--steps=2", "--sampler=ancestral"
+    )
+
+
+def test_the_old_command_of_distillation(home):
+    flags = ("--rounds=1", "--round_steps=2", "--batch_size=4", "--n_eval=8", "--device=cpu")
+    assert "val step 2" in call(home, "distill.py", "--ckpt", "out/sudoku", *flags)
+    state = torch.load(home / "out/sudoku_distilled/ckpt.pt", weights_only=True)
+    assert state["method"]["name"] == "distill" and state["method"]["settings"]["ckpt"] == "out/sudoku"
+
+
+def test_resume_and_going_on_from_weights(home):
+    flags = ("config/sudoku.toml", *SMALL, "--out_dir=out/parts", "--lr_schedule=constant")
+    call(home, "train.py", *flags, "--max_steps=2")
+    assert "val step 4" in call(home, "train.py", *flags, "--max_steps=4", "--resume")
+    more = (
+        "--init_from=out/parts",
+        "--dataset=sudoku",
+        "--out_dir=out/more",
+        "--block_sizes=16:1",
+        "--max_steps=1",
+        "--n_eval=8",
+    )
+    assert "from out/parts: dataset sudoku" in call(home, "train.py", *more, "--device=cpu")
+
+
+def test_text_that_the_terminal_cannot_show_ends_no_run(home):
+    """A terminal of ASCII, and a system whose files would be ASCII if nobody said otherwise."""
+    poor = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    text = "Μῆνιν ἄειδε, θεά, Πηληϊάδεω Ἀχιλῆος\n" * 20
+    (home / "iliad.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (home / "greek.txt").write_bytes("\ufeffΜῆνιν\r\nθεά\n".encode())
+    call(home, "data/shakespeare_char/prepare.py", "--input=iliad.txt", **poor)
+    meta = json.loads((home / "data/shakespeare_char/meta.json").read_text(encoding="utf-8"))
+    assert meta["chars"] == "".join(sorted(set(text))), "a byte order mark is no character"
+    flags = ("--dataset=shakespeare_char", "--seq_len=16", *SMALL, "--max_steps=2", "--out_dir=out/greek")
+    assert "sample: '?" in call(home, "train.py", *flags, **poor)
+    out = call(home, "sample.py", "--ckpt=out/greek", "--prompt_file=greek.txt", "--steps=2", **poor)
+    assert re.findall(r"--- sample \d\n(\?+)", out) and "--- sample 2\n???" in out
+    assert "Μῆνιν" in call(
+        home, "sample.py", "--ckpt=out/greek", "--prompt_file=greek.txt", PYTHONIOENCODING="utf-8"
+    )
+    call(home, "eval.py", "--ckpt=out/greek", "--n_eval=4", "--json=out/greek.json", **poor)
+    call(
+        home,
+        "-m",
+        "lab.quality",
+        "--ckpt=out/greek",
+        "--n_eval=2",
+        "--steps=1",
+        "--json=out/greek.json",
+        **poor,
+    )
+    assert "'\\u039c'" in call(
+        home, "sample.py", "--ckpt=out/sudoku", "--prompt", "Μ", code=2, **(poor | {"LC_ALL": "C.UTF-8"})
+    )
+
+
+def test_nanogpts_own_files_train(home, here):
+    """
+    train.bin, val.bin and two lines; GPT-2's byte pairs may be out of reach, and a run does not need them.
+    """
     (home / "data/mine").mkdir()
     for split in ("train", "val"):
         (np.arange(600) * 83 % 50257).astype(np.uint16).tofile(home / f"data/mine/{split}.bin")
     (home / "data/mine/meta.json").write_text('{"vocab_size": 50257,\n "tokenizer": "gpt2"}')
-    out = call(home, "train.py", "--dataset=mine", "--seq_len=16", "--out_dir=out/mine", *SMALL, "--max_steps=2", "--batch_size=2")
+    out = here(
+        "train.py",
+        "--dataset=mine",
+        "--seq_len=16",
+        "--out_dir=out/mine",
+        *SMALL,
+        "--max_steps=2",
+        "--batch_size=2",
+    )
     assert "val step 2" in out and "sample:" in out
 
 
-def test_eval(home):
-    out = call(home, "eval.py", "--ckpt=out/sudoku", "--n_eval=8", "--n_mc=2")
-    assert re.search(r"block 1  \(0.25\) +\d\.\d+ ", out) and re.search(r"block 16  \(0.75\) +<= \d", out) and "mixture, log-sum-exp" in out
-    assert "no prompts" in call(home, "eval.py", "--ckpt=out/digits", "--samples", "--clues=false", code=2)
-    out = call(home, "eval.py", "--ckpt=out/sudoku", "--samples", "--n_eval=8")
-    assert re.search(r"ar +1 +16 +16.0 ", out) and re.search(r"ancestral +16 +8 +8 ", out) and re.search(r"arpc +16 +8 +15 ", out)
-    assert "with clues" in out and "without clues" in call(home, "eval.py", "--ckpt=out/sudoku", "--samples", "--n_eval=4", "--clues=false")
+def test_eval(here):
+    out = here("eval.py", "--ckpt=out/sudoku", "--n_eval=8", "--n_mc=2")
+    assert (
+        re.search(r"block 1  \(0.25\) +\d\.\d+ ", out)
+        and re.search(r"block 16  \(0.75\) +<= \d", out)
+        and "mixture, log-sum-exp" in out
+    )
+    assert "no prompts" in here("-m", "lab.quality", "--ckpt=out/digits", "--clues=false", code=2)
+    out = here("-m", "lab.quality", "--ckpt=out/sudoku", "--n_eval=8")
+    assert (
+        re.search(r"ar +1 +16 +16.0 ", out)
+        and re.search(r"ancestral +16 +8 +8 ", out)
+        and re.search(r"arpc +16 +8 +15 ", out)
+    )
+    assert "with clues" in out
+    assert "without clues" in here("-m", "lab.quality", "--ckpt=out/sudoku", "--n_eval=4", "--clues=false")
     assert re.search(r"real text +100.0 \(", out) and "perplexity under its own AR mode" in out
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize(
-    "main, argv",
-    [(sample.main, ["--max_new_tokens=16"]), (evaluation.main, ["--samples", "--n_eval=4", "--sampler=ancestral", "--judge=none"])],
+    "command, argv",
+    [(sample, ["--max_new_tokens=16"]), (quality, ["--n_eval=4", "--sampler=ancestral", "--judge=none"])],
 )
-def test_texts_are_made_in_the_dtype_that_was_asked_for(home, monkeypatch, slip, main, argv):
+def test_texts_are_made_in_the_dtype_that_was_asked_for(home, monkeypatch, slip, command, argv, plain):
     """bfloat16 reaches every pass of the sampler, and nothing else."""
     monkeypatch.chdir(home)
-    forward, seen = Transformer.forward, []
+    seen, restore, network = [], command.restore, Transformer if plain else FastTransformer
+    forward = network.forward
 
     def watched(self, *args, **how):
         logits = forward(self, *args, **how)
-        seen.append((torch.is_autocast_enabled("cpu"), torch.is_tensor(logits) and logits.dtype))
+        seen.append((type(self), torch.is_autocast_enabled("cpu"), torch.is_tensor(logits) and logits.dtype))
         return logits
 
-    monkeypatch.setattr(Transformer, "forward", watched)
-    argv, found = ["--ckpt=out/digits", "--steps=4", "--device=cpu", *argv], []
+    def restored(*args):
+        found = restore(*args)  # it looks whether logits are finite, and whether fast/ is the lesson
+        monkeypatch.setattr(network, "forward", watched)
+        return found
+
+    monkeypatch.setattr(command, "restore", restored)
+    argv, found = ["--ckpt=out/digits", "--steps=4", "--device=cpu", *argv, *["--plain"] * plain], []
     for flags in ([], ["--dtype=float32"], ["--dtype=bfloat16"]):
-        seen.clear()
         monkeypatch.setattr(sys, "argv", ["", *argv, *flags])
-        main()
-        found.append(set(seen[1:]))  # the first is restore's, which looks whether logits are finite
-    assert found == [{(False, torch.float32)}] * 2 + [{(True, torch.float32)}] and not torch.is_autocast_enabled("cpu")
-    assert "dtype cannot be half" in slip(main, argv=[*argv, "--dtype=half"])
+        command.main()
+        monkeypatch.setattr(network, "forward", forward)
+        found.append(set(seen))
+        seen.clear()
+    assert found == [{(network, False, torch.float32)}] * 2 + [{(network, True, torch.float32)}]
+    assert not torch.is_autocast_enabled("cpu")
+    assert "dtype cannot be half" in slip(command.main, argv=[*argv, "--dtype=half"])
 
 
 def test_bench(tmp_path, monkeypatch):
     """In this process, where nothing is imported again for a peak: these peaks mean nothing."""
     monkeypatch.setattr(bench, "fresh", lambda f, *args: f(*args))
-    flags = ["--sizes=custom", "--repeats=1", "--n_layers=1", "--d_model=32", "--seq_len=32", "--batch_size=2", "--device=cpu"]
+    flags = [
+        "--sizes=custom",
+        "--repeats=1",
+        "--n_layers=1",
+        "--d_model=32",
+        "--seq_len=32",
+        "--batch_size=2",
+        "--device=cpu",
+    ]
     monkeypatch.setattr(sys, "argv", ["bench.py", *flags, f"--json={tmp_path / 'b.json'}"])
     bench.main()
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
-    assert [(r["job"], r["process"]) for r in rows] == [(a, b) for a in ("train", "ancestral", "arpc") for b in ("masked", "uniform")]
-    assert all(r["ratio"] > 0 and r["ours_ms"] > 0 for r in rows) and all(("ours_mb" in r) == (r["job"] == "train") for r in rows)
+    assert [(r["job"], r["process"]) for r in rows] == [
+        (a, b) for a in ("train", "ancestral", "arpc") for b in ("masked", "uniform")
+    ]
+    assert all(r["ratio"] > 0 and r["fast_ms"] > 0 for r in rows) and all(
+        ("fast_mb" in r) == (r["job"] == "train") for r in rows
+    )

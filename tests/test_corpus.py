@@ -1,4 +1,7 @@
-"""Why believe corpus.py, shards.py and the prepare.py that call them? Killed anywhere they make the same files, and the files are right."""
+"""
+Why believe corpus.py, shards.py and the prepare.py that call them? Killed anywhere they make the same files,
+and the files are right.
+"""
 
 import base64
 import contextlib
@@ -28,35 +31,60 @@ from data.tokens import LETTERS, Tokenizer
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("openwebtext", "lm1b", "tinygsm", "gsm8k", "wikitext")
-WORDS = 'the cat sat on a mat . It \'s 12 dogs , and " ran " away\n\n to  caf\u00e9\t( here ) ! = @-@'.split(" ")
+WORDS = 'the cat sat on a mat . It \'s 12 dogs , and " ran " away\n\n to  caf\u00e9\t( here ) ! = @-@'.split(
+    " "
+)
 PAIRS = [b"th", b"the", b" c", b" ca", b"at", b"\n\n", b"  ", "\u00a0".encode(), "\u00a0\n".encode()]
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project with five datasets unmade, tiny tokenizers, and inputs: docs.jsonl, docs.txt, qa.jsonl, news.txt."""
+    """
+    A project with five datasets unmade, tiny tokenizers, and inputs: docs.jsonl, docs.txt, qa.jsonl,
+    news.txt.
+    """
     copy_project(tmp_path, ("data", "hub", "run"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a disk takes its time; not in processes of their own
+    # a disk takes its time; not in processes of their own
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     ranks = [bytes([b]) for b in range(256)] + PAIRS
     no_text = [b"\xff%05d" % i for i in range(50256 - len(ranks))]  # GPT-2's number of tokens is asked for
-    Path("tiny.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(ranks + no_text)))
+    Path("tiny.tiktoken").write_bytes(
+        b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(ranks + no_text))
+    )
     letter = {b: c for c, b in LETTERS.items()}
     spelt = lambda token: "".join(letter[b] for b in token)
     vocab = {"<|endoftext|>": 0} | {spelt(t): i for i, t in enumerate(ranks, 1)}
     merges = [" ".join(map(spelt, ((t[:-1], t[-1:])))) for t in PAIRS]
-    steps = [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]
-    file = {"model": {"type": "BPE", "vocab": vocab, "merges": merges}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+    steps = [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+    ]
+    file = {
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+    }
     Path("tiny.json").write_text(json.dumps(file | {"added_tokens": [{"content": "<|endoftext|>", "id": 0}]}))
     letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
-    words = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{c}" for c in letters), "cat"]
+    words = [
+        "[PAD]",
+        *(f"[unused{i}]" for i in range(99)),
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *letters,
+        *(f"##{c}" for c in letters),
+        "cat",
+    ]
     Path("tiny.txt").write_text("\n".join(words) + "\n")
 
     rng = random.Random(0)
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(0, 30))) for _ in range(40)]
     Path("docs.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     Path("docs.txt").write_text("\n<|endoftext|>\n".join(texts))
-    Path("news.txt").write_text("".join(f"{t.strip()}\n" for t in map(lambda t: re.sub(r"\s+", " ", t), texts) if t.strip()))
+    Path("news.txt").write_text(
+        "".join(f"{t.strip()}\n" for t in map(lambda t: re.sub(r"\s+", " ", t), texts) if t.strip())
+    )
     pairs = [{"question": q, "answer": a, "code": a} for q, a in zip(texts, reversed(texts), strict=True)]
     Path("qa.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
     return texts
@@ -79,7 +107,10 @@ def loaded(kind, text):
 
 
 def quick(meta, folder):
-    """The same tokenizer, read once: fifty thousand pairs take a moment, and the tests come back to them a hundred times."""
+    """
+    The same tokenizer, read once: fifty thousand pairs take a moment, and the tests come back to them a
+    hundred times.
+    """
     return loaded(meta["tokenizer"], (Path(folder) / corpus.FILES[meta["tokenizer"]]).read_bytes())
 
 
@@ -98,7 +129,11 @@ def prepare(monkeypatch, name, *flags):
 def made(name):
     """What a dataset's folder holds, but for the script, the tokenizer and the lock."""
     left = {f.name: f.read_bytes() for f in (Path("data") / name).iterdir() if f.is_file()}
-    return {k: v for k, v in left.items() if k not in ("prepare.py", "progress.lock", "gpt2.tiktoken", "smollm.json", "bert.txt")}
+    return {
+        k: v
+        for k, v in left.items()
+        if k not in ("prepare.py", "progress.lock", "gpt2.tiktoken", "smollm.json", "bert.txt")
+    }
 
 
 def rows(name, split):
@@ -128,7 +163,11 @@ def test_openwebtext_is_one_stream_of_documents(project, monkeypatch, capsys):
     assert "from 40 documents" in out, out
     assert set(first) == {"train.bin", "val.bin", "meta.json"}
     Dataset("openwebtext")
-    for flags in (["--input=docs.txt"], ["--workers=2", "--chunk=3"], ["--input=docs.txt", "--workers=3", "--chunk=1"]):
+    for flags in (
+        ["--input=docs.txt"],
+        ["--workers=2", "--chunk=3"],
+        ["--input=docs.txt", "--workers=3", "--chunk=1"],
+    ):
         prepare(monkeypatch, "openwebtext", *flags)
         assert made("openwebtext") == first, flags
 
@@ -158,15 +197,21 @@ def test_parquet(project, monkeypatch, slip):
     for skip in range(42):
         assert [texts for _, texts, _ in shards.read("docs.parquet", ["text"], skip)] == whole[skip:]
     pq.write_table(pa.table({"body": project}), "other.parquet")
-    assert "other.parquet has no column 'text', only body" in slip(prepare, monkeypatch, "openwebtext", "--input=other.parquet")
+    assert "other.parquet has no column 'text', only body" in slip(
+        prepare, monkeypatch, "openwebtext", "--input=other.parquet"
+    )
     pq.write_table(pa.table({"text": [*project[:4], None]}), "null.parquet")
-    assert "null.parquet, row 5" in slip(prepare, monkeypatch, "openwebtext", "--input=null.parquet", "--val_docs=2")
+    assert "null.parquet, row 5" in slip(
+        prepare, monkeypatch, "openwebtext", "--input=null.parquet", "--val_docs=2"
+    )
     Path("torn.parquet").write_bytes(Path("docs.parquet").read_bytes()[:-9])
     assert "torn.parquet" in slip(prepare, monkeypatch, "openwebtext", "--input=torn.parquet")
     lines = Path("news.txt").read_text().splitlines(keepends=True)
     Path("empty_lines.txt").write_text("".join(line + " \n" for line in lines))
     pq.write_table(pa.table({"text": [t for line in lines for t in (line, "")]}), "lines.parquet")
-    texts = [[t for _, (t,), _ in shards.read(f, ["text"], 0, "one")] for f in ("empty_lines.txt", "lines.parquet")]
+    texts = [
+        [t for _, (t,), _ in shards.read(f, ["text"], 0, "one")] for f in ("empty_lines.txt", "lines.parquet")
+    ]
     assert texts[0] == texts[1]
 
 
@@ -198,8 +243,14 @@ def test_lm1b_undoes_the_benchmarks_tokenization(project, monkeypatch):
 
 def test_tinygsm_rows_hold_question_and_code(project, monkeypatch, capsys):
     module = prepare(monkeypatch, "tinygsm", "--chunk=9")
-    assert module.splitmix64(0) == 0xE220A8397B1DCDAF  # the first number that Vigna's splitmix64.c prints from seed 0
-    encode, want, lens, dropped = tokenizer("tinygsm").encode, {"train": [], "val": []}, {"train": [], "val": []}, 0
+    # the first number that Vigna's splitmix64.c prints from seed 0
+    assert module.splitmix64(0) == 0xE220A8397B1DCDAF
+    encode, want, lens, dropped = (
+        tokenizer("tinygsm").encode,
+        {"train": [], "val": []},
+        {"train": [], "val": []},
+        0,
+    )
     for i, line in enumerate(2 * Path("qa.jsonl").read_text().splitlines()):
         prompt = [0, *encode(json.loads(line)["question"]), *encode("\\n")]
         row = [*prompt, *encode(json.loads(line)["code"]), 0]
@@ -214,8 +265,13 @@ def test_tinygsm_rows_hold_question_and_code(project, monkeypatch, capsys):
         assert np.fromfile(f"data/tinygsm/{split}.prompts.bin", np.uint16).tolist() == lens[split]
     assert f", {dropped} too long and dropped" in capsys.readouterr().out
     data = Dataset("tinygsm")
-    assert data.meta["prompt_end"] == "\\n" and data.tokenizer.prompt("the cat") == [0, *encode("the cat"), *encode("\\n")]
-    x0, answer = data.windows("train", [0, 1])
+    assert data.meta["prompt_end"] == "\\n" and data.tokenizer.prompt("the cat") == [
+        0,
+        *encode("the cat"),
+        *encode("\\n"),
+    ]
+    x0, given, real = data.windows("train", [0, 1])
+    answer = real & ~given
     assert answer.sum(1).tolist() == [128 - n for n in lens["train"][:2]]  # the padding is learned
 
 
@@ -225,7 +281,9 @@ def test_gsm8k_keeps_its_test_problems(project, monkeypatch, slip):
     prepare(monkeypatch, "gsm8k")
     assert rows("gsm8k", "train") == rows("gsm8k", "val")
     Path("bad.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a"}\n')
-    assert "bad.jsonl, line 2 has no text named 'answer'" in slip(prepare, monkeypatch, "gsm8k", "--val_input=bad.jsonl", "--eval_only")
+    assert "bad.jsonl, line 2 has no text named 'answer'" in slip(
+        prepare, monkeypatch, "gsm8k", "--val_input=bad.jsonl", "--eval_only"
+    )
     assert made("gsm8k")["test.jsonl"] == Path("qa.jsonl").read_bytes()
 
 
@@ -235,7 +293,14 @@ def test_wikitext_is_one_document(project, monkeypatch):
     text = "".join(f" {line} \n \n" for line in lines)
     Path("wiki.txt").write_text(text)
     for flag in ("true", "false"):
-        module = prepare(monkeypatch, "wikitext", "--input=wiki.txt", "--val_input=wiki.txt", "--chunk=3", f"--detokenize={flag}")
+        module = prepare(
+            monkeypatch,
+            "wikitext",
+            "--input=wiki.txt",
+            "--val_input=wiki.txt",
+            "--chunk=3",
+            f"--detokenize={flag}",
+        )
         want = module.encode(tokenizer("wikitext"), text, flag == "true")
         assert rows("wikitext", "val") == windows(want, 14, 50256, 50256)
     text = " \n = = The dogs ' ball = = \n \n It 's 1 @,@ 000 @-@ \" odd \" , ( or [ so ] ) . Why ? \n 5 \u00b0 C ! \n"
@@ -244,7 +309,10 @@ def test_wikitext_is_one_document(project, monkeypatch):
 
 
 def test_pieces_have_the_tokens_of_the_whole(project, monkeypatch):
-    """The pattern looks ahead from white space; wherever a document is cut, no token may notice. 3,000 random texts, all cuts."""
+    """
+    The pattern looks ahead from white space; wherever a document is cut, no token may notice. 3,000 random
+    texts, all cuts.
+    """
     monkeypatch.setattr(shards, "PIECE", 5)
     Path("t").mkdir()
     shutil.copy("tiny.tiktoken", "t/gpt2.tiktoken")
@@ -253,10 +321,33 @@ def test_pieces_have_the_tokens_of_the_whole(project, monkeypatch):
     for kind in ("gpt2", "smollm"):
         encode = Tokenizer({"tokenizer": kind}, "t").encode
         for _ in range(1500):
-            text = "".join(rng.choices(["\n", "\n\n", " ", "  ", "\t", "a", "at", "1", ".", "'s", "\u00a0", "\x1c", "\x85", "\r\n"], k=30))
+            text = "".join(
+                rng.choices(
+                    [
+                        "\n",
+                        "\n\n",
+                        " ",
+                        "  ",
+                        "\t",
+                        "a",
+                        "at",
+                        "1",
+                        ".",
+                        "'s",
+                        "\u00a0",
+                        "\x1c",
+                        "\x85",
+                        "\r\n",
+                    ],
+                    k=30,
+                )
+            )
             cut = list(shards.pieces(enumerate(re.findall(r"[^\n]*\n|[^\n]+", text))))
             parts = [t for _, (t,), _ in cut]
-            assert "".join(parts) == text and sum((encode(p) for p in parts), []) == encode(text), (text, parts)
+            assert "".join(parts) == text and sum((encode(p) for p in parts), []) == encode(text), (
+                text,
+                parts,
+            )
             assert [is_end for *_, is_end in cut] == [False] * (len(cut) - 1) + [True], (text, parts)
             n += len(parts) - 1
     assert n > 5000, f"only {n} cuts"
@@ -270,7 +361,9 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, k):
-    """From the k-th step to the disk on, nothing happens any more. Returns a list of the steps that came before."""
+    """
+    From the k-th step to the disk on, nothing happens any more. Returns a list of the steps that came before.
+    """
     steps = []
     for module, name in ((os, "fsync"), (os, "replace"), (Path, "unlink")):
 
@@ -286,7 +379,10 @@ def kill_at(monkeypatch, k):
 
 @pytest.mark.parametrize("name, other", [("openwebtext", ["--seq_len=20"]), ("tinygsm", ["--sep=x"])])
 def test_a_kill_between_any_two_steps(project, monkeypatch, capsys, name, other):
-    """Before every write that reaches the disk, every rename and deletion: what is left is old or new or no dataset, and it goes on."""
+    """
+    Before every write that reaches the disk, every rename and deletion: what is left is old or new or no
+    dataset, and it goes on.
+    """
     prepare(monkeypatch, name, "--chunk=15")
     new, folder = made(name), Path("data") / name
     prepare(monkeypatch, name, *other)
@@ -314,13 +410,20 @@ def test_a_kill_between_any_two_steps(project, monkeypatch, capsys, name, other)
             (folder / "progress.json.tmp").write_text("{")
         capsys.readouterr()
         prepare(monkeypatch, name, "--chunk=4")
-        assert ("going on behind" in capsys.readouterr().out) == ("progress.json" in left), f"after {k} steps, before {steps[-1]}"
-        assert {f: d for f, d in made(name).items() if not f.endswith(".tmp")} == new, f"after {k} steps, before {steps[-1]}"
+        assert ("going on behind" in capsys.readouterr().out) == ("progress.json" in left), (
+            f"after {k} steps, before {steps[-1]}"
+        )
+        assert {f: d for f, d in made(name).items() if not f.endswith(".tmp")} == new, (
+            f"after {k} steps, before {steps[-1]}"
+        )
     assert k > 25 and made(name) == new, f"{k} steps"
 
 
 def test_a_kill_then_other_settings(project, monkeypatch, capsys):
-    """A run is broken off, another one with other settings too: nothing of the one is in what the other makes when it is taken up again."""
+    """
+    A run is broken off, another one with other settings too: nothing of the one is in what the other makes
+    when it is taken up again.
+    """
     want = {}
     for flags in ("--seq_len=16", "--seq_len=20"):
         prepare(monkeypatch, "openwebtext", flags)
@@ -351,10 +454,16 @@ def test_sigkill(project, monkeypatch):
         (Path("data/openwebtext") / file).unlink()
     command = [sys.executable, "data/openwebtext/prepare.py", *FLAGS["openwebtext"], "--chunk=3"]
     for workers in (2, 1):
-        p = subprocess.Popen([*command, f"--workers={workers}"], stdout=subprocess.DEVNULL, start_new_session=True)
+        p = subprocess.Popen(
+            [*command, f"--workers={workers}"], stdout=subprocess.DEVNULL, start_new_session=True
+        )
         progress, start = Path("data/openwebtext/progress.json"), time.time()
         before = progress.read_bytes() if progress.exists() else None
-        while p.poll() is None and time.time() < start + 30 and (not progress.exists() or progress.read_bytes() == before):
+        while (
+            p.poll() is None
+            and time.time() < start + 30
+            and (not progress.exists() or progress.read_bytes() == before)
+        ):
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.1))
         p.send_signal(signal.SIGKILL)
@@ -382,16 +491,24 @@ def test_slips(project, monkeypatch, slip):
     assert "40 documents, 40 of them" in said("openwebtext", "--val_docs=40")
     assert "val.bin would be without a row" in said("openwebtext", "--val_docs=1", "--seq_len=600")
     assert "none.tiktoken not found" in said("openwebtext", "--bpe=none.tiktoken")
-    Path("long.txt").write_text(Path("tiny.txt").read_text() + "".join(f"x{i}\n" for i in range(31000)) + "mat\n")
+    Path("long.txt").write_text(
+        Path("tiny.txt").read_text() + "".join(f"x{i}\n" for i in range(31000)) + "mat\n"
+    )
     assert "vocab_size is 30522" in said("lm1b", "--bpe=long.txt")
     assert "plain text, without columns question" in said("tinygsm", "--input=docs.txt")
     assert "for both splits" in said("wikitext", "--val_input=")
     assert "workers 0" in said("openwebtext", "--workers=-1")
     lines = Path("docs.jsonl").read_text().splitlines()
     for workers in ("--workers=1", "--workers=2"):
-        for bad, why in (("{", "is not JSON"), ("[1]", "has no text named 'text'"), ('{"text": 3}', "has no text named 'text'")):
+        for bad, why in (
+            ("{", "is not JSON"),
+            ("[1]", "has no text named 'text'"),
+            ('{"text": 3}', "has no text named 'text'"),
+        ):
             Path("bad.jsonl").write_text("\n".join([*lines[:17], bad, *lines[18:]]))
-            assert f"bad.jsonl, line 18 {why}" in said("openwebtext", "--input=bad.jsonl", "--chunk=5", workers)
+            assert f"bad.jsonl, line 18 {why}" in said(
+                "openwebtext", "--input=bad.jsonl", "--chunk=5", workers
+            )
         Path("bad.jsonl").write_bytes(b'{"text": "caf\xe9"}\n' * 40)
         assert "bad.jsonl, line 1 is not JSON in UTF-8" in said("openwebtext", "--input=bad.jsonl", workers)
     Path("bad.txt").write_bytes(b"a\ncaf\xe9\n")

@@ -1,8 +1,11 @@
-"""Why believe dataset.py and data/*/prepare.py? Generated rows pass their own checker, damaged ones do not."""
+"""
+Why believe dataset.py and data/*/prepare.py? Generated rows pass their own checker, damaged ones do not.
+"""
 
 import base64
 import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +23,13 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def prepare(tmp_path, monkeypatch):
     """prepare(name, *flags): run data/NAME/prepare.py in a copy of the project, as a user does."""
-    copy_project(tmp_path, ("data", "run"))
+    copy_project(tmp_path, ("data", "hub", "run"))
     monkeypatch.chdir(tmp_path)
 
     def run(name, *flags, code=0):
-        p = subprocess.run([sys.executable, f"data/{name}/prepare.py", *flags], capture_output=True, text=True)
+        p = subprocess.run(
+            [sys.executable, f"data/{name}/prepare.py", *flags], capture_output=True, text=True
+        )
         assert p.returncode == code, p.stderr
         return p.stdout + p.stderr
 
@@ -38,13 +43,19 @@ def module(name):
     return m
 
 
+def texts_and_answers(data, split, index):
+    """x0 and which of its tokens are neither prompt nor padding, (B, T)."""
+    x0, given, real = data.windows(split, index)
+    return x0, real & ~given
+
+
 @pytest.mark.parametrize("side, max_clues", [(4, 6), (9, 40)])
 def test_sudoku(prepare, side, max_clues):
     out = prepare("sudoku", f"--side={side}", "--n_train=300", "--n_val=50")
     assert f"{350 * 2 * side**2:,} tokens" in out
     data, check = Dataset("sudoku"), module("sudoku").check
     assert data.seq_len == 2 * side**2 and data.meta["vocab_size"] == side + 1
-    x0, answer = data.windows("train", torch.arange(300))
+    x0, answer = texts_and_answers(data, "train", torch.arange(300))
     texts = [data.tokenizer.decode(row) for row in x0.tolist()]
     assert all(check(t) == (1, 1) for t in texts)
     assert (answer.sum(1) == side**2).all() and not answer[:, : side**2].any()
@@ -55,8 +66,33 @@ def test_sudoku(prepare, side, max_clues):
     swapped = t[side**2 :].translate(str.maketrans("12", "21"))
     assert check("." * side**2 + swapped) == (1, 1), "another valid grid"
     t = next(t for t in texts if "1" in t[: side**2])
-    assert check(t[: side**2] + t[side**2 :].translate(str.maketrans("12", "21"))) == (0, 1), "a valid grid that ignores a clue"
+    assert check(t[: side**2] + t[side**2 :].translate(str.maketrans("12", "21"))) == (0, 1), (
+        "a valid grid that ignores a clue"
+    )
     assert check("." * side**2 + "1" * side**2) == (0, 1), "no valid grid"
+
+
+@pytest.mark.parametrize("name", sorted(p.parent.name for p in (ROOT / "data").glob("*/prepare.py")))
+def test_prepare_from_another_folder(prepare, tmp_path, monkeypatch, name):
+    """A fresh copy of the project, called by its path from elsewhere: the files go beside the script."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.txt").write_text("To be, or not to be.\n" * 50, encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    flags = {
+        "sudoku": ["--n_train=20", "--n_val=5"],
+        "digits": ["--n_train=20", "--n_val=5"],
+        "shakespeare_char": ["--input=a.txt"],
+    }
+    p = subprocess.run(
+        [sys.executable, f"../data/{name}/prepare.py", *flags.get(name, ["--help"])],
+        capture_output=True,
+        text=True,
+    )
+    assert p.returncode == 0 and not p.stderr, p.stderr
+    assert [f.name for f in Path().iterdir()] == ["a.txt"]
+    made = sorted(f.name for f in (tmp_path / "data" / name).iterdir() if f.suffix in (".bin", ".json"))
+    assert made == (["meta.json", "train.bin", "val.bin"] if name in flags else [])
+    assert name in flags or "class " in p.stdout
 
 
 def test_the_288_grids():
@@ -66,35 +102,45 @@ def test_the_288_grids():
 def test_digits(prepare):
     prepare("digits", "--n_train=100", "--n_val=20")
     data, check = Dataset("digits", 35), module("digits").check
-    x0, answer = data.windows("val", torch.arange(data.n_windows("val")))
+    x0, answer = texts_and_answers(data, "val", torch.arange(data.n_windows("val")))
     assert answer.all() and x0.shape == (20 * 7 - 34, 35)
     for row in x0.tolist():
         right, asked = check(data.tokenizer.decode(row))
         assert right == asked >= 3
-    assert check("=11;4+4=08;1+1=03;9+") == (1, 2) and check("=11;44=08;;") == (0, 2) and check("123") == (0, 0)
+    assert (
+        check("=11;4+4=08;1+1=03;9+") == (1, 2) and check("=11;44=08;;") == (0, 2) and check("123") == (0, 0)
+    )
 
 
-def test_shakespeare_chars_and_bytes(prepare):
+def test_shakespeare_chars_and_bytes(prepare, slip):
     Path("a.txt").write_text("To be, or not to be: that is the question.\n" * 20, encoding="utf-8")
     assert "860 tokens" in prepare("shakespeare_char", "--input", "a.txt")
     data = Dataset("shakespeare_char", 43)
-    assert data.tokenizer.decode(data.windows("train", [0])[0][0].tolist()) == "To be, or not to be: that is the question.\n"
-    pairs = [bytes([i]) for i in range(256)] + [bytes([0, i % 256, i // 256]) for i in range(50_000)]  # merges that never happen
+    assert (
+        data.tokenizer.decode(data.windows("train", [0])[0][0].tolist())
+        == "To be, or not to be: that is the question.\n"
+    )
+    # merges that never happen
+    pairs = [bytes([i]) for i in range(256)] + [bytes([0, i % 256, i // 256]) for i in range(50_000)]
     ranks = [base64.b64encode(p) + f" {i}\n".encode() for i, p in enumerate(pairs)]
     Path("bytes.tiktoken").write_bytes(b"".join(ranks))
     assert "774 + 86 tokens" in prepare("shakespeare", "--input=a.txt", "--bpe=bytes.tiktoken")
-    assert "774 + 86 tokens" in prepare("shakespeare", "--input=a.txt", "--bpe=data/shakespeare/gpt2.tiktoken"), "the file it kept"
+    assert "774 + 86 tokens" in prepare(
+        "shakespeare", "--input=a.txt", "--bpe=data/shakespeare/gpt2.tiktoken"
+    ), "the file it kept"
     Path("short.tiktoken").write_bytes(b"".join(ranks[:-1]))
     assert "no GPT-2 byte pairs" in prepare("shakespeare", "--input=a.txt", "--bpe=short.tiktoken", code=2)
     data = Dataset("shakespeare", 43)
-    assert data.tokenizer.decode(data.windows("train", [43])[0][0].tolist()) == "To be, or not to be: that is the question.\n"
+    assert (
+        data.tokenizer.decode(data.windows("train", [43])[0][0].tolist())
+        == "To be, or not to be: that is the question.\n"
+    )
     for flags, says in (
         (["--input", "none.txt"], "none.txt"),
         (["--inptu", "a.txt"], "--input"),
         (["--input", "bytes.tiktoken", "--bpe", "no"], "no"),
     ):
-        out = prepare("shakespeare", *flags, code=2)
-        assert len(out.strip().split("\n")) == 2 and says in out
+        assert says in slip(runpy.run_path, "data/shakespeare/prepare.py", None, "__main__", argv=flags)
 
 
 def test_nanogpts_own_files_and_two_lines_of_meta(project):
@@ -103,7 +149,7 @@ def test_nanogpts_own_files_and_two_lines_of_meta(project):
     np.arange(100, dtype=np.uint16).tofile("data/mine/val.bin")
     Path("data/mine/meta.json").write_text('{"vocab_size": 1000,\n "tokenizer": "none"}')
     data = Dataset("mine", 8)
-    x0, answer = data.windows("val", data.spread("val", 3))
+    x0, answer = texts_and_answers(data, "val", data.spread("val", 3))
     assert x0.tolist() == [list(range(i, i + 8)) for i in (0, 46, 92)] and answer.all()
     assert data.tokenizer.decode([3, 14]) == "3 14" and data.tokenizer.encode("3 14") == [3, 14]
 
@@ -118,7 +164,7 @@ def test_large_vocabularies_are_uint32(project):
 
 def test_the_separator_ends_the_prompt(project, slip):
     data = Dataset("pairs")
-    x0, answer = data.windows("val", [0, 1])
+    x0, answer = texts_and_answers(data, "val", [0, 1])
     for row, keep in zip(x0.tolist(), answer.tolist(), strict=True):
         at = row.index(0)
         assert 2 <= at < 6 and keep == [False] * (at + 1) + [True] * (11 - at)

@@ -1,4 +1,7 @@
-"""Why believe the sandbox, and the score? Programs that do harm, each layer alone against them; and an evaluation, killed and resumed."""
+"""
+Why believe the sandbox, and the score? Programs that do harm, each layer alone against them; and an
+evaluation, killed and resumed.
+"""
 
 import json
 import math
@@ -12,21 +15,26 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from fast import FastTransformer
 from lab import gsm8k, sandbox
 from lab.sandbox import LAYERS, correct, extract, gold_of, isolation, number, run
-from model import Transformer
 from run.restore import restore
 from train import TrainConfig, train
 
 ROOT = Path(__file__).parents[1]
 needs_boundary = pytest.mark.skipif(not isolation()[0], reason=isolation()[1])
-ALONE = [pytest.param(held, marks=pytest.mark.skipif(not isolation(held)[0], reason=isolation(held)[1])) for held in [LAYERS, *zip(LAYERS)]]
+ALONE = [
+    pytest.param(held, marks=pytest.mark.skipif(not isolation(held)[0], reason=isolation(held)[1]))
+    for held in [LAYERS, *zip(LAYERS)]
+]
 
-# Restricted builtins are no boundary: every attack begins by walking around them, to the real os, sys and ctypes
+# Restricted builtins are no boundary: every attack begins by walking around them, to the real os, sys and
+# ctypes
 REACH = """
 import math
 W = [c for c in math.__class__.__base__.__subclasses__() if c.__name__ == "_wrap_close"][0].__init__.__globals__
@@ -99,18 +107,27 @@ HARM = {
 # Each does its worst, and answers nothing right; what it may be found to be
 WORST = {
     "endless": ("while True: pass", "timeout"),
-    "endless, deaf": ("for s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n    except: pass\nwhile True: pass", "timeout"),
+    "endless, deaf": (
+        "for s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n    except: pass\nwhile True: pass",
+        "timeout",
+    ),
     "asleep": ("time.sleep(99)", "timeout|error"),
     "giant int": ("return 10**10**8", "timeout|error|killed|no answer"),
     "prints for ever": ("while True: print('7' * 10**5)", "timeout"),
     "floods stdout": ("while True: os.write(1, b'7' * 10**5)", "timeout"),
     "floods the answer": ("while True: os.write(3, b'7' * 10**5)", "timeout|killed"),
     "shouts at stderr": ("while True: os.write(2, b'7' * 10**5)", "timeout"),
-    "closes all files": ("for fd in range(64):\n    try: os.close(fd)\n    except: pass\nwhile True: pass", "killed|timeout"),
+    "closes all files": (
+        "for fd in range(64):\n    try: os.close(fd)\n    except: pass\nwhile True: pass",
+        "killed|timeout",
+    ),
     "recursion": ("return simple_math_problem()", "error|killed"),
     "deep recursion": ("sys.setrecursionlimit(10**9)\nreturn simple_math_problem()", "error|killed|timeout"),
     "memory": ("x = []\nwhile True: x.append(bytearray(10**7))", "error|killed|timeout"),
-    "memory, caught": ("x = []\nwhile True:\n    try: x.append(bytearray(10**7))\n    except: pass", "timeout"),
+    "memory, caught": (
+        "x = []\nwhile True:\n    try: x.append(bytearray(10**7))\n    except: pass",
+        "timeout",
+    ),
     "exit": ("os._exit(0)", "killed"),
     "polite exit": ("sys.exit(0)", "error: SystemExit"),
     "suicide": ("os.kill(os.getpid(), 9)", "killed|error|no answer"),
@@ -128,14 +145,29 @@ WORST = {
         "def bad(*x): raise B['BaseException']()\nreturn B['type']('I', (int,), {k: bad for k in ('__eq__', '__repr__', '__float__')})(7)",
         "no answer",
     ),
-    "hostile name": ("E = B['type']('E\\n int 7 ' * 9, (B['BaseException'],), {})\nraise E()", "killed|error"),
-    "breaks the answer": ("for m in sys.modules.values(): m.__dict__.clear()", "killed|error|no answer|timeout"),
-    "prints in a hostile way": ("print(B['type']('P', (), {'__str__': lambda s: 1 / 0})())", "error: ZeroDivisionError"),
+    "hostile name": (
+        "E = B['type']('E\\n int 7 ' * 9, (B['BaseException'],), {})\nraise E()",
+        "killed|error",
+    ),
+    "breaks the answer": (
+        "for m in sys.modules.values(): m.__dict__.clear()",
+        "killed|error|no answer|timeout",
+    ),
+    "prints in a hostile way": (
+        "print(B['type']('P', (), {'__str__': lambda s: 1 / 0})())",
+        "error: ZeroDivisionError",
+    ),
     "imports": ("import os", "error: ImportError"),
 }
 SOURCES = {
-    "deep source": ("def simple_math_problem():\n    return " + "(" * 50_000 + "7" + ")" * 50_000, "no code|error|killed"),
-    "deep minus": ("def simple_math_problem():\n    return " + "-" * 200_000 + "8", "no code|error|killed|ok"),
+    "deep source": (
+        "def simple_math_problem():\n    return " + "(" * 50_000 + "7" + ")" * 50_000,
+        "no code|error|killed",
+    ),
+    "deep minus": (
+        "def simple_math_problem():\n    return " + "-" * 200_000 + "8",
+        "no code|error|killed|ok",
+    ),
     "deep attributes": ("x = 7" + ".a" * 200_000, "no code|error|killed"),
     "null bytes": ("def simple_math_problem():\n    return 8\0", "error|no code|ok"),
     "surrogates": ("def simple_math_problem():\n    return 8 # \udc80\ud800", "ok"),
@@ -156,20 +188,31 @@ def indented(body):
 
 @pytest.fixture
 def places(monkeypatch):
-    """What attacks aim at: an open folder with a victim, sockets that listen, a secret in the environment, this process."""
+    """
+    What attacks aim at: an open folder with a victim, sockets that listen, a secret in the environment, this
+    process.
+    """
     monkeypatch.setenv("NANOBLOCK_SECRET", "hunter2")
     folder = tempfile.mkdtemp(prefix="nanoblock_open")
     os.chmod(folder, 0o777)  # nobody may write here
     Path(folder, "victim").write_text("alive")
     os.chmod(f"{folder}/victim", 0o666)
     listeners = [socket.socket(family) for family in (socket.AF_INET, socket.AF_UNIX, socket.AF_UNIX)]
-    for listener, address in zip(listeners, [("127.0.0.1", 0), f"{folder}/socket", f"\0nanoblock{os.getpid()}"], strict=True):
+    for listener, address in zip(
+        listeners, [("127.0.0.1", 0), f"{folder}/socket", f"\0nanoblock{os.getpid()}"], strict=True
+    ):
         listener.bind(address)
         listener.listen()
     os.chmod(f"{folder}/socket", 0o777)
     port = listeners[0].getsockname()[1]
     address = bytes([2, 0]) + port.to_bytes(2, "big") + bytes([127, 0, 0, 1]) + bytes(8)
-    yield {"open": folder, "home": os.path.expanduser("~"), "root": str(ROOT), "pid": os.getpid(), "address": address}
+    yield {
+        "open": folder,
+        "home": os.path.expanduser("~"),
+        "root": str(ROOT),
+        "pid": os.getpid(),
+        "address": address,
+    }
     for listener in listeners:
         listener.close()
     shutil.rmtree(folder)
@@ -186,12 +229,21 @@ def test_no_attack_harms_past_any_one_layer(places, layers):
     got = {name: attack(places, body, layers, timeout=3) for name, body in HARM.items()}
     harm = {name: result for name, result in got.items() if not result["why"].startswith(("error", "killed"))}
     assert not harm
-    unsound = {name: result for name, result in got.items() if result["why"].endswith(("NameError", "TypeError", "SyntaxError"))}
+    unsound = {
+        name: result
+        for name, result in got.items()
+        if result["why"].endswith(("NameError", "TypeError", "SyntaxError"))
+    }
     assert not unsound, "these attacks do not attack"
     assert all(result["layers"] == layers for result in got.values())
     time.sleep(1.2)  # when a survivor would act
-    assert sorted(os.listdir(places["open"])) == ["socket", "victim"] and Path(places["open"], "victim").read_text() == "alive"
-    assert not list(Path(places["home"]).glob(".nanoblock_marker")) and not list(ROOT.glob("nanoblock_marker"))
+    assert (
+        sorted(os.listdir(places["open"])) == ["socket", "victim"]
+        and Path(places["open"], "victim").read_text() == "alive"
+    )
+    assert not list(Path(places["home"]).glob(".nanoblock_marker")) and not list(
+        ROOT.glob("nanoblock_marker")
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="written for Linux")
@@ -228,19 +280,36 @@ def test_shared_memory_is_refused():
 @needs_boundary
 def test_the_limit_is_on_the_clock():
     start = time.monotonic()
-    assert run(indented("time.sleep(99)"), timeout=0.5, layers=("namespaces",))["why"] in ("timeout", "no boundary")
+    assert run(indented("time.sleep(99)"), timeout=0.5, layers=("namespaces",))["why"] in (
+        "timeout",
+        "no boundary",
+    )
     assert time.monotonic() - start < 5
 
 
 @needs_boundary
 def test_a_forged_answer_is_the_programs_own():
-    """What looks like an answer may be one, never more: one number, of this program, read as strictly as any."""
-    assert run("def simple_math_problem():\n    print('int 7')\n    print('#### 7')\n    return 8")["answer"] == 8
-    forged = {r"int 8\n": 8, r"int 8\nint 9\n": 8, r"float nan\n": None, r"int 0x8\n": None, r"ok\n": None, r"\xff\x00\n": None}
+    """
+    What looks like an answer may be one, never more: one number, of this program, read as strictly as any.
+    """
+    assert (
+        run("def simple_math_problem():\n    print('int 7')\n    print('#### 7')\n    return 8")["answer"]
+        == 8
+    )
+    forged = {
+        r"int 8\n": 8,
+        r"int 8\nint 9\n": 8,
+        r"float nan\n": None,
+        r"int 0x8\n": None,
+        r"ok\n": None,
+        r"\xff\x00\n": None,
+    }
     forged |= {"int " + "9" * 600 + r"\n": None}
     for text, expected in forged.items():
         result = run(indented(f"os.write(3, b'{text}')\nos._exit(0)"))
-        assert result["answer"] == expected and (result["why"] == "ok") == (expected is not None), f"{text}: {result}"
+        assert result["answer"] == expected and (result["why"] == "ok") == (expected is not None), (
+            f"{text}: {result}"
+        )
 
 
 RIGHT = [
@@ -257,7 +326,10 @@ RIGHT = [
     ("print(4)\n    return 'four'", 4),
     ("import math\n    return math.floor(math.pi)", 3),
     ("return math.ceil(2.5)", 3),
-    ("return sum(range(5)) + len(str(abs(-10))) + max(1, 2) + min(1, 2) + int('3') + round(float('2.2'))", 20),
+    (
+        "return sum(range(5)) + len(str(abs(-10))) + max(1, 2) + min(1, 2) + int('3') + round(float('2.2'))",
+        20,
+    ),
     ("a = [x for i, x in enumerate([1, 2])]\n    return a[1] if bool(a) else 0", 2),
     ("return 5\nprint(simple_math_problem())\nresult = (", 5),
     ("return 5\n\nSo the answer is five.", 5),
@@ -270,27 +342,43 @@ RIGHT = [
 def test_honest_programs_are_understood():
     for body, answer in RIGHT:
         result = run("def simple_math_problem():\n    " + body)
-        assert (result["answer"], type(result["answer"]), result["why"]) == (answer, type(answer), "ok"), f"{body}: {result}"
+        assert (result["answer"], type(result["answer"]), result["why"]) == (answer, type(answer), "ok"), (
+            f"{body}: {result}"
+        )
 
 
 def test_a_program_is_found_in_a_text():
     program = "def simple_math_problem():\n    return 7\n"
     assert extract(f"Sure:\n```python\n{program}```\nor\n```\nother\n```") == program
     assert extract(f"```\n{program}") == program, "a fence that nobody closed"
-    assert extract(f"Here. {program}<|endoftext|>def more") == program and extract(program + "</s>def more") == program
+    assert (
+        extract(f"Here. {program}<|endoftext|>def more") == program
+        and extract(program + "</s>def more") == program
+    )
     assert extract(f"<|endoftext|> {program}") == program, "what stands before it does not end it"
     assert extract("It is 7.") == extract("") == ""
-    start = time.monotonic()
+    start = time.process_time()
     for long in ("```" * 10**5, "def " * 10**5, "def <|" * 10**5, "```\n" * 10**5):
         extract(long)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_equal_means_equal():
     right = [(18, 18), (18.0005, 18), (18, 18.0009), (0.3333, 1 / 3), (-0.0, 0), (10**30, 10**30)]
-    wrong = [(18, 19), (18.0011, 18), (None, 18), (True, 1), ("18", 18), (math.nan, 18), (math.nan, math.nan), (math.inf, math.inf)]
+    wrong = [
+        (18, 19),
+        (18.0011, 18),
+        (None, 18),
+        (True, 1),
+        ("18", 18),
+        (math.nan, 18),
+        (math.nan, math.nan),
+        (math.inf, math.inf),
+    ]
     wrong += [(10**30, 10**30 + 1), (10**400, 1.5), (18, None), (7 + 0j, 7)]
-    assert [pair for pair in right if not correct(*pair)] == [] and [pair for pair in wrong if correct(*pair)] == []
+    assert [pair for pair in right if not correct(*pair)] == [] and [
+        pair for pair in wrong if correct(*pair)
+    ] == []
 
 
 def test_numbers_are_read():
@@ -305,7 +393,23 @@ def test_numbers_are_read():
         "#### 1 #### 2": 2,
     }
     assert {text: gold_of(text) for text in golds} == golds
-    odd = ["", "-", "$", ",", ".", "1 2", "1e999", "nan", "inf", "0x10", "1_0", "9" * 501, "٣", "1.2.3", "five"]
+    odd = [
+        "",
+        "-",
+        "$",
+        ",",
+        ".",
+        "1 2",
+        "1e999",
+        "nan",
+        "inf",
+        "0x10",
+        "1_0",
+        "9" * 501,
+        "٣",
+        "1.2.3",
+        "five",
+    ]
     assert [text for text in odd if number(text) is not None] == []
 
 
@@ -321,7 +425,9 @@ def test_the_bootstrap_interval_is_near_the_exact_one(right, n):
         return low
 
     choose = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(n + 1)]
-    at_most = lambda k, p: sum(math.exp(choose[j] + j * math.log(p) + (n - j) * math.log1p(-p)) for j in range(k + 1))
+    at_most = lambda k, p: sum(
+        math.exp(choose[j] + j * math.log(p) + (n - j) * math.log1p(-p)) for j in range(k + 1)
+    )
     low, high = gsm8k.interval([1] * right + [0] * (n - right))
     assert abs(low - end(lambda p: 1 - at_most(right - 1, p) < 0.025)) < 1.5 / n
     assert abs(high - end(lambda p: at_most(right, p) > 0.025)) < 1.5 / n
@@ -352,7 +458,9 @@ def test_no_program_survives_its(who):
     """SIGKILL to the evaluator, or to the launcher, ends a program that would go on for a minute."""
     before = set(launchers())
     source = indented("while True: pass")
-    evaluator = subprocess.Popen([sys.executable, "-c", f"from lab import sandbox; sandbox.run({source!r}, timeout=60)"], cwd=ROOT)
+    evaluator = subprocess.Popen(
+        [sys.executable, "-c", f"from lab import sandbox; sandbox.run({source!r}, timeout=60)"], cwd=ROOT
+    )
     wait(lambda: len(set(launchers()) - before) == 2)
     os.kill(evaluator.pid if who == "evaluator" else min(set(launchers()) - before), signal.SIGKILL)
     evaluator.wait(10)
@@ -361,14 +469,26 @@ def test_no_program_survives_its(who):
 
 # ----- the command
 
-QUESTIONS = [("ab", 7), ("abc" * 9, 7), ("b", 7), ("ca", 8), ("a" * 32, 7), ("cc", 1), ("", 7)]  # the fifth leaves no room
+# the fifth leaves no room
+QUESTIONS = [("ab", 7), ("abc" * 9, 7), ("b", 7), ("ca", 8), ("a" * 32, 7), ("cc", 1), ("", 7)]
 ARGV = ["--ckpt=out/toy", "--batch_size=2", "--steps=2", "--device=cpu", "--workers=2"]
 
 
 @pytest.fixture
 def home(project, monkeypatch):
-    """A tiny random checkpoint and seven questions; whatever it writes is taken for a program that answers 7."""
-    argv = {"n_layers": 1, "n_heads": 1, "d_model": 8, "batch_size": 4, "n_eval": 4, "max_steps": 1, "eval_every": 100, "device": "cpu"}
+    """
+    A tiny random checkpoint and seven questions; whatever it writes is taken for a program that answers 7.
+    """
+    argv = {
+        "n_layers": 1,
+        "n_heads": 1,
+        "d_model": 8,
+        "batch_size": 4,
+        "n_eval": 4,
+        "max_steps": 1,
+        "eval_every": 100,
+        "device": "cpu",
+    }
     train(TrainConfig(dataset="toy", out_dir="out/toy", seq_len=32, block_sizes={1: 0.5, 4: 0.5}, **argv))
     Path("data/gsm8k").mkdir()
     lines = [json.dumps({"question": q, "answer": f"so #### {gold}"}) for q, gold in QUESTIONS]
@@ -377,9 +497,15 @@ def home(project, monkeypatch):
     return project
 
 
+def ask(*flags):
+    """python -m lab.gsm8k, in this process."""
+    with patch.object(sys, "argv", ["gsm8k.py", *ARGV, *flags]):
+        gsm8k.main()
+
+
 @needs_boundary
 def test_killed_and_resumed_it_is_as_if_it_had_not_been(home, capsys, slip):
-    gsm8k.main(ARGV)
+    ask()
     out, path = capsys.readouterr().out, Path("out/toy/gsm8k.jsonl")
     assert "sandbox: " in out and "arpc, block size 4, 2 steps" in out and "correct 57.1 %" in out
     whole = path.read_text()
@@ -391,38 +517,39 @@ def test_killed_and_resumed_it_is_as_if_it_had_not_been(home, capsys, slip):
     assert summary["n"] == 7 and summary["accuracy"] == 4 / 7 and summary["low"] < 4 / 7 < summary["high"]
     for cut in (len(whole) - 10, len(whole) // 2, whole.index("\n") + 1, 20, 0):
         path.write_text(whole[:cut])
-        gsm8k.main(ARGV)
+        ask()
         assert path.read_text() == whole, f"killed at byte {cut}"
-    gsm8k.main(ARGV)
+    ask()
     assert path.read_text() == whole, "nothing is made twice"
     for other in ("--seed=2", "--dtype=bfloat16"):
-        assert "--out" in slip(gsm8k.main, [*ARGV, other]) and path.read_text() == whole
+        assert "--out" in slip(gsm8k.main, argv=[*ARGV, other]) and path.read_text() == whole
 
 
 @needs_boundary
 def test_texts_are_made_in_the_dtype_that_was_asked_for(home, monkeypatch):
-    forward, seen = Transformer.forward, set()
+    forward, seen = FastTransformer.forward, set()
     watched = lambda *args, **how: (seen.add(torch.is_autocast_enabled("cpu")), forward(*args, **how))[1]
     for flags in ([], ["--dtype=bfloat16", "--out=half.jsonl"]):
         seen.clear()
-        monkeypatch.setattr(gsm8k, "restore", lambda *args: (restore(*args), monkeypatch.setattr(Transformer, "forward", watched))[0])
-        gsm8k.main([*ARGV, *flags])
-        monkeypatch.setattr(Transformer, "forward", forward)
+        watch = lambda *args: (restore(*args), monkeypatch.setattr(FastTransformer, "forward", watched))[0]
+        monkeypatch.setattr(gsm8k, "restore", watch)
+        ask(*flags)
+        monkeypatch.setattr(FastTransformer, "forward", forward)
         assert seen == {bool(flags)}
     assert json.loads(Path("half.jsonl").read_text().splitlines()[0])["settings"]["dtype"] == "bfloat16"
 
 
 @needs_boundary
 def test_a_signal_stops_it_after_a_batch_and_the_same_command_goes_on(home, capsys, monkeypatch):
-    gsm8k.main([*ARGV, "--out=whole.jsonl"])
+    ask("--out=whole.jsonl")
     real = sandbox.run
     stop = lambda *args, **how: (os.kill(os.getpid(), signal.SIGTERM), real(*args, **how))[1]
     monkeypatch.setattr(sandbox, "run", stop)
     with pytest.raises(SystemExit):
-        gsm8k.main(ARGV)
+        ask()
     assert "SIGTERM: stopped after 2 questions" in capsys.readouterr().out
     monkeypatch.setattr(sandbox, "run", real)
-    gsm8k.main(ARGV)
+    ask()
     assert Path("out/toy/gsm8k.jsonl").read_text() == Path("whole.jsonl").read_text()
 
 
@@ -441,11 +568,11 @@ def test_slips_end_in_two_lines(home, slip, monkeypatch):
         (["--ckpt=out/none"], "no checkpoint"),
         (["--input=data/toy/meta.json"], "line 1"),
     ):
-        assert says in slip(gsm8k.main, [*ARGV, *argv]), argv
+        assert says in slip(gsm8k.main, argv=[*ARGV, *argv]), argv
     Path("data/gsm8k/bad.jsonl").write_text('{"question": "a", "answer": "7"}\n')
-    assert "####" in slip(gsm8k.main, [*ARGV, "--input=data/gsm8k/bad.jsonl"])
+    assert "####" in slip(gsm8k.main, argv=[*ARGV, "--input=data/gsm8k/bad.jsonl"])
     monkeypatch.setattr(sandbox, "isolation", lambda *_: (False, "no boundary on this machine"))
-    assert "--weak_sandbox" in slip(gsm8k.main, ARGV)
+    assert "--weak_sandbox" in slip(gsm8k.main, argv=ARGV)
 
 
 def test_where_the_lines_go():

@@ -1,4 +1,7 @@
-"""Why believe that nothing a user can hand over ends in a traceback? Command lines, TOMLs, datasets and checkpoints, damaged at random."""
+"""
+Why believe that nothing a user can hand over ends in a traceback? Command lines, TOMLs, datasets and
+checkpoints, damaged at random.
+"""
 
 import contextlib
 import dataclasses
@@ -17,48 +20,72 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 import sample
+import train as training
 from data.dataset import write_dataset
-from run.cli import load_config
-from train import TrainConfig, train
+from lab import quality
+from options import EvalConfig, SampleConfig, TrainConfig
 
 N = int(os.environ.get("EXAMPLES", 12))  # make faults: 70 for each of five kinds
-many = settings(max_examples=N, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-SMALL = [*TINY, "--n_samples=0", "--max_steps=1", "--dataset=toy", "--seq_len=8", "--block_sizes=1:0.25,4:0.75"]
+many = settings(
+    max_examples=N, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+SMALL = [
+    *TINY,
+    "--n_samples=0",
+    "--max_steps=1",
+    "--dataset=toy",
+    "--seq_len=8",
+    "--block_sizes=1:0.25,4:0.75",
+]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with data/toy and a run, out/run, that has two checkpoints and must survive everything."""
+    """
+    A folder with data/toy, and with out/run, a run with two checkpoints that must survive everything, and
+    out/duo, one of a method.
+    """
     home, before = tmp_path_factory.mktemp("malformed"), os.getcwd()
     os.chdir(home)
     Path("data/toy").mkdir(parents=True)
     stream = np.arange(400) % 3
-    write_dataset("data/toy", stream[:300], stream[300:], {"vocab_size": 3, "tokenizer": "char", "chars": "abc"})
+    write_dataset(
+        "data/toy", stream[:300], stream[300:], {"vocab_size": 3, "tokenizer": "char", "chars": "abc"}
+    )
     assert outcome(["train.py", *SMALL, "--max_steps=2", "--eval_every=1", "--out_dir=out/run"]) == 0
+    assert outcome(["train.py", *SMALL, "--method=duo", "--max_steps=2", "--out_dir=out/duo"]) == 0
     yield home
     os.chdir(before)
 
 
 def outcome(argv, *keep):
     """
-    Exit code of a command, in this process. Fails on a traceback, on any code but 0 and 2, on 2 without its two lines, and if a
-    command that refused has touched the files under `keep`.
+    Exit code of a command, in this process. Fails on a traceback, on any code but 0 and 2, on 2 without its
+    two lines, and if a command that refused has touched the files under `keep`.
     """
-    start = {"train.py": lambda: train(load_config(TrainConfig, sys.argv[1:])), "sample.py": sample.main, "eval.py": evaluation.main}
-    everything = lambda: {p: p.read_bytes() for k in keep for p in Path(k).rglob("*") if p.is_file() and p.name != "lock"}
+    start = {"train.py": training, "sample.py": sample, "eval.py": evaluation, "lab.quality": quality}
+    everything = lambda: {
+        p: p.read_bytes() for k in keep for p in Path(k).rglob("*") if p.is_file() and p.name != "lock"
+    }
     files, err, code = everything(), io.StringIO(), 0
     old, sys.argv = sys.argv, argv
     try:
         with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-            start[argv[0]]()
+            start[argv[0]].main()
     except SystemExit as e:
         code = e.code or 0
     finally:
         sys.argv = old
     assert code in (0, 2), f"exit code {code}"
     if code == 2:
-        lines = [line for line in err.getvalue().rstrip("\n").split("\n") if "it/s]" not in line and "?it/s" not in line]
-        assert len(lines) == 2 and lines[0].startswith("error: ") and lines[1].startswith("  try: "), err.getvalue()
+        lines = [
+            line
+            for line in err.getvalue().rstrip("\n").split("\n")
+            if "it/s]" not in line and "?it/s" not in line
+        ]
+        assert len(lines) == 2 and lines[0].startswith("error: ") and lines[1].startswith("  try: "), (
+            err.getvalue()
+        )
         assert everything() == files, "a refused command has changed files"
     return code
 
@@ -104,6 +131,8 @@ ODD[str] = [
 ODD[str] += [
     "uniform",
     "duo",
+    "gidd",
+    "distill",
     "ar",
     "arpc",
     "gibbs",
@@ -119,23 +148,34 @@ ODD[str] += [
     "self",
     "ab",
 ]
-CLASSES = {"train.py": TrainConfig, "sample.py": sample.SampleConfig, "eval.py": evaluation.EvalConfig}
+CLASSES = {
+    "train.py": TrainConfig,
+    "sample.py": SampleConfig,
+    "eval.py": EvalConfig,
+    "lab.quality": quality.QualityConfig,
+}
 FIXED = {"train.py": [*SMALL, "--out_dir=out/run"], "sample.py": ["--ckpt=out/run", "--device=cpu", "--steps=1"],
-         "eval.py": ["--ckpt=out/run", "--device=cpu", "--n_eval=4", "--n_mc=1", "--steps=1"]}  # fmt: skip
-SLOW = {"compile", "max_steps", "sweep"}  # compiling takes a minute, a billion steps longer; a sweep has settings of its own
+         "eval.py": ["--ckpt=out/run", "--device=cpu", "--n_eval=4", "--n_mc=1"],
+         "lab.quality": ["--ckpt=out/run", "--device=cpu", "--n_eval=4", "--steps=1"]}  # fmt: skip
+SLOW = {"compile", "max_steps"}  # compiling takes a minute, a billion steps longer
 
 
 @many
 @given(st.data())
 def test_command_lines(home, data):
-    script = data.draw(st.sampled_from(["train.py", "train.py", "sample.py", "eval.py"]))
+    script = data.draw(st.sampled_from(["train.py", "train.py", "sample.py", "eval.py", "lab.quality"]))
     fields, words = [f for f in dataclasses.fields(CLASSES[script]) if f.name not in SLOW], []
     for f in data.draw(st.lists(st.sampled_from(fields), min_size=1, max_size=2, unique_by=id)):
         words.append(f"--{f.name}={data.draw(st.sampled_from(ODD[f.type]))}")
     if data.draw(st.sampled_from(range(10))) == 9:
-        words.append(data.draw(st.sampled_from(["--", "-x", "x.toml", "--lr", "--steps", "\0", "--=3", "config/none.toml"])))
+        words.append(
+            data.draw(
+                st.sampled_from(["--", "-x", "x.toml", "--lr", "--steps", "\0", "--=3", "config/none.toml"])
+            )
+        )
     outcome([script, *FIXED[script], *words], "out/run", "data")
-    for old in sorted(Path("out/run").glob("earlier.*")):  # a command that was right after all has moved the run: back, for the next
+    # a command that was right after all has moved the run: back, for the next
+    for old in sorted(Path("out/run").glob("earlier.*")):
         for file in old.iterdir():
             os.replace(file, f"out/run/{file.name}")
         old.rmdir()
@@ -180,9 +220,31 @@ def test_toml_files(home, data):
 def test_meta_json(home, data):
     meta = json.loads(Path("data/toy/meta.json").read_text())
     if data.draw(st.booleans()):
-        key = data.draw(st.sampled_from([*meta, "row_len", "prompt_len", "separator", "eos_id", "width", "odd"]))
+        key = data.draw(
+            st.sampled_from([*meta, "row_len", "prompt_len", "separator", "eos_id", "width", "odd"])
+        )
         meta[key] = data.draw(
-            st.sampled_from([None, -1, 0, 1, 3, 8, 10**9, 10**30, 1.5, True, "x", "", [], ["a", 1, "c"], {}, "abc", "gpt2"])
+            st.sampled_from(
+                [
+                    None,
+                    -1,
+                    0,
+                    1,
+                    3,
+                    8,
+                    10**9,
+                    10**30,
+                    1.5,
+                    True,
+                    "x",
+                    "",
+                    [],
+                    ["a", 1, "c"],
+                    {},
+                    "abc",
+                    "gpt2",
+                ]
+            )
         )
         new = json.dumps(meta).encode()
     else:
@@ -210,15 +272,43 @@ class Bomb:
 @many
 @given(st.data())
 def test_checkpoints(home, data):
-    good = Path("out/run/ckpt.2.pt").read_bytes()
+    name = data.draw(st.sampled_from(["run", "run", "duo"]))
+    good, method = Path(f"out/{name}/ckpt.2.pt").read_bytes(), ["--method=duo"] * (name == "duo")
     if data.draw(st.booleans()):
-        state = torch.load("out/run/ckpt.2.pt", weights_only=True)
-        part = data.draw(st.sampled_from([(), ("config",), ("meta",), ("ema",), ("model",), ("optimizer",), ("optimizer", "state")]))
+        state = torch.load(f"out/{name}/ckpt.2.pt", weights_only=True)
+        parts = [
+            (),
+            ("config",),
+            ("meta",),
+            ("ema",),
+            ("model",),
+            ("optimizer",),
+            ("optimizer", "state"),
+            ("process",),
+        ]
+        parts += [("process", "arguments")] + [("method",), ("method", "settings")] * (name == "duo")
+        part = data.draw(st.sampled_from(parts))
         inside = state
         for name in part:
             inside = inside[name]
         key = data.draw(st.sampled_from(sorted(inside, key=str)))
-        odd = [None, -1, 0, 7, 2.5, "x", [], {}, torch.zeros(1), torch.zeros(3, 3), {0: {}}, {1: 1.0}, {"x": 1}, 10**30, float("nan")]
+        odd = [
+            None,
+            -1,
+            0,
+            7,
+            2.5,
+            "x",
+            [],
+            {},
+            torch.zeros(1),
+            torch.zeros(3, 3),
+            {0: {}},
+            {1: 1.0},
+            {"x": 1},
+            10**30,
+            float("nan"),
+        ]
         new = data.draw(st.sampled_from(["gone", *range(len(odd)), "bomb"]))
         if new == "gone":
             del inside[key]
@@ -230,11 +320,13 @@ def test_checkpoints(home, data):
     else:
         bad = damage(good, data.draw)
     Path("out/odd").mkdir(exist_ok=True)
-    for name in ("ckpt.pt", "ckpt.2.pt"):
-        Path("out/odd", name).unlink(missing_ok=True)
+    for file in Path("out/odd").glob("*.pt"):
+        file.unlink()
     Path("out/odd/ckpt.pt").write_bytes(bad)
     Path("out/odd/log.jsonl").write_bytes(damage(Path("out/run/log.jsonl").read_bytes(), data.draw))
     outcome(["sample.py", "--ckpt=out/odd", "--device=cpu", "--steps=1"], "out/odd")
     outcome(["eval.py", "--ckpt=out/odd", "--device=cpu", "--n_eval=4", "--n_mc=1"], "out/odd")
-    outcome(["train.py", *SMALL, "--out_dir=out/odd", "--resume", "--max_steps=3"], "data", "out/run")
+    outcome(
+        ["train.py", *SMALL, *method, "--out_dir=out/odd", "--resume", "--max_steps=3"], "data", "out/run"
+    )
     assert not Path("boom").exists(), "a pickle was executed"

@@ -1,27 +1,30 @@
 """
-Why believe recorded.py? No GPU here: a Tape does on a CPU what a CUDA graph does, the same operations at the same addresses again, so
-that whatever a recording would freeze is frozen, and a question to the host is an error. What CUDA itself makes of it is not tested.
+Why believe fast/graphs.py? No GPU here: a Tape does on a CPU what a CUDA graph does, the same operations at
+the same addresses again, so that whatever a recording would freeze is frozen, and a question to the host is
+an error. What CUDA itself makes of it is not tested.
 """
 
+import copy
 import functools
 import weakref
 
 import pytest
 import torch
-from exact import KINDS, V3, last, net
+from exact import KINDS, V3, last, net, speed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-import generate as g
-from fast.cache import KVCache
+import fast.network
+from fast.block import generate
 from fast.graphs import Recorded, record
-from samplers import reverse as s
+from fast.network import FastCache
+from samplers import SAMPLERS
 
 
 class Tape(TorchDispatchMode):
     """
-    Notes operations with the very tensors they read, and plays them again: what they return goes where it was. What was not made while it
-    ran is for others to keep alive.
+    Notes operations with the very tensors they read, and plays them again: what they return goes where it
+    was. What was not made while it ran is for others to keep alive.
     """
 
     def __init__(self):
@@ -37,7 +40,11 @@ class Tape(TorchDispatchMode):
         out, kwargs = f(*args, **(kwargs or {})), kwargs or {}
         note = lambda x: weakref.ref(x) if torch.is_tensor(x) and id(x) not in self.made else x
         self.notes.append((f, *tree_map(note, (args, kwargs)), out))
-        self.made |= {id(x): x for x in tree_leaves(out) if torch.is_tensor(x) and not any(x is y for y in tree_leaves(args))}
+        self.made |= {
+            id(x): x
+            for x in tree_leaves(out)
+            if torch.is_tensor(x) and not any(x is y for y in tree_leaves(args))
+        }
         return out
 
     def play(self):
@@ -63,7 +70,7 @@ def on_tape(run):
 
 @pytest.fixture
 def taped(monkeypatch):
-    """Every Recorded that generate makes, on tape; and how often each of their tapes was played."""
+    """Every Recorded that a cache makes, on tape; and how often each of their tapes was played."""
     made, plays = [], []
 
     def counting(run):
@@ -77,40 +84,58 @@ def taped(monkeypatch):
 
         return again, out
 
-    monkeypatch.setattr(g, "Recorded", lambda model: made.append(Recorded(model, counting)) or made[-1])
+    monkeypatch.setattr(
+        fast.network, "Recorded", lambda model: made.append(Recorded(model, counting)) or made[-1]
+    )
     return made, plays
 
 
+def recorded(model, on=True):
+    """The same network, whose passes are recorded or not."""
+    model.graphs = on
+    return model
+
+
 SERVED = [
-    (k, f)
+    (k, name)
     for k in ("masked", "uniform denoiser, timed")
-    for f in (s.ancestral, g.arpc, g.speculation, g.edlm, s.first_hitting)
-    if k == "masked" or f is not s.first_hitting
+    for name in ("ancestral", "arpc", "speculation", "edlm", "first_hitting")
+    if k == "masked" or "absorbing" not in SAMPLERS[name].needs
 ]
 
 
-@pytest.mark.parametrize("kind, sampler", SERVED, ids=lambda v: getattr(v, "__name__", v))
+@pytest.mark.parametrize("kind, sampler", SERVED)
 def test_recorded_passes_write_the_same_text(taped, kind, sampler):
-    """Prompts of several lengths, rows that end at different blocks, AR first: the text is that of passes that are not recorded."""
+    """
+    Prompts of several lengths, rows that end at different blocks, AR first: the text is that of passes that
+    are not recorded.
+    """
     make, kw = KINDS[kind]
-    process = make()
-    model = net(process, seq_len=32, **kw).double()
+    model, process = speed(net(make(), seq_len=32, **kw).double(), make())
     model.head.weight.data *= 0.1
     prompts = [(), (1,), (2, 0, 1, 1, 2), (0, 2)]
-    how = {"block_size": 4, "sampler": sampler, "max_new_tokens": 24, "ar_tokens": 5, "eos_id": None, "seed": 3, "top_p": 0.9}
+    how = {"block_size": 4, "sampler": SAMPLERS[sampler], "max_new_tokens": 24, "seed": 3}
+    how |= {"ar_tokens": 5, "eos_id": None, "top_p": 0.9}
     for more in ({}, {"eos_id": 1, "ar_tokens": 0, "top_p": 1.0}):
-        plain, played = (last(g.generate(model, process, prompts, graphs=graphs, **how | more)) for graphs in (False, True))
+        run = lambda on, how=how | more: last(generate(recorded(model, on), process, prompts, **how))
+        plain, played = run(False), run(True)
         assert torch.equal(plain.x, played.x) and plain.nfe == played.nfe
     made, plays = taped
-    assert all(m.works for m in made) and max(plays) > 4, "played again and again, behind contexts of many lengths"
+    assert all(m.works for m in made) and max(plays) > 4, (
+        "played again and again, behind contexts of many lengths"
+    )
 
 
 @pytest.mark.parametrize("timed", [False, True])
 @torch.no_grad()
 def test_a_recorded_pass_is_a_forward(timed):
-    """Logits and the length of the cache, pass after pass: one noise level or one a row, a third of the tokens, two readings of a block."""
-    model = net(KINDS["masked"][0](), seq_len=32, time_conditioning=timed).double()
-    passes, x, cache = Recorded(model, on_tape), torch.randint(V3, (3, 32)), KVCache(model.cfg, 3, 40, dtype=torch.float64)
+    """
+    The lesson's logits and the length of the cache, pass after pass: one noise level or one a row, a third of
+    the tokens, two readings of a block.
+    """
+    lesson = net(KINDS["masked"][0](), seq_len=32, time_conditioning=timed).double()
+    model, _ = speed(copy.deepcopy(lesson), KINDS["masked"][0]())
+    passes, x, cache = Recorded(model, on_tape), torch.randint(V3, (3, 32)), model.new_cache(3, 40)
     both = torch.tensor([[1] * 4 + [4] * 4])
     for start in range(4, 32, 4):
         noisy, ask, at = torch.randint(V3, (3, 4)), torch.rand(3, 4) < 0.3, torch.arange(start, start + 4)
@@ -118,10 +143,14 @@ def test_a_recorded_pass_is_a_forward(timed):
         two, levels = noisy.repeat(1, 2), torch.rand(3, 8).double()
         for sigma, how in ((torch.rand(1).double(), {}), (torch.rand(3).double(), {"ask": ask})):
             clean = x[:, cache.length : start]
-            got, want = passes(clean, noisy, 4, start, sigma, cache, **how), model(x[:, :start], noisy, 4, start, sigma)
-            assert (got - (want[ask] if how else want)).abs().max() < 1e-12 and cache.length == start
+            got = passes(clean, noisy, 4, start, sigma, cache, **how)
+            for one, near in ((model, 1e-12), (lesson, 1e-9)):
+                want = one(x[:, :start], noisy, 4, start, sigma)
+                assert (got - (want[ask] if how else want)).abs().max() < near and cache.length == start
         got = passes(x[:, start : start + 4], two, both, at.repeat(2), levels, cache)
-        assert (got - model(x[:, : start + 4], two, both, at.repeat(2), levels)).abs().max() < 1e-12 and cache.length == start + 4
+        for one, near in ((model, 1e-12), (lesson, 1e-9)):
+            want = one(x[:, : start + 4], two, both, at.repeat(2), levels)
+            assert (got - want).abs().max() < near and cache.length == start + 4
         cache.length = start  # it was a guess
     assert passes.works and len(passes.kinds) == 3
 
@@ -141,7 +170,7 @@ def late(run):
 def spoils(run):
     """It writes where it should not."""
     play, out = on_tape(run)
-    cache = next(c.cell_contents for c in run.__closure__ if isinstance(c.cell_contents, KVCache))
+    cache = next(c.cell_contents for c in run.__closure__ if isinstance(c.cell_contents, FastCache))
     return lambda: (play(), cache.k.zero_(), out.zero_()), out
 
 
@@ -154,25 +183,29 @@ CANNOT = {record: "", asks: "asks the host", wrong: "something else", late: "som
 
 
 @pytest.mark.parametrize("how", CANNOT, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("sampler, b", [(s.ancestral, 4), (s.ar, 1)], ids=["blocks", "ar"])
+@pytest.mark.parametrize("sampler, b", [("ancestral", 4), ("ar", 1)], ids=["blocks", "ar"])
 def test_what_cannot_be_recorded_is_run(capsys, monkeypatch, how, sampler, b):
-    """Without a GPU, or where a pass asks the host, or where playing gives something else: one warning, and the same text."""
-    process = KINDS["masked"][0]()
-    model = net(process, seq_len=32).double()
-    run = lambda graphs: last(g.generate(model, process, [()] * 3, block_size=b, sampler=sampler, seed=3, graphs=graphs)).x
+    """
+    Without a GPU, or where a pass asks the host, or where playing gives something else: one warning, and the
+    same text.
+    """
+    model, process = speed(net(KINDS["masked"][0](), seq_len=32).double(), KINDS["masked"][0]())
+    asked = {"block_size": b, "sampler": SAMPLERS[sampler], "seed": 3}
+    run = lambda on: last(generate(recorded(model, on), process, [()] * 3, **asked)).x
     want = run(False)
-    monkeypatch.setattr(g, "Recorded", functools.partial(Recorded, record=how))
+    monkeypatch.setattr(fast.network, "Recorded", functools.partial(Recorded, record=how))
     assert torch.equal(run(True), want)
     err = capsys.readouterr().err
     assert err.startswith("WARNING: no CUDA graphs: ") and CANNOT[how] in err and err.count("\n") == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("kind, sampler", SERVED, ids=lambda v: getattr(v, "__name__", v))
+@pytest.mark.parametrize("kind, sampler", SERVED)
 def test_graphs_write_the_same_text(capsys, kind, sampler):
     make, kw = KINDS[kind]
-    process = make()
-    model = net(process, seq_len=64, **kw).double().cuda()
-    how = {"block_size": 4, "sampler": sampler, "ar_tokens": 8, "seed": 3}
-    texts = [last(g.generate(model, process, [(), (1,), (2, 0, 1)], graphs=graphs, **how)).x for graphs in (False, True)]
+    model, process = speed(net(make(), seq_len=64, **kw).double(), make())
+    model.cuda()
+    how = {"block_size": 4, "sampler": SAMPLERS[sampler], "ar_tokens": 8, "seed": 3}
+    run = lambda on: last(generate(recorded(model, on), process, [(), (1,), (2, 0, 1)], **how)).x
+    texts = run(False), run(True)
     assert torch.equal(*texts) and not capsys.readouterr().err

@@ -1,6 +1,10 @@
 """
-Why believe samplers.py? On an alphabet of 3 letters every sampler draws the distribution that its equation gives when it is
-written out densely, in plain loops; and all of them keep the promises of the loop: cached = uncached, prompts stay, counts count.
+Why believe samplers/? On an alphabet of 3 letters every sampler draws the distribution that its equation
+gives when it is written out densely, in plain loops. All of them keep the promises of the loop: cached =
+uncached, prompts stay, counts are right.
+
+Two forms are tested: "fast", which runs by default, and "lesson", which --plain runs. Both draw from the same
+distribution. Tests of the passes that are saved are of the fast form.
 """
 
 import functools
@@ -11,48 +15,48 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import slow
 from exact import (
+    GENERATE,
     KINDS,
     P_VALUE,
     V3,
+    agree,
     ar_probs,
     blocks,
+    by_hand,
     chi_squared,
     code,
+    dense,
+    draws,
     enumerated_ar,
     last,
     letters,
     net,
     network,
+    on,
+    one_source,
     prior,
     product,
-    quick,
+    rounded,
+    setup,
+    small,
     states,
+    tree,
 )
 
 import diffusion as d
-from generate import MASKED_ONLY, NOTHING, OWN_PACE, SAMPLERS, UNIFORM_ONLY, generate
-from samplers import guided, unmasking
+import rng
+from fast.block import generate
+from generate import NOTHING
+from samplers import SAMPLERS, guided, unmasking
 from samplers import reverse as samplers
 
 N = 60_000  # draws
-s = SimpleNamespace(**SAMPLERS)
+ALL = {name: f for name, f in SAMPLERS.items() if not f.__module__.startswith("methods.")}
+s = SimpleNamespace(**ALL)
+PATHS = pytest.mark.parametrize("path", GENERATE)
 GRID = {n: d.loglinear(torch.linspace(1, 0, n + 1, dtype=torch.float64))[0].tolist() for n in range(1, 9)}
-
-
-def setup(kind, seed=1, soft=0.4):
-    """A random network and its process. Block size 1 reads a constant, so that p_AR is one distribution."""
-    make, kw = KINDS[kind]
-    process = make()
-    if process.mask_id is None:
-        process = d.Uniform(V3, process.predicts, ar_token=V3)
-    model = net(process, seed=seed, **kw)
-    model.head.weight.data *= soft  # so that no token is nearly certain
-    model.head.bias.data *= soft
-    model = quick(model.double())
-    forward = model.forward  # a block of equal tokens says the same at every position: a tie, which rounding must not decide
-    model.forward = lambda *a, **kw: (forward(*a, **kw) * 1e9).round() / 1e9
-    return model, process
 
 
 def chain(model, process, b, alphas, step):
@@ -61,15 +65,6 @@ def chain(model, process, b, alphas, step):
     for k, (a_t, a_s) in enumerate(itertools.pairwise(alphas)):
         p = p @ step(k, *network(model, process, b, a_t), a_t, a_s)
     return letters(p, process, b)
-
-
-def draws(counts, p, *others):
-    """The draws have distribution p, and the test tells them from all the others."""
-    assert abs(p.sum() - 1) < 1e-6
-    gap = lambda q: ((p - q).abs().sum() / 2).item()
-    assert chi_squared(counts, p) > P_VALUE, f"{chi_squared(counts, p):.1e}, total variation {gap(counts / counts.sum()):.4f}"
-    for other in others:
-        assert chi_squared(counts, other) < P_VALUE, f"total variation {gap(other):.4f} to another distribution, and not told apart"
 
 
 # ----- following the reverse process
@@ -92,22 +87,37 @@ def psi_kernel(process, kappa):
     return step
 
 
-SHARP = {"masked": (18, 1.5), "uniform loo": (0, 1.5), "uniform denoiser, timed": (16, 1.0)}  # seeds whose tokens depend on each other
+SHARP = {
+    "masked": (18, 1.5),
+    "uniform loo": (0, 1.5),
+    "uniform denoiser, timed": (16, 1.0),
+}  # seeds whose tokens depend on each other
 
 
-@pytest.mark.parametrize("kind", SHARP)
-def test_psi_draws_its_kernel_and_kappa_1_is_ancestral(kind):
-    model, process = setup(kind, *SHARP[kind])
+@pytest.mark.parametrize("kind", slow(SHARP, ["masked", "uniform denoiser, timed"]))
+@PATHS
+def test_psi_draws_its_kernel_and_kappa_1_is_ancestral(path, kind):
+    model, process = setup(kind, *SHARP[kind], path)
     plain = chain(model, process, 3, GRID[3], reverse(process))
-    assert torch.allclose(plain, chain(model, process, 3, GRID[3], psi_kernel(process, lambda *a: 1.0)))
+    agree(plain, chain(model, process, 3, GRID[3], psi_kernel(process, lambda *a: 1.0)))
     kernels = {}
     for eta in (0.0, 0.3, 0.7):
-        kernels[eta] = chain(model, process, 3, GRID[3], psi_kernel(process, lambda k, a_t, a_s, eta=eta: eta if k < 2 else 1.0))
+        kernels[eta] = chain(
+            model,
+            process,
+            3,
+            GRID[3],
+            psi_kernel(process, lambda k, a_t, a_s, eta=eta: eta if k < 2 else 1.0),
+        )
     draws(blocks(model, process, 3, N, s.ancestral, steps=3), plain, *kernels.values())
     draws(blocks(model, process, 3, N, s.psi, steps=3, kappa="posterior"), plain, *kernels.values())
     for eta, p in kernels.items():
         others = [plain] + [q for other, q in kernels.items() if other != eta]
-        draws(blocks(model, process, 3, N, s.psi, steps=3, **({"eta": eta} if eta else {"kappa": "pc"})), p, *others)
+        draws(
+            blocks(model, process, 3, N, s.psi, steps=3, **({"eta": eta} if eta else {"kappa": "pc"})),
+            p,
+            *others,
+        )
 
 
 @pytest.mark.parametrize("kind, seed", [("masked", 18), ("uniform loo", 0)])
@@ -117,15 +127,27 @@ def test_psi_profiles(kind, seed):
     def kappa(k, a_t, a_s, words):  # four steps end at times 0.75, 0.5, 0.25, 0
         limit = min(1.0, (1 - a_s) / a_t) if a_t else 1.0
         sigma = {"cap": min(0.45, limit), "rescale": 0.45 * limit}.get(words[k])
-        return {"constant": 0.45, "posterior": 1.0}[words[k]] if sigma is None else max(0.0, 1 - sigma / (1 - a_s))
+        return (
+            {"constant": 0.45, "posterior": 1.0}[words[k]]
+            if sigma is None
+            else max(0.0, 1 - sigma / (1 - a_s))
+        )
 
-    exact = lambda *words: chain(model, process, 2, GRID[4], psi_kernel(process, lambda k, a_t, a_s: kappa(k, a_t, a_s, words)))
+    exact = lambda *words: chain(
+        model, process, 2, GRID[4], psi_kernel(process, lambda k, a_t, a_s: kappa(k, a_t, a_s, words))
+    )
     p, swapped = (exact("constant", *two, "posterior") for two in (("cap", "rescale"), ("rescale", "cap")))
     run = lambda **kw: blocks(model, process, 2, N, s.psi, steps=4, **kw)
     draws(run(kappa="0.7:constant,0.3:cap,0:rescale", eta=0.45), p, swapped, exact(*["posterior"] * 4))
     # the loop: alpha climbs to 0.6 at time 0.5, is held until 0.25 and climbs on
     held = [0.0, 0.3, 0.6, 0.6, 1.0]
-    loop = lambda eta: chain(model, process, 2, held, psi_kernel(process, lambda k, a_t, a_s: 1 - eta / (1 - a_s) if k == 2 else 1.0))
+    loop = lambda eta: chain(
+        model,
+        process,
+        2,
+        held,
+        psi_kernel(process, lambda k, a_t, a_s: 1 - eta / (1 - a_s) if k == 2 else 1.0),
+    )
     draws(run(kappa="0.5:posterior,0.25@0.6:remask,0:posterior", eta=0.4), loop(0.4), loop(0.0))
     for bad in (
         "fast",
@@ -146,7 +168,10 @@ def remdm_kernel(process, sigma):
     """ReMDM's step from its paper. sigma(k, x, a_t, a_s) -> number or (m, b)."""
 
     def step(k, x, logits, a_t, a_s):
-        masked, mask = (x == process.mask_id)[..., None], torch.eye(process.vocab_size)[process.mask_id].double()
+        masked, mask = (
+            (x == process.mask_id)[..., None],
+            torch.eye(process.vocab_size)[process.mask_id].double(),
+        )
         r = torch.as_tensor(sigma(k, x, a_t, a_s), dtype=torch.float64)
         r = r[..., None] if r.dim() else r
         p = process.denoiser_logits(logits, x).softmax(-1)
@@ -167,48 +192,57 @@ def test_remdm_draws_its_kernel_and_is_psi_at_the_mapped_kappa():
     for sampler, (word, sigma) in rules.items():
         p = chain(model, process, 3, GRID[4], remdm_kernel(process, sigma))
         mapped = lambda k, a_t, a_s, sigma=sigma: 1 - sigma(k, None, a_t, a_s) / (1 - a_s) if a_s < 1 else 1.0
-        assert torch.allclose(p, chain(model, process, 3, GRID[4], psi_kernel(process, mapped)), atol=1e-12), "equal, kernel by kernel"
+        agree(p, chain(model, process, 3, GRID[4], psi_kernel(process, mapped)))  # kernel by kernel
         draws(blocks(model, process, 3, N, sampler, steps=4, eta=0.25), p, plain)
         draws(blocks(model, process, 3, N, s.psi, steps=4, kappa=word, eta=0.25), p, plain)
     # any sigma up to the limit is a kernel of Psi, with a negative kappa where sigma > 1 - a_s
     x, logits = network(model, process, 2, 0.0)
     for a_t, a_s, sigma in ((0.2, 0.5, 0.1), (0.5, 0.7, 0.3), (0.5, 0.8, 0.4), (0.6, 0.6, 0.2)):
         kernel = remdm_kernel(process, lambda *a, sigma=sigma: sigma)(0, x, logits, a_t, a_s)
-        assert torch.allclose(kernel, psi_kernel(process, lambda *a, q=1 - sigma / (1 - a_s): q)(0, x, logits, a_t, a_s), atol=1e-12)
+        agree(kernel, psi_kernel(process, lambda *a, q=1 - sigma / (1 - a_s): q)(0, x, logits, a_t, a_s))
     # the loop, and the same as a profile of Psi; the step that reaches t_on and the one that leaves t_off
     held = [0.0, 0.375, 0.6, 0.6, 1.0]
-    p, other = (chain(model, process, 3, held, remdm_kernel(process, lambda k, x, a_t, a_s, r=r: r * (k in (1, 2)))) for r in (0.35, 0.0))
-    draws(blocks(model, process, 3, N, s.remdm_loop, steps=4, eta=0.35, t_on=0.6, t_off=0.25, alpha_on=0.6), p, other)
-    draws(blocks(model, process, 3, N, s.psi, steps=4, eta=0.35, kappa="0.6:posterior,0.25@0.6:remask,0:posterior"), p, other)
-    for how in ({"sampler": s.remdm_loop, "t_off": 0.0}, {"sampler": s.psi, "kappa": "0.55:remask,0@0.9:remask,0:posterior", "eta": 0.05}):
-        state = last(generate(model, process, torch.zeros(500, 0), block_size=3, steps=6, use_cache=False, max_new_tokens=3, **how))
+    p, other = (
+        chain(model, process, 3, held, remdm_kernel(process, lambda k, x, a_t, a_s, r=r: r * (k in (1, 2))))
+        for r in (0.35, 0.0)
+    )
+    draws(
+        blocks(model, process, 3, N, s.remdm_loop, steps=4, eta=0.35, t_on=0.6, t_off=0.25, alpha_on=0.6),
+        p,
+        other,
+    )
+    draws(
+        blocks(
+            model, process, 3, N, s.psi, steps=4, eta=0.35, kappa="0.6:posterior,0.25@0.6:remask,0:posterior"
+        ),
+        p,
+        other,
+    )
+    for how in (
+        {"sampler": s.remdm_loop, "t_off": 0.0},
+        {"sampler": s.psi, "kappa": "0.55:remask,0@0.9:remask,0:posterior", "eta": 0.05},
+    ):
+        state = last(
+            generate(
+                model,
+                process,
+                torch.zeros(500, 0),
+                block_size=3,
+                steps=6,
+                use_cache=False,
+                max_new_tokens=3,
+                **how,
+            )
+        )
         assert (state.x[:, :3] < V3).all(), "a loop up to the end leaves no masks"
-
-
-def tree(step, x, n, memory=None):
-    """The exact distribution after n steps of step(k, x, memory) -> [(probability, x, memory)], for rules with a memory: {x: p}."""
-    front = {(x, memory): 1.0}
-    for k in range(n):
-        after = {}
-        for (x, memory), p in front.items():
-            for q, y, m in step(k, x, memory):
-                if p * q > 1e-9:
-                    after[y, m] = after.get((y, m), 0.0) + p * q
-        front = after
-    out = {}
-    for (x, _), p in front.items():
-        out[x] = out.get(x, 0.0) + p
-    return out
-
-
-def dense(found, b):
-    return torch.tensor([found.get(tuple(x), 0.0) for x in states(V3, b).tolist()], dtype=torch.float64)
 
 
 def table(model, process, b, alpha=0.0):
     """{block: log p (b, V)} of the network, the mask forbidden."""
     x, logits = network(model, process, b, alpha)
-    return dict(zip(map(tuple, x.tolist()), process.loo_logits(logits, x, alpha).log_softmax(-1), strict=True))
+    return dict(
+        zip(map(tuple, x.tolist()), process.loo_logits(logits, x, alpha).log_softmax(-1), strict=True)
+    )
 
 
 def test_remdm_conf_remembers_the_confidence_of_every_token():
@@ -224,18 +258,30 @@ def test_remdm_conf_remembers_the_confidence_of_every_token():
             sigma = limit * weight[i] / sum(weight.values()) if i in weight else 0.0
             lift = (a_s - a_t) / (1 - a_t)
             if x[i] == M:
-                each.append([(lift * p[i, v].item(), v, p[i, v].item()) for v in range(V3)] + [(1 - lift, M, 0.0)])
+                each.append(
+                    [(lift * p[i, v].item(), v, p[i, v].item()) for v in range(V3)] + [(1 - lift, M, 0.0)]
+                )
             else:
                 each.append([(1 - sigma, x[i], memory[i]), (sigma, M, 0.0)])
-        return [(math.prod(e[0] for e in es), tuple(e[1] for e in es), tuple(e[2] for e in es)) for es in itertools.product(*each)]
+        return [
+            (math.prod(e[0] for e in es), tuple(e[1] for e in es), tuple(e[2] for e in es))
+            for es in itertools.product(*each)
+        ]
 
-    p, forgetful = (dense(tree(lambda *a, r=r: step(*a, remembers=r), (M,) * b, 4, (0.0,) * b), b) for r in (True, False))
-    draws(blocks(model, process, b, 4 * N, s.remdm_conf, steps=4), p, forgetful, chain(model, process, b, GRID[4], reverse(process)))
+    p, forgetful = (
+        dense(tree(lambda *a, r=r: step(*a, remembers=r), (M,) * b, 4, (0.0,) * b), b) for r in (True, False)
+    )
+    draws(
+        blocks(model, process, b, 4 * N, s.remdm_conf, steps=4),
+        p,
+        forgetful,
+        chain(model, process, b, GRID[4], reverse(process)),
+    )
 
 
 def test_remdm_conf_takes_back_by_the_confidence_of_the_day(monkeypatch):
     """Not by what the network says of a visible token now; every sigma, from the outside."""
-    process, seen, original = d.Masked(V3 + 1, V3), [], samplers.remask
+    (model, process), seen, original = small(d.Masked(V3 + 1, V3), seed=3), [], samplers.remask
 
     def spy(block, logits, a_t, a_s, sigma, noise):
         seen.append((block.x, logits, sigma))
@@ -243,34 +289,50 @@ def test_remdm_conf_takes_back_by_the_confidence_of_the_day(monkeypatch):
         seen[-1] += (block.x,)
 
     monkeypatch.setattr(samplers, "remask", spy)
-    last(generate(net(process, seed=3), process, [(0,)] * 200, block_size=8, steps=8, sampler=s.remdm_conf))
+    model.double()
+    last(generate(model, process, [(0,)] * 200, block_size=8, steps=8, sampler=s.remdm_conf))
     confidence = torch.zeros(200, 8, dtype=torch.float64)
     for k, (x, logits, sigma, after) in enumerate(seen):
         visible = (x != V3) & (torch.arange(8) > 0)  # not the prompt
         limit = min(1.0, (1 - (k + 1) / 8) / (k / 8)) if k else 1.0
-        want = limit * (-confidence).exp() * visible / ((-confidence).exp() * visible).sum(1, keepdim=True).clamp(min=1e-9)
-        assert torch.allclose(sigma, want, atol=1e-6)
+        want = (
+            limit
+            * (-confidence).exp()
+            * visible
+            / ((-confidence).exp() * visible).sum(1, keepdim=True).clamp(min=1e-9)
+        )
+        rounded(sigma, want, 8, size=1)  # what a draw knows of its token is float32
         placed = (x == V3) & (after != V3)
-        p = process.loo_logits(logits).softmax(-1).double().gather(-1, after.clamp(max=V3 - 1)[..., None])[..., 0]
+        p = process.loo_logits(logits).softmax(-1).gather(-1, after.clamp(max=V3 - 1)[..., None])[..., 0]
         confidence = torch.where(placed, p, confidence)
 
 
 def test_first_hitting_is_one_random_position_after_another():
-    """What ancestral sampling tends to with many steps: a network that does not see the time, so only the order counts."""
+    """
+    What ancestral sampling tends to with many steps: a network that does not see the time, so only the order
+    counts.
+    """
     model, process = setup("masked", *SHARP["masked"])
     b, M, logp = 3, process.mask_id, table(model, process, 3)
 
     def step(k, x, _):
         left = [i for i in range(b) if x[i] == M]
-        return [(logp[x][i, v].exp().item() / len(left), (*x[:i], v, *x[i + 1 :]), None) for i in left for v in range(V3)]
+        return [
+            (logp[x][i, v].exp().item() / len(left), (*x[:i], v, *x[i + 1 :]), None)
+            for i in left
+            for v in range(V3)
+        ]
 
     p = dense(tree(step, (M,) * b, b), b)
-    draws(blocks(model, process, b, N, s.first_hitting), p, chain(model, process, b, GRID[2], reverse(process)))
+    draws(
+        blocks(model, process, b, N, s.first_hitting), p, chain(model, process, b, GRID[2], reverse(process))
+    )
     many = d.loglinear(torch.linspace(1, 0, 2001, dtype=torch.float64))[0].tolist()
     limit = chain(model, process, b, many, reverse(process))
     assert (limit - p).abs().max() < 2e-3, "ancestral with 2000 steps"
-    # a network that sees the time is asked at the time of the hit: the share of masks has mean 3/4, then 3/4 2/3, ...
-    model, asked = net(process, time_conditioning=True), []
+    # a network that sees the time is asked at the time of the hit: the share of masks has mean 3/4, then 3/4
+    # 2/3, ...
+    (model, process), asked = small(d.Masked(V3 + 1, V3), time_conditioning=True), []
     forward = model.forward
     model.forward = lambda clean, noisy, b, start, sigma, cache, ask: (
         asked.append((-sigma).exp()) or forward(clean, noisy, b, start, sigma, cache, ask=ask)
@@ -286,10 +348,18 @@ def test_max_coupling_draws_its_kernel(kind, seed, soft):
 
     def step(k, x, logits, a_t, a_s):
         keep = (1 - a_s) / (1 - a_t)
-        return product(keep * torch.eye(V3).double()[x] + (1 - keep) * process.denoiser_logits(logits, x, a_t).softmax(-1), x)
+        return product(
+            keep * torch.eye(V3).double()[x]
+            + (1 - keep) * process.denoiser_logits(logits, x, a_t).softmax(-1),
+            x,
+        )
 
     p = chain(model, process, 3, GRID[3], step)
-    draws(blocks(model, process, 3, N, s.max_coupling, steps=3), p, chain(model, process, 3, GRID[3], reverse(process)))
+    draws(
+        blocks(model, process, 3, N, s.max_coupling, steps=3),
+        p,
+        chain(model, process, 3, GRID[3], reverse(process)),
+    )
 
 
 @pytest.mark.parametrize("badness", ["random", "max", "current", "margin"])
@@ -301,14 +371,21 @@ def test_gibbs_resamples_from_the_noisy_conditional(badness):
         x, logits = network(model, process, b, a_s)
         p = a_s * process.loo_logits(logits, x, a_s).softmax(-1) + (1 - a_s) / V3  # (m, b, V)
         own = p.gather(-1, x[..., None])[..., 0]
-        other = torch.stack([p[..., [w for w in range(V3) if w != v]].amax(-1) for v in range(V3)], -1).gather(-1, x[..., None])[..., 0]
-        bad = {"random": 0 * own, "max": -p.amax(-1).log(), "current": -own.log(), "margin": -(own / other).log()}[badness]
+        other = torch.stack(
+            [p[..., [w for w in range(V3) if w != v]].amax(-1) for v in range(V3)], -1
+        ).gather(-1, x[..., None])[..., 0]
+        bad = {
+            "random": 0 * own,
+            "max": -p.amax(-1).log(),
+            "current": -own.log(),
+            "margin": -(own / other).log(),
+        }[badness]
         which = (bad / 0.5).softmax(-1)  # Gumbel-top-1
         out = torch.zeros(len(x), len(x), dtype=torch.float64)
         for i in range(b):
             same = (x[:, None] == x[None]).index_fill(-1, torch.tensor(i), True).all(-1)
             out += which[:, i, None] * same * p[:, i][:, x[:, i]]
-        assert torch.allclose(out.sum(1), torch.ones(len(x)).double())
+        agree(out.sum(1), torch.ones(len(x)).double())
         return out
 
     step = lambda k, x, logits, a_t, a_s: (
@@ -320,7 +397,9 @@ def test_gibbs_resamples_from_the_noisy_conditional(badness):
         p,
         chain(model, process, b, GRID[3], reverse(process)),
     )
-    state = last(generate(model, process, [()], block_size=8, steps=8, sampler=s.gibbs, rounds=2, use_cache=False))
+    state = last(
+        generate(model, process, [()], block_size=8, steps=8, sampler=s.gibbs, rounds=2, use_cache=False)
+    )
     assert state.nfe == 8, "correctors are paid out of --steps"
 
 
@@ -329,10 +408,6 @@ def order(score, among):
 
 
 # ----- ARPC
-
-
-def by_hand(found, x):
-    return dict(zip(map(tuple, x.tolist()), found, strict=True))
 
 
 ARPC_NETS = [("masked", 4, 207, 0.6), ("uniform loo", 3, 109, 1.0), ("uniform denoiser, timed", 3, 1, 0.4)]
@@ -356,15 +431,17 @@ def bad(corruption, metric, a, f, v):
     }[corruption, metric]()
 
 
-METRICS = [("ar", m) for m in ("nll", "gap", "entropy")] + [("divergence", m) for m in ("kl", "reverse_kl", "tv")]
+METRICS = [("ar", m) for m in ("nll", "gap", "entropy")] + [
+    ("divergence", m) for m in ("kl", "reverse_kl", "tv")
+]
 METRICS += [("diffusion", m) for m in ("entropy", "confidence", "margin")] + [("random", "")]
 
 
 @functools.cache
 def arpc_by_hand(kind, b, seed, soft, corruption, metric, guided=(0, 1)):
     """
-    Three steps, the first two guided, behind one token of the prompt in the same block (masks alone would be in one and the same
-    place); the AR mode asked token by token, scores from their definitions.
+    Three steps, the first two guided, behind one token of the prompt in the same block (masks alone would be
+    in one and the same place); the AR mode asked token by token, scores from their definitions.
     """
     model, process = setup(kind, seed, soft)
     steps, M, open = 3, process.mask_id, tuple(range(1, b))
@@ -381,7 +458,11 @@ def arpc_by_hand(kind, b, seed, soft, corruption, metric, guided=(0, 1)):
 
     def step(k, x, memory):
         now = Ds[k][x]
-        p = now if memory is None else [memory[i] if M is not None and x[i] != M else now[i] for i in range(b)]
+        p = (
+            now
+            if memory is None
+            else [memory[i] if M is not None and x[i] != M else now[i] for i in range(b)]
+        )
         p = tuple(map(tuple, p))
         if k not in guided:
             last = k == steps - 1
@@ -394,7 +475,11 @@ def arpc_by_hand(kind, b, seed, soft, corruption, metric, guided=(0, 1)):
             if (w := weight(now, y)) < 1e-9:
                 continue
             badness = {i: bad(corruption, metric, p_ar[y][i], p[i], y[i]) for i in open}
-            sets = list(itertools.combinations(open, n)) if corruption == "random" else [tuple(sorted(order(badness, open)[:n]))]
+            sets = (
+                list(itertools.combinations(open, n))
+                if corruption == "random"
+                else [tuple(sorted(order(badness, open)[:n]))]
+            )
             for worst in sets:
                 for fill in fills:
                     new = tuple(fill[worst.index(i)] if i in worst else y[i] for i in range(b))
@@ -409,18 +494,35 @@ def arpc_by_hand(kind, b, seed, soft, corruption, metric, guided=(0, 1)):
     return dense(total, b)
 
 
-@pytest.mark.parametrize("kind, b, seed, soft", ARPC_NETS)
-@pytest.mark.parametrize("corruption, metric", METRICS)
-def test_arpc_noises_again_what_is_worst(kind, b, seed, soft, corruption, metric):
-    """And the test tells every score from every other (but on the third network, where some of them agree)."""
-    model, process = setup(kind, seed, soft)
+FEW = [("fast", *ARPC_NETS[0], *m) for m in METRICS]
+FEW += [("fast", *net, *m) for net in ARPC_NETS for m in (("ar", "nll"), ("divergence", "kl"))]
+FEW += [("lesson", *net, "ar", "nll") for net in ARPC_NETS[:2]]
+ALL_ARPC = [("fast", *net, *m) for m in METRICS for net in ARPC_NETS] + [
+    ("lesson", *net, *m) for m in METRICS for net in ARPC_NETS[:2]
+]
+
+
+@pytest.mark.parametrize("path, kind, b, seed, soft, corruption, metric", slow(ALL_ARPC, FEW))
+def test_arpc_noises_again_what_is_worst(path, kind, b, seed, soft, corruption, metric):
+    """
+    And the test tells every score from every other (but on the third network, where some of them agree).
+    """
+    model, process = setup(kind, seed, soft, path)
     p = arpc_by_hand(kind, b, seed, soft, corruption, metric)
-    others = [arpc_by_hand(kind, b, seed, soft, *m) for m in METRICS if m != (corruption, metric)] if "timed" not in kind else []
-    how = {"corruption": corruption, "metric": metric} | ({"verify_temperature": 0.7} if corruption in ("ar", "divergence") else {})
+    others = (
+        [arpc_by_hand(kind, b, seed, soft, *m) for m in METRICS if m != (corruption, metric)]
+        if "timed" not in kind
+        else []
+    )
+    how = {"corruption": corruption, "metric": metric} | (
+        {"verify_temperature": 0.7} if corruption in ("ar", "divergence") else {}
+    )
     draws(blocks(model, process, b, N, s.arpc, prompt=(1,), steps=3, **how), p, *others)
 
 
-@pytest.mark.parametrize("how, guided", [({"warmup": 1}, (1,)), ({"guide_every": 2}, (0,)), ({"warmup": 2}, ())])
+@pytest.mark.parametrize(
+    "how, guided", [({"warmup": 1}, (1,)), ({"guide_every": 2}, (0,)), ({"warmup": 2}, ())]
+)
 def test_arpc_guides_the_steps_it_says(how, guided):
     kind, b, seed, soft = ARPC_NETS[0]
     model, process = setup(kind, seed, soft)
@@ -429,18 +531,26 @@ def test_arpc_guides_the_steps_it_says(how, guided):
     draws(counts, exact.pop(guided), *exact.values())
 
 
-def test_arpc_counts_open_positions_and_passes():
-    process = d.Masked(V3 + 1, V3)
-    model = net(process, seed=2, time_conditioning=True)  # asked at every step
-    run = lambda prompts=((),), steps=8, **kw: list(
-        generate(model, process, prompts, block_size=8, max_new_tokens=8 - len(prompts[0]), steps=steps, sampler=s.arpc, **kw)
-    )
-    for prompt, steps in itertools.product(((), (1,), (1, 2, 0)), (5, 6, 10)):  # 5 free of 10 steps, 1/2 free of 6: halves
+@PATHS
+def test_arpc_counts_open_positions_and_passes(path):
+    model, process = small(d.Masked(V3 + 1, V3), 2, path, time_conditioning=True)  # asked at every step
+
+    def run(prompts=((),), steps=8, **kw):
+        how = {"block_size": 8, "max_new_tokens": 8 - len(prompts[0]), "steps": steps, "sampler": s.arpc}
+        return list(GENERATE[path](model, process, prompts, **how, **kw))
+
+    for prompt, steps in itertools.product(
+        ((), (1,), (1, 2, 0)), (5, 6, 10)
+    ):  # 5 free of 10 steps, 1/2 free of 6: halves
         free = 8 - len(prompt)
         for state in run([prompt] * 5, steps=steps)[1:-1]:
             assert state.x[:, : len(prompt)].tolist() == [list(prompt)] * 5
-            want = (2 * (steps - state.step) * free + steps) // (2 * steps) if state.step else free  # integers: a half goes up
-            assert (state.x == V3).sum(1).tolist() == [want] * 5, "the budget is over open positions, rounded half up"
+            want = (
+                (2 * (steps - state.step) * free + steps) // (2 * steps) if state.step else free
+            )  # integers: a half goes up
+            assert (state.x == V3).sum(1).tolist() == [want] * 5, (
+                "the budget is over open positions, rounded half up"
+            )
     for steps, kw, nfe in (
         (8, {}, 15),
         (8, {"guide_every": 3}, 8 + 3),
@@ -451,8 +561,15 @@ def test_arpc_counts_open_positions_and_passes():
         (8, {"corruption": "diffusion"}, 8),
         (8, {"corruption": "divergence"}, 15),
     ):
-        passes, most = run(steps=steps, **kw)[-1].nfe, f"T + floor((T - 2 - warmup) / guide_every) + 1 passes: {kw}"
-        free = sum(not (k >= kw.get("warmup", 0) and (k - kw.get("warmup", 0)) % kw.get("guide_every", 1) == 0) for k in range(steps - 1))
+        passes, most = (
+            run(steps=steps, **kw)[-1].nfe,
+            f"T + floor((T - 2 - warmup) / guide_every) + 1 passes: {kw}",
+        )
+        free = sum(
+            not (k >= kw.get("warmup", 0) and (k - kw.get("warmup", 0)) % kw.get("guide_every", 1) == 0)
+            for k in range(steps - 1)
+        )
+        free = free if path == "fast" else 0
         assert nfe - free <= passes <= nfe, most + ", but for ancestral steps that lift no mask"
     for bad in (
         {"corruption": "best"},
@@ -468,18 +585,18 @@ def test_arpc_counts_open_positions_and_passes():
 
 def test_the_verifier_has_a_temperature_of_its_own():
     """The sampling temperature sharpens the guess, never the score: the same guess is judged the same."""
-    process = d.Masked(V3 + 1, V3)
-    model, asked = net(process, seed=2), []
-    original = guided.SCORES["ar"]["nll"]
-    guided.SCORES["ar"]["nll"] = lambda y, p, ar: asked.append(ar) or original(y, p, ar)
+    (model, process), asked = small(d.Masked(V3 + 1, V3), seed=2), []
+    model.double()
+    original = guided.ARJudge.metrics["nll"]
+    guided.ARJudge.metrics["nll"] = lambda y, ar: asked.append(ar) or original(y, ar)
     try:
         for T in (1.0, 0.0):
             last(generate(model, process, [(0,)], block_size=8, steps=2, sampler=s.arpc, temperature=T))
         last(generate(model, process, [(0,)], block_size=8, steps=2, sampler=s.arpc, verify_temperature=0.5))
     finally:
-        guided.SCORES["ar"]["nll"] = original
-    first = [a[0, 1] for a in asked]  # the first open token: p_AR depends on the prompt alone
-    assert torch.allclose(first[0], first[1], atol=1e-6) and torch.allclose(first[0] / 0.5, first[2], atol=1e-5)
+        guided.ARJudge.metrics["nll"] = original
+    first = [a[0, 1, :V3] for a in asked]  # the first open token: p_AR depends on the prompt alone
+    agree([first[1], first[2]], [first[0], first[0] / 0.5])
 
 
 # ----- committing tokens: the rules once more, in plain loops
@@ -509,7 +626,11 @@ def rule_factor(k, n, left, y, logp, memory, b, ar):
 def rule_entropy_bound(k, n, left, y, logp, memory, b, ar):
     h = {i: -sum(v * math.log(v) for v in logp[i].exp().tolist() if v > 0) for i in left}
     ranked = sorted(left, key=lambda i: h[i])
-    take = max(m for m in range(1, len(ranked) + 1) if sum(h[i] for i in ranked[:m]) - max(h[i] for i in ranked[:m]) <= 0.6)
+    take = max(
+        m
+        for m in range(1, len(ranked) + 1)
+        if sum(h[i] for i in ranked[:m]) - max(h[i] for i in ranked[:m]) <= 0.6
+    )
     return set(ranked[:take]), y, memory
 
 
@@ -527,7 +648,11 @@ def rule_saber(k, n, left, y, logp, memory, b, ar):
     mean = sum(stored[i] for i in old) / len(old) if old else 1.0
     take = {i for i in left if c[i] > mean} | set(order(c, left)[:2])
     fall = {i: before[i][y[i]] - p[i][y[i]] for i in old}
-    back = set(order(fall, [i for i in old if fall[i] > 0])[: max(0, min(max(1, math.ceil(len(take) / 8)), len(take) - 1))])
+    back = set(
+        order(fall, [i for i in old if fall[i] > 0])[
+            : max(0, min(max(1, math.ceil(len(take) / 8)), len(take) - 1))
+        ]
+    )
     stored = {i: c[i] if i in take else stored[i] for i in take | set(old)}
     return (set(old) | take) - back, y, (tuple(stored.items()), tuple(map(tuple, p)))
 
@@ -559,8 +684,19 @@ def rule_sched(k, n, left, y, logp, memory, b, ar):
 def test_the_limit_of_sched_falls_as_its_shape_says(monkeypatch):
     limits = []
     monkeypatch.setattr(unmasking, "early_exit", lambda block, statistic, limit: limits.append(limit) or [])
-    for shape, at in (("linear", (8, 5, 2)), ("cosine", (8, 5, 2)), ("exp", (8, 2 + 6 * math.exp(-1.5), 2 + 6 * math.exp(-3)))):
-        assert list(unmasking.sched(None, high=8.0, low=2.0, shape=shape, **({"decay": 3.0} if shape == "exp" else {}))) == []
+    for shape, at in (
+        ("linear", (8, 5, 2)),
+        ("cosine", (8, 5, 2)),
+        ("exp", (8, 2 + 6 * math.exp(-1.5), 2 + 6 * math.exp(-3))),
+    ):
+        assert (
+            list(
+                unmasking.sched(
+                    None, high=8.0, low=2.0, shape=shape, **({"decay": 3.0} if shape == "exp" else {})
+                )
+            )
+            == []
+        )
         assert [limits[-1](r) for r in (0, 0.5, 1)] == pytest.approx(at)
     list(unmasking.sched(None, high=8.0, low=2.0, shape="cosine"))
     assert limits[-1](0.25) == pytest.approx(5 + 3 * math.cos(math.pi / 4))
@@ -587,15 +723,24 @@ RULES = [
 ]
 
 
-UNIFORM_RULES = [r for r in RULES if r[3] == 3 and r[0] in (s.confidence, s.threshold, s.entropy_bound, s.rcr, s.saber, s.sched)]
+UNIFORM_RULES = [
+    r
+    for r in RULES
+    if r[3] == 3 and r[0] in (s.confidence, s.threshold, s.entropy_bound, s.rcr, s.saber, s.sched)
+]
 
 
 @functools.cache
 def by_the_rule(kind, seed, soft, rule, steps, b):
-    """The exact distribution of a committing sampler's blocks behind one prompt token (masks alone would be in one and the same place)."""
+    """
+    The exact distribution of a committing sampler's blocks behind one prompt token (masks alone would be in
+    one and the same place).
+    """
     model, process = setup(kind, seed, soft)
     noise = [process.mask_id] if process.mask_id is not None else list(range(V3))
-    tables = [table(model, process, b, n / (b - 1)) for n in range(b - 1)]  # the noise level is the share that is committed
+    tables = [
+        table(model, process, b, n / (b - 1)) for n in range(b - 1)
+    ]  # the noise level is the share that is committed
     real = states(V3, b)
     ar = by_hand(ar_probs(model, process, real), real)
     exits = []
@@ -612,7 +757,9 @@ def by_the_rule(kind, seed, soft, rule, steps, b):
             for i, v in zip(left, guess, strict=True):
                 y[i] = v
             keep, new, m = rule(k, steps, left, tuple(y), logp, inner, b, ar)
-            keep = keep if rule in (rule_rcr, rule_saber) else keep | committed  # the others take nothing back
+            keep = (
+                keep if rule in (rule_rcr, rule_saber) else keep | committed
+            )  # the others take nothing back
             keep = frozenset(range(1, b)) if k + 1 == steps else frozenset(keep)
             exits.append(new != tuple(y))
             fresh = [i for i in range(1, b) if i not in keep]
@@ -632,21 +779,28 @@ def by_the_rule(kind, seed, soft, rule, steps, b):
 
 
 @pytest.mark.parametrize("sampler, options, rule, steps", RULES, ids=lambda v: getattr(v, "__name__", None))
-def test_committing_samplers_follow_their_rule(sampler, options, rule, steps):
+@PATHS
+def test_committing_samplers_follow_their_rule(path, sampler, options, rule, steps):
     """And the test tells every rule from every other."""
     net_of = ("masked", 18, 2.0)
-    model, process = setup(*net_of)
+    model, process = setup(*net_of, path)
     b = 5 if sampler is s.saber else 4  # taking back needs a second step with two to commit
     p, exits = by_the_rule(*net_of, rule, steps, b)
-    others = [by_the_rule(*net_of, r, 3, b)[0] for r in {r for *_, r, _ in RULES} - {rule}] if steps == 3 else []
+    others = (
+        [by_the_rule(*net_of, r, 3, b)[0] for r in {r for *_, r, _ in RULES} - {rule}] if steps == 3 else []
+    )
     others += [by_the_rule(*net_of, rule_saber_that_keeps, 3, b)[0]] if sampler is s.saber else []
     draws(blocks(model, process, b, N, sampler, prompt=(1,), steps=steps, **options), p, *others)
     assert exits == (sampler in (s.prophet, s.sched)), "early exits happen here, and only there"
 
 
 @pytest.mark.parametrize("kind, seed, soft", [("uniform loo", 0, 1.5), ("uniform denoiser, timed", 18, 1.0)])
-@pytest.mark.parametrize("sampler, options, rule, steps", UNIFORM_RULES, ids=lambda v: getattr(v, "__name__", None))
-def test_on_uniform_noise_they_keep_flags_and_refill_with_fresh_noise(kind, seed, soft, sampler, options, rule, steps):
+@pytest.mark.parametrize(
+    "sampler, options, rule, steps", UNIFORM_RULES, ids=lambda v: getattr(v, "__name__", None)
+)
+def test_on_uniform_noise_they_keep_flags_and_refill_with_fresh_noise(
+    kind, seed, soft, sampler, options, rule, steps
+):
     model, process = setup(kind, seed, soft)
     p, _ = by_the_rule(kind, seed, soft, rule, steps, 3)
     draws(blocks(model, process, 3, N, sampler, prompt=(1,), steps=steps, **options), p)
@@ -655,10 +809,14 @@ def test_on_uniform_noise_they_keep_flags_and_refill_with_fresh_noise(kind, seed
 # ----- the AR mode as a guide
 
 
-@pytest.mark.parametrize("kind", ["masked", "uniform denoiser, ar token", "uniform loo"])
-def test_edlm_chooses_by_p_ar_over_p(kind):
-    """Two candidates, two steps on two tokens: every pair of candidates enumerated; the AR mode asked token by token."""
-    model, process = setup(kind)
+@pytest.mark.parametrize("kind", slow(["masked", "uniform denoiser, ar token", "uniform loo"], ["masked"]))
+@PATHS
+def test_edlm_chooses_by_p_ar_over_p(path, kind):
+    """
+    Two candidates, two steps on two tokens: every pair of candidates enumerated; the AR mode asked token by
+    token.
+    """
+    model, process = setup(kind, path=path)
     b, V = 2, process.vocab_size
     real = states(V3, b)
     joint = ar_probs(model, process, real).gather(-1, real[..., None])[..., 0].prod(-1)  # p_AR(y)
@@ -672,10 +830,16 @@ def test_edlm_chooses_by_p_ar_over_p(kind):
         w = torch.where(q > 0, joint * q_xt / q.clamp(min=1e-300), 0.0)
         pair = q[:, :, None] * q[:, None, :]
         win = torch.where(pair > 0, w[:, :, None] / (w[:, :, None] + w[:, None, :]).clamp(min=1e-300), 0.0)
-        chosen = (pair * win).sum(2) + (pair * (1 - win)).sum(1)  # y as the first of the pair, and as the second
+        chosen = (pair * win).sum(2) + (pair * (1 - win)).sum(
+            1
+        )  # y as the first of the pair, and as the second
         out = torch.zeros(len(x), len(x)).double()
         for j, y in enumerate(real):
-            sure = torch.full((len(x), b, V), -math.inf).double().scatter(-1, y.expand(len(x), b)[..., None], 0.0)
+            sure = (
+                torch.full((len(x), b, V), -math.inf)
+                .double()
+                .scatter(-1, y.expand(len(x), b)[..., None], 0.0)
+            )
             out += chosen[:, j, None] * product(process.posterior_probs(sure, x, a_t, a_s), x)
         return out
 
@@ -683,17 +847,39 @@ def test_edlm_chooses_by_p_ar_over_p(kind):
     plain = chain(model, process, b, GRID[2], reverse(process))
     draws(blocks(model, process, b, N, s.edlm, steps=2, candidates=2), p, plain)
     window = lambda k, *a: step(k, *a) if k == 1 else reverse(process)(k, *a)
-    draws(blocks(model, process, b, N, s.edlm, steps=2, candidates=2, start=0.5), chain(model, process, b, GRID[2], window))
-    # temperature and top_p sharpen both modes; a prompt token that is outside the nucleus must not spoil the weights
+    draws(
+        blocks(model, process, b, N, s.edlm, steps=2, candidates=2, start=0.5),
+        chain(model, process, b, GRID[2], window),
+    )
+    # temperature and top_p sharpen both modes; a prompt token that is outside the nucleus must not spoil the
+    # weights
     real = states(V3, 3)
     p = ar_probs(model, process, real)
     prompt = int(p[0, 0, :V3].argmin())
-    real, p = real[real[:, 0] == prompt], d.sharpen(p[real[:, 0] == prompt].clamp(min=1e-300).log(), 0.7, 0.8).softmax(-1)
+    real, p = (
+        real[real[:, 0] == prompt],
+        rng.sharpen(p[real[:, 0] == prompt].clamp(min=1e-300).log(), 0.7, 0.8).softmax(-1),
+    )
     target = p[:, 1:].gather(-1, real[:, 1:, None])[..., 0].prod(-1)
-    counts = blocks(model, process, 3, 20_000, s.edlm, prompt=(prompt,), steps=1, candidates=60, temperature=0.7, top_p=0.8)
+    counts = blocks(
+        model,
+        process,
+        3,
+        20_000,
+        s.edlm,
+        prompt=(prompt,),
+        steps=1,
+        candidates=60,
+        temperature=0.7,
+        top_p=0.8,
+    )
     gap = (counts[code(real, V3)] / counts.sum() - target).abs().sum() / 2
-    assert abs(target.sum() - 1) < 1e-9 and gap < 0.03, f"many candidates draw from the sharpened AR mode, total variation {gap:.3f}"
-    if process.mask_id is not None:  # with many candidates the block is a draw of the AR mode, whatever the diffusion mode thinks
+    assert abs(target.sum() - 1) < 1e-9 and gap < 0.03, (
+        f"many candidates draw from the sharpened AR mode, total variation {gap:.3f}"
+    )
+    if (
+        process.mask_id is not None
+    ):  # with many candidates the block is a draw of the AR mode, whatever the diffusion mode thinks
         draws(blocks(model, process, b, 5_000, s.edlm, steps=1, candidates=200), joint, plain)
 
 
@@ -701,17 +887,27 @@ def ar_blocks(model, process, b, temperature=1.0, top_p=1.0):
     """The distribution of a block by AR sampling, enumerated."""
     real = states(V3, b)
     p = ar_probs(model, process, real).clamp(min=1e-300).log()
-    p = d.sharpen(p, temperature, top_p).softmax(-1)
+    p = rng.sharpen(p, temperature, top_p).softmax(-1)
     return p.gather(-1, real[..., None])[..., 0].prod(-1)
 
 
-@pytest.mark.parametrize("kind", ["masked", "uniform denoiser, ar token"])
+RULES_OF_DRAFTS = [
+    ("diffusion", "rejection"),
+    ("merged", "rejection"),
+    ("merged", "coupled"),
+    ("diffusion", "coupled"),
+    ("random", "coupled"),
+]
+KINDS_OF_DRAFTS = [(k, *how) for how in RULES_OF_DRAFTS for k in ("masked", "uniform denoiser, ar token")]
+
+
 @pytest.mark.parametrize(
-    "draft, rule",
-    [("diffusion", "rejection"), ("merged", "rejection"), ("merged", "coupled"), ("diffusion", "coupled"), ("random", "coupled")],
+    "kind, draft, rule",
+    slow(KINDS_OF_DRAFTS, [k for k in KINDS_OF_DRAFTS if k[0] == "masked"] + KINDS_OF_DRAFTS[3:4]),
 )
-def test_speculation_draws_the_ar_distribution_of_whole_blocks(kind, draft, rule, monkeypatch):
-    model, process = setup(kind, seed={"masked": 0, "uniform denoiser, ar token": 45}[kind], soft=0.5)
+@PATHS
+def test_speculation_draws_the_ar_distribution_of_whole_blocks(path, kind, draft, rule, monkeypatch):
+    model, process = setup(kind, {"masked": 0, "uniform denoiser, ar token": 45}[kind], 0.5, path)
     p = ar_blocks(model, process, 3)
     one_step = chain(model, process, 3, GRID[1], reverse(process))
     assert (p - one_step).abs().sum() / 2 > 0.3, "the draft is bad enough to be rejected"
@@ -719,34 +915,66 @@ def test_speculation_draws_the_ar_distribution_of_whole_blocks(kind, draft, rule
     draws(blocks(model, process, 3, N, s.speculation, draft=draft, rule=rule), p, one_step)
     if rule == "rejection":
         sharp = ar_blocks(model, process, 3, 0.7, 0.9)
-        draws(blocks(model, process, 3, N, s.speculation, draft=draft, rule=rule, temperature=0.7, top_p=0.9), sharp, p)
+        draws(
+            blocks(model, process, 3, N, s.speculation, draft=draft, rule=rule, temperature=0.7, top_p=0.9),
+            sharp,
+            p,
+        )
         monkeypatch.setattr(guided, "residual", lambda p, q: p)
         wrong = blocks(model, process, 3, N, s.speculation, draft=draft, rule=rule)
-        assert chi_squared(wrong, p) < 1e-12, "a rejection redrawn from p_AR and not from max(p_AR - q, 0) is seen"
+        assert chi_squared(wrong, p) < 1e-12, (
+            "a rejection redrawn from p_AR and not from max(p_AR - q, 0) is seen"
+        )
 
 
 @pytest.mark.parametrize("draft", ["merged", "diffusion", "first", "random"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8}])
-def test_coupled_speculation_writes_the_very_tokens_of_ar(kind, draft, how):
+@PATHS
+def test_coupled_speculation_writes_the_very_tokens_of_ar(path, kind, draft, how):
     make, kw = KINDS[kind]
-    process = make()
-    model = net(process, seed=5, **kw).double()
+    process, generate = make(), GENERATE[path]
+    model, process = on(path, net(process, seed=5, **kw).double(), process)
     prompts = [(), (1,), (0, 2, 1), (2, 2, 2, 2, 0), (1, 0)] * 6
     ar = last(generate(model, process, prompts, block_size=1, max_new_tokens=3, seed=7, **how))
-    fast = last(generate(model, process, prompts, block_size=4, sampler=s.speculation, draft=draft, max_new_tokens=3, seed=7, **how))
-    assert torch.equal(ar.x, fast.x[:, : ar.x.size(1)])
+    drafted = last(
+        generate(
+            model,
+            process,
+            prompts,
+            block_size=4,
+            sampler=s.speculation,
+            draft=draft,
+            max_new_tokens=3,
+            seed=7,
+            **how,
+        )
+    )
+    assert torch.equal(ar.x, drafted.x[:, : ar.x.size(1)])
     stop = {"eos_id": 1, **how}
     ar = last(generate(model, process, prompts, block_size=1, max_new_tokens=3, seed=7, **stop))
-    fast = last(generate(model, process, prompts, block_size=4, sampler=s.speculation, draft=draft, max_new_tokens=3, seed=7, **stop))
-    assert torch.equal(ar.x, fast.x[:, : ar.x.size(1)]) and torch.equal(ar.done, fast.done)
+    drafted = last(
+        generate(
+            model,
+            process,
+            prompts,
+            block_size=4,
+            sampler=s.speculation,
+            draft=draft,
+            max_new_tokens=3,
+            seed=7,
+            **stop,
+        )
+    )
+    assert torch.equal(ar.x, drafted.x[:, : ar.x.size(1)]) and torch.equal(ar.done, drafted.done)
 
 
 def test_speculation_needs_few_passes_where_the_modes_agree():
-    process = d.Masked(V3 + 1, V3)
-    model = net(process)
+    model, process = small(d.Masked(V3 + 1, V3))
     torch.nn.init.zeros_(model.head.weight)  # the same answer to everything: every draft is right
-    count = lambda **kw: last(generate(model, process, [()] * 3, block_size=8, sampler=s.speculation, **kw)).nfe_rows.tolist()
+    count = lambda **kw: last(
+        generate(model, process, [()] * 3, block_size=8, sampler=s.speculation, **kw)
+    ).nfe_rows.tolist()
     assert count() == [2] * 3 == count(draft="diffusion") == count(draft="first"), "one draft, one check"
     assert count(draft="random")[0] in (1, 2), "the first check makes the guesses, the second confirms them"
     for bad in ({"draft": "best"}, {"rule": "best"}, {"draft": "random", "rule": "rejection"}, {"steps": 3}):
@@ -760,28 +988,38 @@ RAGGED = [(), (1,), (0, 2, 1), (2, 2, 2, 2, 0), (1, 0)]
 
 
 def served(kind):
-    process = KINDS[kind][0]()
-    return [f for f in SAMPLERS.values() if f is not s.ar and f not in (MASKED_ONLY if process.mask_id is None else UNIFORM_ONLY)]
+    cannot = "redraws" if KINDS[kind][0]().absorbing else "absorbing"
+    return [f for f in ALL.values() if f is not s.ar and cannot not in f.needs]
 
 
-@pytest.mark.parametrize("kind, sampler", [(k, f) for k in KINDS for f in served(k)], ids=lambda v: getattr(v, "__name__", v))
-def test_every_sampler_keeps_the_promises_of_the_loop(kind, sampler):
+SERVED = [(k, f) for k in KINDS for f in served(k)]
+
+
+def test_there_are_22_samplers():
+    assert len(ALL) == 22 and {f for _, f in SERVED} | {s.ar} == set(ALL.values())
+
+
+@pytest.mark.parametrize("kind, sampler", SERVED, ids=lambda v: getattr(v, "__name__", v))
+@PATHS
+def test_every_sampler_keeps_the_promises_of_the_loop(path, kind, sampler):
     make, kw = KINDS[kind]
-    process = make()
+    process, generate = make(), GENERATE[path]
     model = net(process, **kw).double()
     model.head.weight.data *= 0.03
     model.head.bias.data *= 0.03
-    steps = {} if sampler in OWN_PACE else {"steps": 3}
+    model, process = on(path, model, process)
+    steps = {} if "own pace" in sampler.needs else {"steps": 3}
     passes = []
     forward = model.forward
     size = lambda clean, noisy, *a: (0 if clean is None else clean.numel()) + noisy.numel()
     count = lambda *a, **kw: passes.append(size(*a)) or forward(*a, **kw)
-    run = lambda prompts, **k: last(
-        generate(model, process, prompts, block_size=4, sampler=sampler, **{"max_new_tokens": 3, "seed": 5, **steps, **k})
-    )
+    usual = {"block_size": 4, "sampler": sampler, "max_new_tokens": 3, "seed": 5, **steps}
+    run = lambda prompts, **k: last(generate(model, process, prompts, **usual | k))
     model.forward = count
     together = run(RAGGED)
-    assert together.nfe == len(passes) and together.token_forwards == sum(passes), "every pass and every token is counted"
+    assert together.nfe == len(passes) and together.token_forwards == sum(passes), (
+        "every pass and every token is counted"
+    )
     model.forward = forward
     assert together.done.all() and (together.nfe_rows <= together.nfe).all() and (together.nfe_rows > 0).all()
     assert torch.equal(run(RAGGED, use_cache=False).x, together.x), "cached = uncached"
@@ -789,21 +1027,67 @@ def test_every_sampler_keeps_the_promises_of_the_loop(kind, sampler):
     for i, prompt in enumerate(RAGGED):
         n = len(prompt)
         assert together.x[i, :n].tolist() == list(prompt), "the prompt stays"
-        assert ((together.x[i, n : n + 3] >= 0) & (together.x[i, n : n + 3] < V3)).all() and (together.x[i, n + 3 :] == NOTHING).all()
+        assert ((together.x[i, n : n + 3] >= 0) & (together.x[i, n : n + 3] < V3)).all() and (
+            together.x[i, n + 3 :] == NOTHING
+        ).all()
         alone = run([prompt] * (i + 1))  # same row number, other mates
-        assert torch.equal(alone.x[i, : n + 3], together.x[i, : n + 3]) and alone.nfe_rows[i] == together.nfe_rows[i]
+        assert (
+            torch.equal(alone.x[i, : n + 3], together.x[i, : n + 3])
+            and alone.nfe_rows[i] == together.nfe_rows[i]
+        )
     longest = run([(), (1, 2)], max_new_tokens=6, steps=None)  # more than one block; default steps
     assert (longest.x[:, :6] >= 0).all() and (longest.x < V3).all()
     cold = run(RAGGED * 3, temperature=0.0)
     assert (cold.x[cold.x != NOTHING] < V3).all()
-    for how in ({"ar_tokens": 1}, {"ar_tokens": 2, "eos_id": 1}, {"eos_id": 1}, {"top_p": 0.8, "temperature": 0.7}):
+    for how in (
+        {"ar_tokens": 1},
+        {"ar_tokens": 2, "eos_id": 1},
+        {"eos_id": 1},
+        {"top_p": 0.8, "temperature": 0.7},
+    ):
         both = [run(RAGGED * 2, use_cache=cached, **how) for cached in (True, False)]
         assert torch.equal(both[0].x, both[1].x) and torch.equal(both[0].done, both[1].done), how
 
 
+LESS_SURE = {  # options under which the networks below do not always do the same
+    "threshold": {"threshold": 0.5},
+    "factor": {"factor": 1.5},
+    "entropy_bound": {"bound": 0.8},
+    "prophet": {"high": 1.5, "middle": 1.1, "low": 0.8},
+    "sched": {"high": 1.5},
+    "remdm_cap": {"eta": 0.3},
+    "remdm_rescale": {"eta": 0.5},
+    "remdm_loop": {"alpha_on": 0.6, "eta": 0.3},
+    "gibbs": {"resample": 1},
+}
+
+
+SOFT = [("masked", 18, 1.0), ("uniform loo", 0, 1.0), ("uniform denoiser, timed", 18, 0.5)]
+
+
+@pytest.mark.parametrize(
+    "name, kind, seed, soft", [(f.__name__, *n) for n in SOFT for f in (*served(n[0]), s.ar)]
+)
+def test_the_lesson_and_the_fast_form_draw_from_one_distribution(name, kind, seed, soft):
+    """
+    All 22 samplers. If the two are equal the test fails for one seed in 10,000 (P_VALUE). It sees a total
+    variation of 6 %.
+    """
+    found = []
+    for i, path in enumerate(GENERATE):
+        model, process = setup(kind, seed, soft, path)
+        how = {"block_size": 3, "max_new_tokens": 2} | LESS_SURE.get(name, {})
+        how = {"block_size": 1, "max_new_tokens": 3} if name == "ar" else how
+        how |= {} if "own pace" in ALL[name].needs else {"steps": 4}
+        prompts = torch.tensor([()] if name == "ar" else [(1,)], dtype=torch.long).expand(6000, -1)
+        x = last(GENERATE[path](model, process, prompts, sampler=ALL[name], seed=i, use_cache=False, **how)).x
+        found.append(code(x, V3).bincount(minlength=V3**3))
+    assert (found[0] > 100).sum() > 2, "there is something to compare"
+    assert one_source(*found) > P_VALUE, found
+
+
 def test_rows_that_are_finished_are_not_forwarded():
-    process = d.Masked(V3 + 1, V3)
-    model, sizes = net(process, seed=3), []
+    (model, process), sizes = small(d.Masked(V3 + 1, V3), seed=3), []
     forward = model.forward
     model.forward = lambda clean, noisy, *a, **kw: sizes.append(len(noisy)) or forward(clean, noisy, *a, **kw)
     state = last(generate(model, process, [()] * 64, block_size=8, sampler=s.threshold, threshold=0.7))
@@ -813,44 +1097,73 @@ def test_rows_that_are_finished_are_not_forwarded():
 
 
 def test_a_prediction_is_used_again_while_nothing_has_changed():
-    """A prediction of a network that does not see the time lasts until the text changes; any network is asked only where a mask lifts."""
-    process = d.Masked(V3 + 1, V3)
+    """
+    A prediction of a network that does not see the time lasts until the text changes; any network is asked
+    only where a mask lifts.
+    """
     for timed in (False, True):
-        model = net(process, time_conditioning=timed)
+        model, process = small(d.Masked(V3 + 1, V3), time_conditioning=timed)
         seen = list(generate(model, process, [()] * 16, block_size=4, steps=32, max_new_tokens=4))
         changes = torch.stack([(a.x != b.x).any(1) for a, b in itertools.pairwise(seen[1:])])  # (steps, rows)
-        assert seen[-1].nfe_rows.tolist() == changes.sum(0).tolist(), "a pass where a mask lifts, and no other"
-    model = net(process)
-    usual = last(generate(model, process, [()] * 16, block_size=4, steps=32)).x
-    model.time = torch.nn.Identity()  # as if it saw the time: asked every time
-    model._condition = lambda *a: None
-    assert torch.equal(usual, last(generate(model, process, [()] * 16, block_size=4, steps=32)).x)
+        assert seen[-1].nfe_rows.tolist() == changes.sum(0).tolist(), (
+            "a pass where a mask lifts, and no other"
+        )
+    process = d.Masked(V3 + 1, V3)
+    plain, timed = net(process).double(), net(process, time_conditioning=True).double()
+    timed.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        for modulation in [timed.modulation] + [
+            layer.modulation for layer in timed.layers
+        ]:  # it could see the time
+            modulation.weight.zero_()
+            gates = torch.arange(len(modulation.bias)) // plain.cfg.d_model % 3 == 2
+            modulation.bias.copy_(gates.double())
+    usual, asked = (
+        last(generate(*on("fast", m, process), [()] * 16, block_size=4, steps=32)) for m in (plain, timed)
+    )
+    assert torch.equal(usual.x, asked.x)
+    psi = {"block_size": 4, "steps": 32, "sampler": s.psi, "kappa": "posterior"}
+    usual, asked = (last(generate(*on("fast", m, process), [()] * 16, **psi)) for m in (plain, timed))
+    assert torch.equal(usual.x, asked.x) and usual.nfe < asked.nfe == 64
 
 
 @pytest.mark.parametrize("predicts", ["loo", "denoiser"])
-def test_greedy_tail(predicts):
-    process, uniform = d.Masked(V3 + 1, V3), d.Uniform(V3, predicts)
-    model = net(process)
-    run = lambda m, p, **k: last(generate(m, p, [()] * 8, block_size=8, **k))
-    assert torch.equal(run(model, process, steps=1, greedy_tail=True).x, run(model, process, steps=1, temperature=0.0).x), "the last fill"
+@PATHS
+def test_greedy_tail(path, predicts):
+    model, process = small(d.Masked(V3 + 1, V3), path=path)
+    model.double()
+    run = lambda m, p, **k: last(GENERATE[path](m, p, [()] * 8, block_size=8, **k))
+    assert torch.equal(
+        run(model, process, steps=1, greedy_tail=True).x, run(model, process, steps=1, temperature=0.0).x
+    ), "the last fill"
     assert not torch.equal(run(model, process, steps=4, greedy_tail=True).x, run(model, process, steps=4).x)
-    model = net(uniform, time_conditioning=True)
+    model, uniform = small(d.Uniform(V3, predicts), path=path, time_conditioning=True)
+    model.double()
     for sampler in (s.ancestral, s.psi):
-        state, before = (run(model, uniform, steps=2, sampler=sampler, **kw) for kw in ({"greedy_tail": True}, {}))
+        state, before = (
+            run(model, uniform, steps=2, sampler=sampler, **kw) for kw in ({"greedy_tail": True}, {})
+        )
         with torch.no_grad():
             logits = model(None, before.x, 8, sigma=torch.full((8,), -math.log1p(-1e-5)))
-        assert state.nfe == before.nfe + 1 and torch.equal(state.x, logits.argmax(-1)), "one pass more, argmax of what the network says"
+        assert state.nfe == before.nfe + 1 and torch.equal(state.x, logits.argmax(-1)), (
+            "one pass more, argmax of what the network says"
+        )
 
 
 def test_samplers_that_a_checkpoint_cannot_serve_are_refused():
     masked, uniform = d.Masked(V3 + 1, V3), d.Uniform(V3)
-    run = lambda process, sampler, **k: last(generate(net(process, **k.pop("net", {})), process, [()], block_size=4, sampler=sampler, **k))
-    for f in UNIFORM_ONLY:
-        with pytest.raises(ValueError, match="masked noise"):
-            run(masked, f)
-    for f in MASKED_ONLY:
-        with pytest.raises(ValueError, match="uniform noise"):
-            run(uniform, f)
+
+    def run(process, sampler, **k):
+        model, process = small(process, **k.pop("net", {}))
+        last(generate(model, process, [()], **{"block_size": 4, "sampler": sampler, **k}))
+
+    for f in ALL.values():
+        if "redraws" in f.needs:
+            with pytest.raises(ValueError, match="masked noise"):
+                run(masked, f)
+        if "absorbing" in f.needs:
+            with pytest.raises(ValueError, match="uniform noise"):
+                run(uniform, f)
     for f in (s.arpc, s.edlm, s.agreement, s.speculation):
         with pytest.raises(ValueError, match="without 1 it has no AR mode"):
             run(masked, f, trained=[4, 8])
@@ -860,11 +1173,11 @@ def test_samplers_that_a_checkpoint_cannot_serve_are_refused():
     with pytest.raises(ValueError, match="steps mean nothing"):
         run(masked, s.first_hitting, steps=3)
     with pytest.raises(ValueError, match="no options"):
-        last(generate(net(masked), masked, [()], block_size=1, greedy_tail=True))
+        run(masked, s.ancestral, block_size=1, greedy_tail=True)
     with pytest.raises(ValueError, match="steps mean nothing"):
-        last(generate(net(masked), masked, [()], block_size=1, steps=3))
+        run(masked, s.ancestral, block_size=1, steps=3)
     with pytest.raises(ValueError, match="belong together"):
-        last(generate(net(masked), masked, [()], block_size=1, sampler=s.arpc))
+        run(masked, s.arpc, block_size=1)
     with pytest.raises(ValueError, match="not 4"):
         run(masked, s.ancestral, trained=[1, 8])
     for f, bad in (
@@ -892,11 +1205,16 @@ def test_samplers_that_a_checkpoint_cannot_serve_are_refused():
 
 
 def test_every_option_is_explained():
-    for name, f in SAMPLERS.items():
+    for name, f in ALL.items():
         for p in inspect.signature(f).parameters.values():
             if p.kind is p.KEYWORD_ONLY:
                 assert f"\n{p.name}: " in inspect.getdoc(f), f"{name}: {p.name}"
-        assert "arXiv" in inspect.getdoc(f) or f is s.ar or f is s.speculation or "2605.22765" in inspect.getdoc(f), name
+        assert (
+            "arXiv" in inspect.getdoc(f)
+            or f is s.ar
+            or f is s.speculation
+            or "2605.22765" in inspect.getdoc(f)
+        ), name
 
 
 def test_block_size_1_by_hand():
@@ -904,4 +1222,5 @@ def test_block_size_1_by_hand():
     model, process = setup("masked")
     chain_rule = enumerated_ar(model, process, 3)
     p = ar_blocks(model, process, 3)
-    assert all(abs(p[code(torch.tensor([seq]), V3)[0]] - q) < 1e-6 for seq, q in chain_rule.items())
+    # setup rounds logits to 1e-9
+    assert all(abs(p[code(torch.tensor([seq]), V3)[0]] - q) < 1e-8 for seq, q in chain_rule.items())

@@ -1,4 +1,6 @@
-"""Why believe settings.py? Both doors, flags and TOML, refuse what nobody declared and what has the wrong type."""
+"""
+Why believe settings.py? Both doors, flags and TOML, refuse what nobody declared and what has the wrong type.
+"""
 
 import re
 from dataclasses import dataclass, field
@@ -34,14 +36,30 @@ def test_flags_and_toml(tmp_path):
     toml.write_text('n = 5\nlr = 1\nname = "y"\nfast = true\nsizes = {1 = 0.5, 16 = 0.5}\n')
     assert load() == Cfg()
     assert load(str(toml)) == Cfg(5, 1.0, "y", True, {1: 0.5, 16: 0.5})
-    assert load("--n", "3", str(toml), "--lr=3e-4", "--fast=false") == Cfg(3, 3e-4, "y", False, {1: 0.5, 16: 0.5})
-    assert load(str(toml), "--n", "7").n == load("--n", "7", str(toml)).n == 7, "a flag wins over the file, before or after it"
+    assert load("--n", "3", str(toml), "--lr=3e-4", "--fast=false") == Cfg(
+        3, 3e-4, "y", False, {1: 0.5, 16: 0.5}
+    )
+    assert load(str(toml), "--n", "7").n == load("--n", "7", str(toml)).n == 7, (
+        "a flag wins over the file, before or after it"
+    )
     (tmp_path / "b.toml").write_text("name = true")
     assert load(str(tmp_path / "b.toml")).name == "true", "one of several words"
     assert load("--fast", "--n=1_000") == Cfg(1000, fast=True)
-    assert load("--name", "-").name == "-" and load("--name=a b=c").name == "a b=c" and load("--name=").name == ""
+    assert (
+        load("--name", "-").name == "-"
+        and load("--name=a b=c").name == "a b=c"
+        and load("--name=").name == ""
+    )
     for text in ("1:0.25,16:0.75", "{1: 0.25, 16: 0.75}", "{1:.25,16:75e-2}"):
         assert load("--sizes", text).sizes == {1: 0.25, 16: 0.75}
+
+
+def test_the_value_of_a_flag_is_a_value():
+    """Whatever it looks like. But where a setting's flag follows, somebody forgot the value."""
+    for value in ("--help", "-h", "notes.toml", "--", "--unheard-of", "-1", "true"):
+        assert load("--name", value, "--n=2") == load("--n", "2", "--name", value) == Cfg(2, name=value)
+        assert load(f"--name={value}").name == value
+    assert load("--fast", "--n=2") == load("--fast", "true", "--n=2") == Cfg(2, fast=True)
 
 
 @given(st.dictionaries(st.integers(1, 10**6), st.floats(0.001, 1), min_size=1))
@@ -57,6 +75,11 @@ def test_a_dict_survives_the_command_line(d):
         (["--n=3.5"], "wants int", "--n=1"),
         (["--n=x"], "wants int", "--n=1"),
         (["--n"], "wants int", "--n=1"),
+        (["--name"], "wants str", "--name=x"),
+        (["--name", "--lr", "3"], "'name' wants str, got None", "--name=x"),
+        (["--name", "--lr=3"], "'name' wants str, got None", "--name=x"),
+        (["--n", "--help"], "'n' wants int, got '--help'", "--help"),
+        (["--fast", "x.toml"], "not found", "config"),
         (["--lr=fast"], "wants float", "--lr=0.1"),
         (["--fast=yes"], "wants bool", "--fast=False"),
         (["--sizes=1:0.5,1:0.5"], "wants dict", "--sizes=1:1"),
@@ -71,7 +94,19 @@ def test_flags_nobody_declared_or_of_the_wrong_type(slip, argv, says, fix):
 
 
 @pytest.mark.parametrize(
-    "text", ["nmae = 'x'", "n = 3.5", "n = true", "n = [1]", "n = 'x'", "fast = 1", "sizes = {a = 1}", "n = = 1", "[n]\nx = 1", "\xff"]
+    "text",
+    [
+        "nmae = 'x'",
+        "n = 3.5",
+        "n = true",
+        "n = [1]",
+        "n = 'x'",
+        "fast = 1",
+        "sizes = {a = 1}",
+        "n = = 1",
+        "[n]\nx = 1",
+        "\xff",
+    ],
 )
 def test_toml_nobody_declared_or_of_the_wrong_type(slip, tmp_path, text):
     (tmp_path / "bad.toml").write_bytes(text.encode("latin-1"))
@@ -85,7 +120,10 @@ def test_help_prints_the_commented_dataclass(capsys):
 
 
 def test_the_published_presets_cost_what_their_comments_say():
-    """12 layers, 768 wide: 6 FLOP a token and weight, forward and backward; two streams unless one would not be read."""
+    """
+    12 layers, 768 wide: 6 FLOP a token and weight, forward and backward; two streams unless one would not be
+    read.
+    """
     vocabulary = {"openwebtext": 50257, "lm1b": 30522, "tinygsm": 49152}
     rows = {"openwebtext": 1024, "lm1b": 128, "tinygsm": 512}
     presets = sorted((ROOT / "config/blockgen").glob("*.toml"))
@@ -101,7 +139,16 @@ def test_the_published_presets_cost_what_their_comments_say():
             weights = sum(p.numel() for p in build(cfg, vocabulary[cfg.dataset])[0].parameters())
         assert abs(float(re.search(r"(\d+)M parameters", text)[1]) - weights / 1e6) < 0.6, path.name
         hours = 512 * cfg.max_steps * row / 4e14 / 3600
-        said, tflop = float(re.search(r"= (\d+) GPU-hours", text)[1]), float(re.search(r"([\d.]+) TFLOP", text)[1])
+        said, tflop = (
+            float(re.search(r"= (\d+) GPU-hours", text)[1]),
+            float(re.search(r"([\d.]+) TFLOP", text)[1]),
+        )
         assert abs(said - hours) < 0.5 + 0.002 * hours and abs(tflop / (row / 1e12) - 1) < 0.01, path.name
-        assert path.name in text and 512 % cfg.batch_size == 0 and cfg.lr == 3e-4 and cfg.ema == 0.9999 and cfg.dropout == 0.1
+        assert (
+            path.name in text
+            and 512 % cfg.batch_size == 0
+            and cfg.lr == 3e-4
+            and cfg.ema == 0.9999
+            and cfg.dropout == 0.1
+        )
         assert cfg.random_ar == (cfg.process == "uniform" and 1 in cfg.block_sizes)

@@ -1,6 +1,7 @@
 """
-Text to ids and back. golden/tokens.json holds hard strings with the ids that the `tokenizers` library 0.23.3 gives them, under two tiny
-tokenizers that it trained: smollm_tiny.json, made and laid out as SmolLM-135M's, some bytes missing as there, and bert_tiny.txt.
+Text to ids and back. golden/tokens.json holds hard strings with the ids that the `tokenizers` library 0.23.3
+gives them, under two tiny tokenizers that it trained: smollm_tiny.json, made and laid out as SmolLM-135M's,
+some bytes missing as there, and bert_tiny.txt.
 """
 
 import base64
@@ -13,12 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import tokens
-from data.tokens import Tokenizer
+from data.tokens import Tokenizer, read_prompts
 
 GOLDEN = Path(__file__).parent / "golden"
 ROWS = json.loads((GOLDEN / "tokens.json").read_text())
 HARD = st.lists(
-    st.sampled_from([*"aTé12 \n\t'’.½日한Σ\u0301\u00a0\u3000\u0085\x00\ufffd", "  ", "'s", "'ll", " the", "👍🏽", "م", "१", "[MASK]"])
+    st.sampled_from(
+        [
+            *"aTé12 \n\t'’.½日한Σ\u0301\u00a0\u3000\u0085\x00\ufffd",
+            "  ",
+            "'s",
+            "'ll",
+            " the",
+            "👍🏽",
+            "م",
+            "१",
+            "[MASK]",
+        ]
+    )
 )
 TEXTS = st.text() | HARD.map("".join) | st.text(st.characters())  # the last: lone surrogates, too
 SLOW = settings(max_examples=150, deadline=None)
@@ -30,15 +43,29 @@ def layout():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A file of each kind: the tiny SmolLM with a token for every byte, here, and a GPT-2 of bytes and a few pairs."""
+    """
+    A file of each kind: the tiny SmolLM with a token for every byte, here, and a GPT-2 of bytes and a few
+    pairs.
+    """
     folder, about = tmp_path_factory.mktemp("files"), layout()
     for letter in tokens.LETTERS:
         about["model"]["vocab"].setdefault(letter, len(about["model"]["vocab"]))
     (folder / "smollm.json").write_text(json.dumps(about))
     shutil.copy(GOLDEN / "bert_tiny.txt", folder / "bert.txt")
-    pairs = [bytes([b]) for b in range(256)] + [b"th", b" a", b"the", b" the", b"  ", b"\n\n", "é".encode(), "日".encode()]
+    pairs = [bytes([b]) for b in range(256)] + [
+        b"th",
+        b" a",
+        b"the",
+        b" the",
+        b"  ",
+        b"\n\n",
+        "é".encode(),
+        "日".encode(),
+    ]
     pairs += [b"\xff" + i.to_bytes(3, "big") for i in range(50256 - len(pairs))]
-    (folder / "gpt2.tiktoken").write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(pairs)))
+    (folder / "gpt2.tiktoken").write_text(
+        "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(pairs))
+    )
     return folder
 
 
@@ -58,7 +85,9 @@ def test_ids_are_the_librarys():
 @SLOW
 @given(text=TEXTS)
 def test_text_comes_back(all_kinds, text):
-    """From GPT-2's and SmolLM's ids all of it, a lone surrogate as U+FFFD; from BERT's what has the same ids."""
+    """
+    From GPT-2's and SmolLM's ids all of it, a lone surrogate as U+FFFD; from BERT's what has the same ids.
+    """
     written = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     for kind in ("gpt2", "smollm"):
         ids = all_kinds[kind].encode(text)
@@ -71,12 +100,18 @@ def test_text_comes_back(all_kinds, text):
 
 
 def test_bytes_without_a_token_are_dropped_before_the_merges():
-    """What is left of a word closes ranks: a merge goes over the gap, and a digit all of whose bytes are missing leaves nothing."""
+    """
+    What is left of a word closes ranks: a merge goes over the gap, and a digit all of whose bytes are missing
+    leaves nothing.
+    """
     whole, about = tokens.smollm(GOLDEN / "smollm_tiny.json"), layout()
     (gap,) = {"\u0710".encode()[0]} & set(whole.missing)
     assert whole.encode("\u0710") == whole.bpe._encode_single_piece("\u0710".encode()[1:])
     text = "\u0710\u0711".encode().translate(None, bytes([gap]))
-    assert b"".join(whole.data[i] for i in whole.encode("\u0710\u0711")) == text and about["model"]["unk_token"] is None
+    assert (
+        b"".join(whole.data[i] for i in whole.encode("\u0710\u0711")) == text
+        and about["model"]["unk_token"] is None
+    )
 
 
 def test_each_digit_is_a_token_and_ends_a_run_of_spaces(all_kinds, tmp_path):
@@ -135,7 +170,8 @@ def test_another_layout_is_refused(tmp_path, slip):
     no("neither a byte", lambda about, model, vocab, merges: vocab.update({"~~~": 600}))
     no("two tokens have one id", lambda about, model, vocab, merges: vocab.update({"!": vocab["~"]}))
     no("KeyError", lambda about, model, vocab, merges: vocab.update({"日": 600}))
-    # "~~~~~" is ~~ ~~ ~ to the merges before it, so they never make ~~~ and ~~ neighbours; tiktoken would find the whole word
+    # "~~~~~" is ~~ ~~ ~ to the merges before it, so they never make ~~~ and ~~ neighbours; tiktoken would
+    # find the whole word
     pairs = ["~ ~", "~ ~~", "~~ ~~~"]
     no("take a token apart", lambda about, model, vocab, merges: add(vocab, merges, pairs))
     assert "JSONDecodeError" in refused(tmp_path, slip, '{"model"')
@@ -163,22 +199,65 @@ def test_special_tokens_are_no_text(all_kinds):
         sizes = tokenizer.n_bytes(60000)
         assert sizes is None if kind == "bert" else sizes[list(special)].sum() == 0
         for name in ("<|endoftext|>", "[MASK]", "[unused0]"):
-            assert not set(special) & set(tokenizer.encode(f"the {name}")) - ({2} if kind == "bert" else set()), f"{name} is letters"
+            assert not set(special) & set(tokenizer.encode(f"the {name}")) - (
+                {2} if kind == "bert" else set()
+            ), f"{name} is letters"
 
 
 def test_a_prompt_is_encoded_in_pieces(all_kinds, folder):
     meta = {"tokenizer": "smollm", "bos_id": 1, "prompt_end": " the"}
     encode = all_kinds["smollm"].encode
     assert Tokenizer(meta, folder).prompt("of the") == [1] + encode("of the") + encode(" the")
-    assert Tokenizer({**meta, "prompt_end": "e"}, folder).prompt("th") == [1] + encode("th") + encode("e") != [1] + encode("the")
+    assert (
+        Tokenizer({**meta, "prompt_end": "e"}, folder).prompt("th")
+        == [1] + encode("th") + encode("e")
+        != [1] + encode("the")
+    )
     assert all_kinds["gpt2"].prompt("the") == all_kinds["gpt2"].encode("the")
     assert Tokenizer({"tokenizer": "none", "prompt_end": "0", "bos_id": 3}, ".").prompt("7 8") == [3, 7, 8, 0]
+
+
+def test_a_prompt_that_cannot_be(slip):
+    sudoku = Tokenizer(
+        {"tokenizer": "char", "chars": ".1234", "vocab_size": 5, "prompt_len": 4}, "data/sudoku"
+    )
+    assert sudoku.prompt("") == [0] * 4 and sudoku.prompt(".12.") == [0, 1, 2, 0]
+    assert "a prompt of sudoku has 4 tokens, '.1' has 2" in slip(sudoku.prompt, ".1")
+    numbers = Tokenizer({"tokenizer": "none", "vocab_size": 9}, ".")
+    assert numbers.prompt("") == [] and numbers.prompt("8  0") == [8, 0]
+    assert "not below vocab_size 9" in slip(numbers.prompt, "8 9")
+    for text in ("²", "3 ²", "-1", "1.0", "x", "①", "1_0"):  # isdigit says yes to some that int cannot read
+        assert "list of ids" in slip(numbers.prompt, text), text
+
+
+def test_a_prompt_is_a_line_of_a_file(tmp_path, slip):
+    path = tmp_path / "prompts.txt"
+    for data, prompts in (
+        (b"a\nb", ["a", "b"]), (b"a\r\nb\r\n", ["a", "b"]), (b"\n\na\n", ["", "", "a"]), (b"\n", [""]),
+        ("\ufeffa\n".encode(), ["a"]), ("a\u2028b\x0cc\x85d\x1ce\n".encode(), ["a\u2028b\x0cc\x85d\x1ce"]),
+        (b"a\rb\n", ["a\rb"]), ("日本\n".encode(), ["日本"]),
+    ):  # fmt: skip
+        path.write_bytes(data)
+        assert read_prompts(path) == prompts, data
+    for data, says in (
+        (b"", "is empty"),
+        ("\ufeff".encode(), "is empty"),
+        (b"a\n\xff\n", "line 2 is not UTF-8"),
+    ):
+        path.write_bytes(data)
+        assert says in slip(read_prompts, path)
+    assert "not found" in slip(read_prompts, tmp_path / "none") and "cannot read" in slip(
+        read_prompts, tmp_path
+    )
 
 
 def test_wordpieces(tmp_path):
     (tmp_path / "bert.txt").write_text("[PAD]\n[UNK]\nun\n##aff\n##able\n##a\naffable\n,\n漢\n" + "a\n##aa\n")
     bert = Tokenizer({"tokenizer": "bert"}, tmp_path)
-    assert bert.encode("ÜNaffable,affable") == [2, 3, 4, 7, 6] and bert.decode([2, 3, 4, 7, 6]) == "unaffable , affable"
+    assert (
+        bert.encode("ÜNaffable,affable") == [2, 3, 4, 7, 6]
+        and bert.decode([2, 3, 4, 7, 6]) == "unaffable , affable"
+    )
     assert bert.encode("un漢漢\x00un") == [2, 8, 8, 2] and bert.decode([5, 2]) == "a un"
     assert bert.encode("a" * 99) == [9] + [10] * 49 and bert.encode("a" * 101) == [1] == bert.encode("unx")
     assert bert.decode([0, 1, 2, 1, 99]) == "un"

@@ -1,6 +1,6 @@
 """
-Sums of two digits as an endless stream, 3+8=11;4+4=08; and so on, generated: no download. For generating many blocks without
-a prompt; every complete sum can be checked.
+Sums of two digits as an endless stream, 3+8=11;4+4=08; and so on, generated: no download. For generating many
+blocks without a prompt; every complete sum can be checked.
 
     python data/digits/prepare.py
 """
@@ -28,7 +28,10 @@ class DigitsConfig:
 
 
 def check(text):
-    """(correct, asked): of the pieces between semicolons how many are a true sum; a piece the text cuts off does not count."""
+    """
+    (correct, asked): of the pieces between semicolons how many are a true sum; a piece the text cuts off does
+    not count.
+    """
     pieces = text.split(";")[1:-1]  # the first may begin, and the last end, in the middle
     right = [re.fullmatch(r"(\d)\+(\d)=(\d\d)", p) for p in pieces]
     return sum(int(m[1]) + int(m[2]) == int(m[3]) for m in right if m), len(pieces)
@@ -47,7 +50,8 @@ def main():
     rng = np.random.default_rng(cfg.seed)
     a, b = rng.integers(10, size=(2, cfg.n_train + cfg.n_val))
     plus, equals, end = (np.full_like(a, CHARS.index(c)) for c in "+=;")
-    stream = np.stack((a, plus, b, equals, (a + b) // 10, (a + b) % 10, end), axis=1)  # digits are their own ids
+    # digits are their own ids
+    stream = np.stack((a, plus, b, equals, (a + b) // 10, (a + b) % 10, end), axis=1)
     meta = {"vocab_size": len(CHARS), "tokenizer": "char", "chars": CHARS}
     write_dataset(Path(__file__).parent, stream[: cfg.n_train].ravel(), stream[cfg.n_train :].ravel(), meta)
     print(f"digits: {stream.size * 2 / 1e6:.1f} MB, {stream.size:,} tokens, {time.time() - start:.1f} s")

@@ -1,9 +1,12 @@
 """
-GSM8K, the benchmark: 7,473 + 1,319 grade-school problems with answers in words. Keeps test.jsonl here for eval.py --gsm8k, and makes
-rows as TinyGSM's of questions and answers, in SmolLM's byte pairs, the test problems as validation.
+GSM8K, the benchmark: 7,473 + 1,319 grade-school problems with answers in words. Keeps test.jsonl here for
+python -m lab.gsm8k, and makes rows as TinyGSM's of questions and answers, in SmolLM's byte pairs, the test
+problems as validation.
 
-    python data/gsm8k/prepare.py [--input train.jsonl --val_input test.jsonl] [--bpe tokenizer.json]     without them, downloads 5 MB
-    python data/gsm8k/prepare.py --eval_only                                                               test.jsonl alone
+    python data/gsm8k/prepare.py [--input train.jsonl --val_input test.jsonl] [--bpe tokenizer.json]
+    without them, downloads 5 MB
+    python data/gsm8k/prepare.py --eval_only
+    test.jsonl alone
 """
 
 import os
@@ -51,14 +54,19 @@ def keep(name, path):
 def main():
     cfg, folder = load_config(Gsm8kConfig, sys.argv[1:]), Path(__file__).parent
     if not cfg.eval_only and bool(cfg.input) != bool(cfg.val_input):
-        die("local files are needed for both splits, or for none", "--input train.jsonl --val_input test.jsonl")
+        die(
+            "local files are needed for both splits, or for none",
+            "--input train.jsonl --val_input test.jsonl",
+        )
     test = inputs(cfg.val_input, "--val_input") if cfg.val_input else [f"{URL}/test.jsonl"]
     if len(test) > 1 or not test[0].endswith(".jsonl"):
         die(f"{cfg.val_input} is not one .jsonl file", "--val_input test.jsonl")
     keep(test[0], folder / "test.jsonl")
     if cfg.eval_only:
         return
-    shards = [("train", name) for name in (inputs(cfg.input) if cfg.input else [f"{URL}/train.jsonl"])] + [("val", test[0])]
+    shards = [("train", name) for name in (inputs(cfg.input) if cfg.input else [f"{URL}/train.jsonl"])] + [
+        ("val", test[0])
+    ]
     meta, encode, form = questions_and_answers(cfg.seq_len, cfg.sep)
     build(cfg, folder, meta, shards, COLUMNS, encode, form)
 

@@ -1,10 +1,12 @@
 """
-The One Billion Word benchmark in BERT's word pieces: 30 million sentences of the news, shuffled. A row is a sentence,
-[CLS] tokens [SEP], cut to 128 with [SEP] kept, filled up with [PAD]; with --packed, [SEP] follows each sentence, and a row is
-[CLS] + 126 tokens of that stream + [SEP]. Validation is the benchmark's test split. The benchmark's spaces around punctuation are undone,
-by the rules of MDLM's public code (lm1b_detokenizer).
+The One Billion Word benchmark in BERT's word pieces: 30 million sentences of the news, shuffled. A row is a
+sentence, [CLS] tokens [SEP], cut to 128 with [SEP] kept, filled up with [PAD]; with --packed, [SEP] follows
+each sentence, and a row is [CLS] + 126 tokens of that stream + [SEP]. Validation is the benchmark's test
+split. The benchmark's spaces around punctuation are undone, by the rules of MDLM's public code
+(lm1b_detokenizer).
 
-    python data/lm1b/prepare.py [--input FILES --val_input FILES] [--bpe vocab.txt]     without them, downloads
+    python data/lm1b/prepare.py [--input FILES --val_input FILES] [--bpe vocab.txt]     without them,
+    downloads
 
 Killed and started again, it goes on where it stopped. A local .txt has a sentence a line.
 """
@@ -38,7 +40,8 @@ SPACES = [  # (what the benchmark did, what was there before), in this order
 
 @dataclass
 class Lm1bConfig:
-    input: str = ""  # local files of the training split with a column "text": paths or globs, commas between. Empty: download
+    # local files of the training split with a column "text": paths or globs, commas between. Empty: download
+    input: str = ""
     val_input: str = ""  # and those of the test split
     bpe: str = ""  # a local vocab.txt of bert-base-uncased; kept beside the data. Empty: download
     seq_len: int = 128  # tokens of a row
@@ -65,7 +68,9 @@ def main():
     cfg = load_config(Lm1bConfig, sys.argv[1:])
     if bool(cfg.input) != bool(cfg.val_input):
         die("local files are needed for both splits, or for none", "--input FILES --val_input FILES")
-    hub = lambda split: listing("billion-word-benchmark/lm1b", f"plain_text/{split}", revision="refs/convert/parquet")
+    hub = lambda split: listing(
+        "billion-word-benchmark/lm1b", f"plain_text/{split}", revision="refs/convert/parquet"
+    )
     shards = [("train", name) for name in (inputs(cfg.input) if cfg.input else hub("train"))]
     shards += [("val", name) for name in (inputs(cfg.val_input, "--val_input") if cfg.input else hub("test"))]
     meta = {"vocab_size": 30522, "tokenizer": "bert", "bos_id": CLS, "row_len": cfg.seq_len}

@@ -1,11 +1,14 @@
 """
-OpenWebText in GPT-2's byte pairs: 8 million web pages, 9 billion tokens. EOS (50256) follows each document, and the stream is cut into
-rows [BOS] + 1022 tokens + [EOS], both 50256. The last documents are for validation. The published runs cut every 1000 documents by
-themselves and drop what remains of them; here the remainder goes on into the next document's row.
+OpenWebText in GPT-2's byte pairs: 8 million web pages, 9 billion tokens. EOS (50256) follows each document,
+and the stream is cut into rows [BOS] + 1022 tokens + [EOS], both 50256. The last documents are for
+validation. The published runs cut every 1000 documents by themselves and drop what remains of them; here the
+remainder goes on into the next document's row.
 
-    python data/openwebtext/prepare.py [--input 'FOLDER/*.parquet'] [--bpe gpt2.tiktoken]     without them, downloads
+    python data/openwebtext/prepare.py [--input 'FOLDER/*.parquet'] [--bpe gpt2.tiktoken]     without them,
+    downloads
 
-Killed and started again, it goes on where it stopped. A local .txt has lines <|endoftext|> between its documents.
+Killed and started again, it goes on where it stopped. A local .txt has lines <|endoftext|> between its
+documents.
 """
 
 import sys
@@ -24,8 +27,11 @@ N_DOCUMENTS = 8_013_769  # of Skylion007/openwebtext
 
 @dataclass
 class OpenWebTextConfig:
-    input: str = ""  # local .txt, .jsonl, .jsonl.gz or .parquet files with a column "text": paths or globs, commas between. Empty: download
-    bpe: str = ""  # a local file of GPT-2 ranks, "base64 rank" a line; kept beside the data. Empty: tiktoken downloads them
+    # local .txt, .jsonl, .jsonl.gz or .parquet files with a column "text": paths or globs, commas between.
+    # Empty: download
+    input: str = ""
+    # a local file of GPT-2 ranks, "base64 rank" a line; kept beside the data. Empty: tiktoken downloads them
+    bpe: str = ""
     seq_len: int = 1024  # tokens of a row, BOS and EOS included
     val_docs: int = 100_000  # so many of the last documents are for validation
     workers: int = 0  # processes that tokenize; 0: one a core
@@ -37,11 +43,24 @@ def main():
     names = inputs(cfg.input) if cfg.input else listing("Skylion007/openwebtext", "plain_text")
     n = count(names, ["text"]) if cfg.input else N_DOCUMENTS
     if not 0 < cfg.val_docs < n:
-        die(f"{n:,} documents, {cfg.val_docs:,} of them for validation, leave none for one of the two", f"--val_docs={max(1, n // 100)}")
+        die(
+            f"{n:,} documents, {cfg.val_docs:,} of them for validation, leave none for one of the two",
+            f"--val_docs={max(1, n // 100)}",
+        )
     meta = {"vocab_size": 50257, "tokenizer": "gpt2", "bos_id": 50256, "row_len": cfg.seq_len}
     split_of = lambda i: "val" if i >= n - cfg.val_docs else "train"
     shards = [(None, name) for name in names]
-    build(cfg, Path(__file__).parent, meta, shards, ["text"], Tokenizer.encode, Stream(bos=50256, eos=50256), split_of, n)
+    build(
+        cfg,
+        Path(__file__).parent,
+        meta,
+        shards,
+        ["text"],
+        Tokenizer.encode,
+        Stream(bos=50256, eos=50256),
+        split_of,
+        n,
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """
 Tiny Shakespeare in GPT-2's byte pairs: 50257 ids, 90 % for training, as in nanoGPT.
 
-    python data/shakespeare/prepare.py [--input FILE] [--bpe gpt2.tiktoken]     without them, downloads 1.1 MB and 1.6 MB
+    python data/shakespeare/prepare.py [--input FILE] [--bpe gpt2.tiktoken]     without them, downloads 1.1 MB
+    and 1.6 MB
 """
 
 import shutil
@@ -21,7 +22,8 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 @dataclass
 class BpeConfig:
     input: str = ""  # a local text file; empty: download
-    bpe: str = ""  # a local file of GPT-2 ranks, "base64 rank" a line; kept beside the data. Empty: tiktoken downloads them
+    # a local file of GPT-2 ranks, "base64 rank" a line; kept beside the data. Empty: tiktoken downloads them
+    bpe: str = ""
 
 
 def main():
@@ -36,7 +38,10 @@ def main():
     n = int(0.9 * len(text))
     train, val = bpe.encode_ordinary(text[:n]), bpe.encode_ordinary(text[n:])
     write_dataset(folder, train, val, {"vocab_size": 50257, "tokenizer": "gpt2", "eos_id": 50256})
-    print(f"shakespeare: {len(text) / 1e6:.1f} MB, {len(train):,} + {len(val):,} tokens, {time.time() - start:.1f} s")
+    print(
+        f"shakespeare: {len(text) / 1e6:.1f} MB, "
+        f"{len(train):,} + {len(val):,} tokens, {time.time() - start:.1f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """
 Tiny Shakespeare, character by character: 65 characters, 90 % for training, as in nanoGPT.
 
-    python data/shakespeare_char/prepare.py [--input FILE]     downloads 1.1 MB without --input; any UTF-8 text will do
+    python data/shakespeare_char/prepare.py [--input FILE]     downloads 1.1 MB without --input; any UTF-8
+                                                               text will do
 """
 
 import sys
@@ -29,8 +30,16 @@ def main():
     chars = sorted(set(text))
     ids = {c: i for i, c in enumerate(chars)}
     tokens, n = [ids[c] for c in text], int(0.9 * len(text))
-    write_dataset(folder, tokens[:n], tokens[n:], {"vocab_size": len(chars), "tokenizer": "char", "chars": "".join(chars)})
-    print(f"shakespeare_char: {len(text) / 1e6:.1f} MB, {len(tokens):,} tokens of {len(chars)} characters, {time.time() - start:.1f} s")
+    write_dataset(
+        folder,
+        tokens[:n],
+        tokens[n:],
+        {"vocab_size": len(chars), "tokenizer": "char", "chars": "".join(chars)},
+    )
+    print(
+        f"shakespeare_char: {len(text) / 1e6:.1f} MB, "
+        f"{len(tokens):,} tokens of {len(chars)} characters, {time.time() - start:.1f} s"
+    )
 
 
 if __name__ == "__main__":

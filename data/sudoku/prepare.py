@@ -1,10 +1,12 @@
 """
-Sudoku, generated: no download. A row is a puzzle (`.` where blank) and then its solution, for side 4: 16 + 16 characters
+Sudoku, generated: no download. A row is a puzzle (`.` where blank) and then its solution, for side 4: 16 + 16
+    characters
 
     ..3.1.........4.  becomes e.g.  4231132431422413  after it
 
-with 0 to 6 clues at random places. An answer is verifiable: a valid grid that agrees with the clues. The 4x4 kind has only
-288 grids, so it shows whether the tokens of a block fit *each other*, not generalisation; --side 9 has plenty.
+with 0 to 6 clues at random places. An answer is verifiable: a valid grid that agrees with the clues. The 4x4
+kind has only 288 grids, so it shows whether the tokens of a block fit *each other*, not generalisation;
+--side 9 has plenty.
 
     python data/sudoku/prepare.py [--side 9]
 """
@@ -38,7 +40,9 @@ def is_valid(grids):
     r = int(side**0.5)
     boxes = grids.reshape(-1, r, r, r, r).transpose(0, 1, 3, 2, 4).reshape(-1, side, side)
     want = np.arange(1, side + 1)
-    return np.all([(np.sort(g, -1) == want).all((1, 2)) for g in (grids, grids.transpose(0, 2, 1), boxes)], axis=0)
+    return np.all(
+        [(np.sort(g, -1) == want).all((1, 2)) for g in (grids, grids.transpose(0, 2, 1), boxes)], axis=0
+    )
 
 
 def all_4x4():
@@ -49,7 +53,9 @@ def all_4x4():
 
 
 def some_9x9(n, rng):
-    """n grids of side 9: one pattern with its digits, rows, columns, bands and stacks permuted, some transposed."""
+    """
+    n grids of side 9: one pattern with its digits, rows, columns, bands and stacks permuted, some transposed.
+    """
     pattern = np.array([[(3 * (i % 3) + i // 3 + j) % 9 for j in range(9)] for i in range(9)])
     lines = lambda: np.concatenate([3 * band + rng.permutation(3) for band in rng.permutation(3)])
     grids = np.stack([(1 + rng.permutation(9))[pattern[lines()][:, lines()]] for _ in range(n)])
@@ -57,11 +63,18 @@ def some_9x9(n, rng):
 
 
 def check(text):
-    """(correct, asked) of one row of text: (1, 1) if the second half is a valid grid that agrees with the clues in the first."""
+    """
+    (correct, asked) of one row of text: (1, 1) if the second half is a valid grid that agrees with the clues
+    in the first.
+    """
     n = len(text) // 2
     side = int(n**0.5)
     puzzle, answer = text[:n], text[n:]
-    if side * side != n or not answer.isdigit() or any(p not in (".", a) for p, a in zip(puzzle, answer, strict=True)):
+    if (
+        side * side != n
+        or not answer.isdecimal()
+        or any(p not in (".", a) for p, a in zip(puzzle, answer, strict=True))
+    ):
         return 0, 1
     return int(is_valid(np.array([int(c) for c in answer]).reshape(1, side, side))[0]), 1
 
@@ -84,8 +97,15 @@ def main():
     cfg, start = load_config(SudokuConfig, sys.argv[1:]), time.time()
     if cfg.side not in (4, 9):
         die(f"side {cfg.side}: a sudoku here has side 4 or 9", "python data/sudoku/prepare.py --side=4")
-    if not 1 <= min(cfg.n_train, cfg.n_val) <= max(cfg.n_train, cfg.n_val) <= 10**8 or cfg.seed < 0 or cfg.max_clues > cfg.side**2:
-        die("n_train and n_val must be 1 to 100 million, seed at least 0, max_clues at most side x side", "python data/sudoku/prepare.py")
+    if (
+        not 1 <= min(cfg.n_train, cfg.n_val) <= max(cfg.n_train, cfg.n_val) <= 10**8
+        or cfg.seed < 0
+        or cfg.max_clues > cfg.side**2
+    ):
+        die(
+            "n_train and n_val must be 1 to 100 million, seed at least 0, max_clues at most side x side",
+            "python data/sudoku/prepare.py",
+        )
     max_clues = cfg.max_clues if cfg.max_clues >= 0 else {4: 6, 9: 40}[cfg.side]
     rng, n, cells = np.random.default_rng(cfg.seed), cfg.n_train + cfg.n_val, cfg.side**2
     grids = all_4x4()[rng.integers(288, size=n)] if cfg.side == 4 else some_9x9(n, rng)
@@ -101,7 +121,10 @@ def main():
         "width": cfg.side,
     }
     write_dataset(Path(__file__).parent, rows[: cfg.n_train].ravel(), rows[cfg.n_train :].ravel(), meta)
-    print(f"sudoku {cfg.side}x{cfg.side}: {rows.size * 2 / 1e6:.1f} MB, {rows.size:,} tokens in {n:,} rows, {time.time() - start:.1f} s")
+    print(
+        f"sudoku {cfg.side}x{cfg.side}: {rows.size * 2 / 1e6:.1f} MB, "
+        f"{rows.size:,} tokens in {n:,} rows, {time.time() - start:.1f} s"
+    )
 
 
 if __name__ == "__main__":

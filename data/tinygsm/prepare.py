@@ -3,10 +3,12 @@ TinyGSM in SmolLM's byte pairs: 12 million grade-school problems, each solved by
 
     [BOS] question separator code [EOS]
 
-filled up with EOS (like BOS, id 0) to 512 tokens, and all behind the prompt carries loss, so that a model learns to end. Longer rows are
-dropped, and counted. One row in a hundred is for validation: those whose number has a hash that 100 divides, so nothing is shuffled.
+filled up with EOS (like BOS, id 0) to 512 tokens, and all behind the prompt carries loss, so that a model
+learns to end. Longer rows are dropped, and counted. One row in a hundred is for validation: those whose
+number has a hash that 100 divides, so nothing is shuffled.
 
-    python data/tinygsm/prepare.py [--input 'FOLDER/*.parquet'] [--bpe tokenizer.json]     without them, downloads
+    python data/tinygsm/prepare.py [--input 'FOLDER/*.parquet'] [--bpe tokenizer.json]     without them,
+    downloads
 
 Killed and started again, it goes on where it stopped.
 """
@@ -24,10 +26,13 @@ from run.cli import load_config
 
 @dataclass
 class TinyGsmConfig:
-    input: str = ""  # local .jsonl, .jsonl.gz or .parquet files with columns "question" and "code", commas between. Empty: download
+    # local .jsonl, .jsonl.gz or .parquet files with columns "question" and "code", commas between. Empty:
+    # download
+    input: str = ""
     bpe: str = ""  # a local tokenizer.json of SmolLM-135M; kept beside the data. Empty: download
     seq_len: int = 512  # tokens of a row
-    sep: str = r"\n"  # two characters, backslash and n: the published models' config quotes it so that it is no line break
+    # two characters, backslash and n: the published models' config quotes it so that it is no line break
+    sep: str = r"\n"
     workers: int = 0  # processes that tokenize; 0: one a core
     chunk: int = 2000  # rows between two commits to the disk
 
@@ -46,7 +51,9 @@ def split_of(i):
 
 def main():
     cfg = load_config(TinyGsmConfig, sys.argv[1:])
-    shards = [(None, name) for name in (inputs(cfg.input) if cfg.input else listing("TinyGSM/TinyGSM", "data"))]
+    shards = [
+        (None, name) for name in (inputs(cfg.input) if cfg.input else listing("TinyGSM/TinyGSM", "data"))
+    ]
     meta, encode, form = questions_and_answers(cfg.seq_len, cfg.sep)
     build(cfg, Path(__file__).parent, meta, shards, ["question", "code"], encode, form, split_of)
 

@@ -1,11 +1,14 @@
 r"""
-WikiText in GPT-2's byte pairs, for zero-shot evaluation. The text of a split is one document without an EOS inside, cut into rows
-[BOS] + 1022 tokens + [EOS], both 50256, as Duo's public scripts have it for zero-shot numbers (insert_valid_eos=False), but that they lose
-what remains of every 1000 lines. The corpus's own tokenization, " @-@ ", " , " and the like, is undone first by their rules
-(wt_detokenizer); --detokenize=false leaves it.
+WikiText in GPT-2's byte pairs, for zero-shot evaluation. The text of a split is one document without an EOS
+inside, cut into rows [BOS] + 1022 tokens + [EOS], both 50256, as Duo's public scripts have it for zero-shot
+numbers (insert_valid_eos=False), but that they lose what remains of every 1000 lines. The corpus's own
+tokenization, " @-@ ", " , " and the like, is undone first by their rules (wt_detokenizer); --detokenize=false
+leaves it.
 
-    python data/wikitext/prepare.py [--version 2] [--split test]                       downloads; version 103 without the flag
-    python data/wikitext/prepare.py --input wiki.train.raw.txt --val_input FILE.txt    if only val.bin matters: FILE.txt for both
+    python data/wikitext/prepare.py [--version 2] [--split test]                       downloads; version 103
+    without the flag
+    python data/wikitext/prepare.py --input wiki.train.raw.txt --val_input FILE.txt    if only val.bin
+    matters: FILE.txt for both
 """
 
 import re
@@ -46,7 +49,8 @@ class WikiTextConfig:
     input: str = ""  # a local .txt of the training split. Empty: download
     val_input: str = ""  # a local .txt of the split that becomes val.bin
     detokenize: bool = True  # undo the corpus's tokenization
-    bpe: str = ""  # a local file of GPT-2 ranks, "base64 rank" a line; kept beside the data. Empty: tiktoken downloads them
+    # a local file of GPT-2 ranks, "base64 rank" a line; kept beside the data. Empty: tiktoken downloads them
+    bpe: str = ""
     seq_len: int = 1024  # tokens of a row, BOS and EOS included
     workers: int = 0  # processes that tokenize; 0: one a core
     chunk: int = 100  # pieces of 64k characters between two commits to the disk
@@ -69,16 +73,32 @@ def main():
     if cfg.version not in (2, 103) or cfg.split not in ("validation", "test"):
         die("version is 2 or 103, split validation or test", "--version=2 --split=test")
     if bool(cfg.input) != bool(cfg.val_input):
-        die("local files are needed for both splits, or for none", "--input TRAIN.txt --val_input VALID.txt, or the latter twice")
+        die(
+            "local files are needed for both splits, or for none",
+            "--input TRAIN.txt --val_input VALID.txt, or the latter twice",
+        )
     if cfg.input:
-        shards = [("train", name) for name in inputs(cfg.input)] + [("val", name) for name in inputs(cfg.val_input, "--val_input")]
+        shards = [("train", name) for name in inputs(cfg.input)] + [
+            ("val", name) for name in inputs(cfg.val_input, "--val_input")
+        ]
     else:
         urls = listing("Salesforce/wikitext", f"wikitext-{cfg.version}-raw-v1")
         kinds = (("train", "train-"), ("val", f"{cfg.split}-"))
-        shards = [(split, url) for split, begin in kinds for url in urls if url.rsplit("/", 1)[1].startswith(begin)]
+        shards = [
+            (split, url) for split, begin in kinds for url in urls if url.rsplit("/", 1)[1].startswith(begin)
+        ]
     meta = {"vocab_size": 50257, "tokenizer": "gpt2", "bos_id": 50256, "row_len": cfg.seq_len}
     form = Stream(bos=50256, eos=50256, after_document=False)
-    build(cfg, Path(__file__).parent, meta, shards, ["text"], partial(encode, detokenize=cfg.detokenize), form, layout="one")
+    build(
+        cfg,
+        Path(__file__).parent,
+        meta,
+        shards,
+        ["text"],
+        partial(encode, detokenize=cfg.detokenize),
+        form,
+        layout="one",
+    )
 
 
 if __name__ == "__main__":
