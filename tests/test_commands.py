@@ -400,6 +400,7 @@ def test_resume_and_going_on_from_weights(home):
     assert "from out/parts: dataset sudoku" in call(home, "train.py", *more, "--device=cpu")
 
 
+@pytest.mark.slow  # seven commands in processes of their own
 def test_text_that_the_terminal_cannot_show_ends_no_run(home):
     """A terminal of ASCII, and a system whose files would be ASCII if nobody said otherwise."""
     poor = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

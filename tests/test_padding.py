@@ -490,6 +490,7 @@ def student(name):
     training.train(cfg, settings, method, *training.begin_from(cfg, settings, method, asked))
 
 
+@pytest.mark.slow  # networks are trained
 @pytest.mark.parametrize("name", ["masked", "uniform", "masked_distilled", "uniform_distilled"])
 def test_a_trained_network_is_not_below_the_entropy_and_its_texts_have_lengths(runs, name, monkeypatch):
     """

@@ -94,7 +94,7 @@ SHARP = {
 }  # seeds whose tokens depend on each other
 
 
-@pytest.mark.parametrize("kind", slow(SHARP, ["masked", "uniform denoiser, timed"]))
+@pytest.mark.parametrize("kind", slow(SHARP, ["masked"]))
 @PATHS
 def test_psi_draws_its_kernel_and_kappa_1_is_ancestral(path, kind):
     model, process = setup(kind, *SHARP[kind], path)
