@@ -379,10 +379,10 @@ def uniform_nll(logits, x0, xt, alpha, dalpha, weight=None, shift=None, overwrit
     Here 1 / (1 + q_v) - sum_u p_u / (1 + q_u) = sum_u p_u q_u / (1 + q_u) - q_v / (1 + q_v): whichever has
     the smaller sum, R or Q, loses less.
 
-    logits (N, V); x0, xt (N,) int64; alpha in [0, 1) and dalpha (N,) float64. At alpha = 0 the integrand is
-    0.
+    logits (N, V); x0, xt (N,) int64; alpha in [0, 1), dalpha (N,) float64. At alpha = 0 the integrand is 0.
     shift (N,)  is subtracted from the logit at x_t first, or None: how a denoiser's logits become
-    leave-one-out ones overwrite, and rows of weight 0: as in cross_entropy
+                leave-one-out ones
+    overwrite, and rows of weight 0: as in cross_entropy
 
     Bytes a row: 2 V e without gradient, 3 V e read and V e written with it; what is read again comes from L2
     where rows fit there.

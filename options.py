@@ -17,16 +17,14 @@ class TrainConfig:
     dataset: str = "shakespeare_char"  # a folder under data/ with train.bin, val.bin, meta.json
     # checkpoints and log.jsonl go here; an earlier run there moves to out_dir/earlier.1
     out_dir: str = "out/run"
-    # weights to begin with: a run's out_dir, or published ones, hf:OWNER/REPO/SUBFOLDER or a folder
-    # (hub/published.py)
+    # weights to begin with: a run's out_dir, or published ones (hub/published.py), hf:OWNER/REPO/SUBFOLDER
     init_from: str = ""
-    # go on from the newest checkpoint of out_dir; from the first step if the run there was killed before it
-    # had one
+    # go on from the newest checkpoint of out_dir, or from the first step if the run there has none yet
     resume: bool = False
-    # what is learned
+
+    # ----- what is learned
     process: str = "masked"  # the noise: masked or uniform; or what --method brings
-    # a system of the literature, a file in methods/: duo, distill, gidd, ...; --method NAME --help explains
-    # it
+    # a system of the literature, a file in methods/: duo, distill, gidd, ...; see --method NAME --help
     method: str = ""
     # size:weight,...: the share of rows trained with each
     block_sizes: dict = field(default_factory=lambda: {1: 0.25, 16: 0.75})
@@ -38,7 +36,8 @@ class TrainConfig:
     # uniform: denoiser (what ce teaches; elbo can) or loo (elbo; ce_noisy is used so too); auto: by objective
     predicts: str = "auto"
     random_ar: bool = False  # uniform: block size 1 reads random tokens, as published, not one constant id
-    # the network
+
+    # ----- the network
     seq_len: int = 0  # T, the context; 0: the dataset's row length
     n_layers: int = 4
     n_heads: int = 4
@@ -49,7 +48,8 @@ class TrainConfig:
     # show padding clean and never charge it, as published weights were trained: then no bound (docs/log.md)
     clean_padding: bool = False
     next_token: bool = False  # block_sizes 1:1 as an ordinary AR transformer, one stream instead of two
-    # optimisation
+
+    # ----- optimisation
     max_steps: int = 1500  # optimizer steps
     batch_size: int = 64  # rows of one forward of one process
     # forwards per optimizer step: a step sees batch_size * accumulation * processes rows
@@ -63,13 +63,15 @@ class TrainConfig:
     weight_decay: float = 0.05  # on matrices
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     ema: float = 0.999  # of the weights; what is evaluated and sampled
-    # looking at it
+
+    # ----- looking at it
     eval_every: int = 500  # steps between checkpoints, each followed by a validation; also at the end
     keep: int = 2  # newest checkpoints kept, besides the best
     n_eval: int = 256  # windows of the validation split
     n_samples: int = 2  # printed at each validation
     log_every: int = 10  # steps between lines of log.jsonl
-    # the machine
+
+    # ----- the machine
     device: str = "auto"  # cuda, mps or cpu
     # of the forward: float32 or bfloat16 (autocast; weights, logits and losses stay float32)
     dtype: str = "auto"
@@ -81,7 +83,8 @@ class TrainConfig:
     fsdp: bool = False
     # seconds a process waits for another before it ends; writing a checkpoint must take less
     timeout: float = 600
-    # when something is wrong
+
+    # ----- when something is wrong
     # the first step's batch at every step: a network that can learn at all learns it by heart
     overfit: bool = False
     # a step that is not finite is skipped; so many in a row, when the log looks, end the run

@@ -132,8 +132,8 @@ def stratified_draw(block_sizes, n, seed, step):
     steps together (every rank makes the same call and takes its rows): sizes (n,) int64, t (n,) float64 in
     (0, 1).
     block_sizes: size -> weight. Each size gets its share of the rows to within one row, and the rows of a
-        size get one
-    time in each of as many equal slices of (0, 1): lower variance than independent draws, same mean.
+        size get one time in each of as many equal slices of (0, 1): lower variance than independent draws,
+        same mean.
     """
     u = Noise(seed, torch.tensor([-1]), torch.arange(n), step).uniform(3)[0]  # (n, 3)
     sizes = torch.tensor(list(block_sizes))

@@ -1,13 +1,10 @@
 """
 How does it learn? One loop, top to bottom. Every setting is in options.py.
 
-    python train.py config/sudoku.toml                                      one process, whatever device is
-    there
-    torchrun --standalone --nproc_per_node=4 train.py config/sudoku.toml    one process a GPU
-    python train.py config/sudoku.toml --resume                             go on, bit for bit as if it had
-    never stopped
-    python train.py config/sudoku.toml --method loopholing                  a system of the literature: a file
-    in methods/
+    python train.py config/sudoku.toml                        one process, whatever device is there
+    torchrun --standalone --nproc_per_node=4 train.py config/sudoku.toml         one process a GPU
+    python train.py config/sudoku.toml --resume               go on, bit for bit as if it had never stopped
+    python train.py config/sudoku.toml --method loopholing    a system of the literature: a file in methods/
 
 The dial is block_sizes, a distribution over block sizes: 1:1 is AR, 256:1 with seq_len 256 is plain
 diffusion, 16:1 is block diffusion, 1:0.25,16:0.75 is a mixture that does all of it. Every row of a batch has
@@ -90,8 +87,8 @@ def backward(run, batches, step, loss_of, n_tokens):
                 size, objectives = only_size or sizes, cfg.objectives()
                 summed, _ = loss_of(run.forward, run.process, x0, size, t, objectives, **how)
             part = summed / n_tokens
-            # DDP and FSDP average over processes, we want their sum; a loss that is not finite makes a
-            # gradient that is not
+            # DDP and FSDP average over processes, we want their sum. A loss that is not finite makes a
+            # gradient that is not.
             (part * torch.where(part.isfinite(), float(run.world), math.nan)).backward()
         loss += part.detach()
     return loss
@@ -105,8 +102,7 @@ def take_step(run, step, loss_of, batches, n_tokens):
     cfg, optimizer = run.cfg, run.optimizer
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
-    # so that a resumed run drops what it would have; other numbers of processes drop other things
-    if cfg.dropout:
+    if cfg.dropout:  # a resumed run drops what it would have; other numbers of processes drop other things
         torch.manual_seed(cfg.seed + 1_000_003 * (step * run.world + run.rank + 1))
     loss = backward(run, batches, 0 if cfg.overfit else step, loss_of, n_tokens)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
@@ -135,9 +131,7 @@ def settle_the_order_of_sums(run):
 
 
 def learn(run):
-    """
-    The loop: steps, a look at them every log_every, and a checkpoint with a validation every eval_every.
-    """
+    """The loop: steps, a look at them every log_every, a checkpoint and a validation every eval_every."""
     cfg, learner = run.cfg, run.learner
     done, stop = run.first, False  # steps taken
     if run.first >= cfg.max_steps:

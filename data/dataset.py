@@ -136,8 +136,7 @@ class Dataset:
     def windows(self, split, index):
         """
         index: integers (B,) below n_windows -> x0 (B, T) int64, given (B, T) bool: prompts, which carry no
-            loss, and real (B, T) bool:
-        tokens of the text, not padding.
+        loss, and real (B, T) bool: tokens of the text, not padding.
         """
         starts = [int(i) * (self.row_len or 1) for i in index]
         x0 = torch.from_numpy(
@@ -158,7 +157,7 @@ class Dataset:
         """
         n windows at equal distances over the split, none with tokens of another, all that fit if they are
         fewer: the same for every evaluation. n = 0: all of the split; the last window of a stream then begins
-            inside the one before where it has to.
+        inside the one before where it has to.
         """
         tokens, step = len(self.tokens[split]), 1 if self.row_len else self.seq_len
         last = self.n_windows(split) - 1

@@ -112,7 +112,7 @@ def pieces(lines):
     Cuts documents into pieces whose ids, joined, are those of the whole. Both GPT-2's pattern and BERT's
     begin a new match where white space follows something else, and none looks back or, but from within white
     space, ahead: so a piece ends there, before a line break. A cut after the line break would not do: in
-        "a.\\n\\nb" the pattern takes "\\n" twice, at the end of a piece "\\n\\n" at once.
+    "a.\\n\\nb" the pattern takes "\\n" twice, at the end of a piece "\\n\\n" at once.
     """
     held, size, n = [], 0, 0
     for n, line in lines:

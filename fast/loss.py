@@ -35,8 +35,8 @@ def token_loss(
     """
     diffusion.token_loss. A network or a process without a fast form takes that one.
     device: where the network is, if x0, given, charged and noise are on the CPU. Then they are corrupted
-        there, the host knows which
-    tokens cost something, and no step waits for a GPU to tell. None: where x0 is.
+        there, the host knows which tokens cost something, and no step waits for a GPU to tell. None: where
+        x0 is.
     """
     network = getattr(model, "module", model)  # DDP, torch.compile
     network = getattr(network, "_orig_mod", network)

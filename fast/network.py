@@ -152,11 +152,10 @@ class FastLayer(Layer):
     ):
         """
         x (B, C + N, D) -> (B, C + N - skip, D): keys and values from every token, an output for all but the
-        first `skip`, 0 or C. With ask,
-        rows (M,) and places (M,), for these tokens behind `skip` only: (M, 1, D).
-        rope: cos and sin (S, D/H). mask: see attend. cond (B, 1 or 2, cond_dim), one vector a stream (or 1 +
-            N, see _condition); level: of
-        cache.levels, where it is kept. token_table: see qkv_from_table.
+        first `skip`, 0 or C. With ask, rows (M,) and places (M,), for these tokens behind `skip` only:
+        (M, 1, D). rope: cos and sin (S, D/H). mask: see attend. cond (B, 1 or 2, cond_dim), one vector a
+        stream (or 1 + N, see level_vectors); level: of cache.levels, where it is kept. token_table: see
+        qkv_from_table.
         """
         B, S, D = x.shape
         norm1 = gate1 = norm2 = gate2 = None
@@ -228,16 +227,15 @@ class FastTransformer(Transformer):
         start       in training 0, or a block behind prompts; when generating or verifying the length of the
                     context
         sigma (B,) or (1,)  noise level -log(alpha_t); zeros if None; unused without time conditioning
+        cache       a KVCache: adds the clean tokens before, and commits `clean` to it
         Several readings of one block in one pass: block_size (1 or B, N), start (N,) the positions and sigma
         (B, N), one a noisy token; tokens with another block size do not see each other.
-        cache       a KVCache: adds the clean tokens before, and commits `clean` to it
         Returns logits (B, N, V) float32 for the noisy positions, nothing forbidden, not normalised. Or, so
         that no one has to hold all logits, readout(hidden (B, N, D) float32, weight (V, D), bias (V,)):
         logits are hidden @ weight.T + bias.
         ask (B, N)  bool, best on the CPU: the tokens whose logits are wanted, (M, V) in their order, or
-        hidden (M, D) for the readout
-                    (all under torch.compile); not with one sigma a token. The others cost the last layer keys
-                    and values only
+                    hidden (M, D) for the readout (all under torch.compile); not with one sigma a token. The
+                    others cost the last layer keys and values only
         """
         if cache is None:
             guard("model.py", self)

@@ -122,7 +122,7 @@ def checksum(path, like):
 @contextmanager
 def locked(path):
     """One process at a time, of those on this machine that want the same file."""
-    with open(path, "a") as lock:
+    with open(path, "a", encoding="utf-8") as lock:
         try:
             import fcntl
 

@@ -245,10 +245,10 @@ def translated(weights, cfg):
     weights: name -> array or tensor; prefixes `w.`, `backbone.`, `_orig_mod.` are dropped,
         `rotary_emb.inv_freq` is implied.
     cfg: hidden_size, n_heads, n_blocks, length, and cond_dim, mlp_ratio, x0_causal, rope_base where they
-        differ from the published ones
-    (with or without `cfg.` in front). With type block-dit, or without a type and with x0_causal, it is a
-    BlockDiT, which conditions both streams on sigma; else a DiT of one stream: full diffusion, or without
-    adaLN the causal next-token one. The vocabulary and adaLN are as the weights say.
+        differ from the published ones (with or without `cfg.` in front). With type block-dit, or without a
+        type and with x0_causal, it is a BlockDiT, which conditions both streams on sigma; else a DiT of one
+        stream: full diffusion, or without adaLN the causal next-token one. The vocabulary and adaLN are as
+        the weights say.
     Raises KeyError for a setting or a weight without which nothing can be said.
     """
     cfg = {k.removeprefix("cfg."): v for k, v in cfg.items()}

@@ -177,9 +177,8 @@ def strip(ckpt, steps, max_new_tokens, seed, device):
 def curves(panels, path, dpi=60):
     """
     panels: rows of dicts for a grid of axes: title, xlabel, ylabel, optionally xscale, yscale, ticks
-        (positions, names), level (a
-    dotted line at y), and series: (label, points, style) with points (x, y, low, high) joined in the order of
-    x.
+        (positions, names), level (a dotted line at y), and series: (label, points, style) with points
+        (x, y, low, high) joined in the order of x.
     """
     plt = pyplot()
     shape = len(panels), max(map(len, panels))

@@ -15,8 +15,9 @@ read by the same judge and counted the same way.
 
     python -m lab.quality --ckpt out/sudoku                  accuracy or generative perplexity: AR, ancestral
                                                              and ARPC, 1, 2, 4, ... steps
-    python -m lab.quality --ckpt out/sudoku --sampler psi --kappa pc --steps 8       any sampler, with its own
-    options
+    python -m lab.quality --ckpt out/sudoku --sampler psi --kappa pc --steps 8
+
+The second is for any sampler, with its own options.
 """
 
 import importlib.util

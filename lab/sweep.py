@@ -7,8 +7,7 @@ against passes and tokens per second, and how varied the texts are.
     python -m lab.sweep --ckpt out/mix --samplers ancestral,arpc --steps 4,16 --temperatures 0.7,1
     python -m lab.sweep --report docs/tables --out out/all.jsonl     tables and a plot of all lines there;
                                                                      nothing is sampled
-    python -m lab.sweep --report docs/tables --out out/all.jsonl --panels samplers       the same, checkpoints
-    side by side
+    python -m lab.sweep --report docs/tables --panels samplers       checkpoints side by side
 
 One JSON line each in --out, by default out/sudoku/sweep.jsonl, and beside it a table (.md) and a plot (.png)
 of this sweep. Lines that are there already are not made again, so a sweep that was stopped goes on where it

@@ -1,16 +1,14 @@
 """
 Distillation: a student learns in one pass what its teacher knows after a step more, takes the teacher's
-    place, and the step doubles.
+place, and the step doubles.
 
-    python train.py --method distill --ckpt out/sudoku --out_dir out/sudoku_sdtt             masked noise:
-    SDTT (arXiv 2410.21035)
-    python train.py --method distill --ckpt out/sudoku_uniform --out_dir out/sudoku_dcd      uniform noise:
-    DCD (arXiv 2506.10892)
-    python -m lab.quality --ckpt out/sudoku_sdtt                                   a student is a checkpoint
-    like any other
+    python train.py --method distill --ckpt out/sudoku --out_dir out/sudoku_sdtt
+    python train.py --method distill --ckpt out/sudoku_uniform --out_dir out/sudoku_dcd
+    python -m lab.quality --ckpt out/sudoku_sdtt
 
-Rows with block size 1 go on with cross-entropy, so that the AR mode, and with it ARPC, stays what it was.
-Letters as in diffusion.py.
+Masked noise: SDTT (arXiv 2410.21035). Uniform noise: DCD (arXiv 2506.10892). A student is a checkpoint like
+any other. Rows with block size 1 go on with cross-entropy, so that the AR mode, and with it ARPC, stays what
+it was. Letters as in diffusion.py.
 """
 
 import copy

@@ -32,8 +32,8 @@ from run.cli import die
 def transform(gamma, vocab_size):
     """
     alpha = T(gamma), and dT / dgamma, float64 of gamma's shape:
-        P = Prob[argmax w = x_0] = ∫ phi(z - mu) Phi(z)^(V - 1) dz,   mu = a / s = exp(-gamma / 2),   T = (V P
-        - 1) / (V - 1)
+        P = Prob[argmax w = x_0] = ∫ phi(z - mu) Phi(z)^(V - 1) dz,   mu = a / s = exp(-gamma / 2)
+        T = (V P - 1) / (V - 1)
     phi and Phi are the normal density and distribution; z is the value of x_0's own entry in units of s. The
     trapezoid rule converges geometrically on such integrands: 321 points give 1e-13 up to V = 1e9, in a
     millisecond, so no table is kept.

@@ -1,6 +1,6 @@
 """
 GIDD: a hybrid of masked and uniform noise. A network that has seen wrong words, not just masks, can tell
-    which of its own are wrong.
+which of its own are wrong.
 
     q(x_t | x_0) = a onehot(x_0) + m      a = (1 - t) / C,   m = (t mask + c uniform) / C,   C = 1 + c
     c = B sqrt(t (1 - t)),   B = 2 p_u / (1 - p_u)      p_u: the share of uniform noise at t = 1/2

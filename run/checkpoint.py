@@ -385,8 +385,7 @@ def build(cfg, vocab_size, network=None, method=None, settings=None, process=Non
     noise adds one id, the mask. Uniform noise adds none to the V it predicts: idle symbols would be drawn as
     noise.
     network: a dict, of weights that began elsewhere: what they are (ModelConfig). The model is then on the
-        device
-    meta, without weights, and `load_state_dict(..., assign=True)` gives it some.
+        device meta, without weights, and `load_state_dict(..., assign=True)` gives it some.
     method, settings: a method's module and its Settings.
     process: what a checkpoint says of its process (process_facts), in place of what the settings make.
     """

@@ -30,10 +30,12 @@ from run.restore import compare, load_state
 
 class Run:
     """
-    A training run.  model, ema, process, optimizer, forward (the model, wrapped for several processes),
-    learner;
-    first: the step it begins at, saved: how many steps are on the disk, skipped (2,): steps skipped, in all
-        and in a row.
+    A training run: model, ema, process, optimizer, learner, and
+
+    forward       the model, wrapped for several processes
+    first         the step it begins at
+    saved         how many steps are on the disk
+    skipped (2,)  steps skipped, in all and in a row
     """
 
     def __init__(

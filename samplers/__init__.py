@@ -1,6 +1,6 @@
 """
-SAMPLERS: every sampler by its name. A file of this folder is found by itself, and so is a function in it that
-    generate.sampler decorates.
+SAMPLERS: every sampler by its name. The files of this folder are imported here; a function in them that
+generate.sampler decorates enters itself.
 """
 
 import importlib

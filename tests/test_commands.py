@@ -385,6 +385,7 @@ def test_the_old_command_of_distillation(home):
     assert state["method"]["name"] == "distill" and state["method"]["settings"]["ckpt"] == "out/sudoku"
 
 
+@pytest.mark.slow
 def test_resume_and_going_on_from_weights(home):
     flags = ("config/sudoku.toml", *SMALL, "--out_dir=out/parts", "--lr_schedule=constant")
     call(home, "train.py", *flags, "--max_steps=2")

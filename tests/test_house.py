@@ -167,6 +167,40 @@ def test_a_circle_and_an_import_inside_a_function_are_seen():
     assert imports("import torch\n\ndef f():\n" + inside, names) == (names, {"torch"})
 
 
+# ----- text files
+
+
+def without_encoding(source):
+    """The lines of a source where a text file is opened in whatever encoding the system has."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        if isinstance(node.func, ast.Name) and node.func.id == "open":
+            mode = [*node.args[1:2], *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
+            words = [part.value for m in mode for part in ast.walk(m) if isinstance(part, ast.Constant)]
+            if not any("b" in str(word) for word in words):
+                lines.append(node.lineno)
+        elif isinstance(node.func, ast.Attribute) and node.func.attr in ("read_text", "write_text"):
+            lines.append(node.lineno)
+    return lines
+
+
+@pytest.mark.parametrize("folder", [".", "run", "hub", "data", "methods", "samplers", "fast"])
+def test_text_files_are_utf8_on_every_system(folder):
+    files = sorted(ROOT.glob("*.py") if folder == "." else (ROOT / folder).rglob("*.py"))
+    wrong = []
+    for file in files:
+        lines = without_encoding(file.read_text(encoding="utf-8"))
+        wrong += [f"{file.relative_to(ROOT)}, line {line}" for line in lines]
+    assert len(files) > 2 and not wrong, "; ".join(wrong)
+
+
+def test_a_text_file_without_an_encoding_is_seen():
+    source = "open(a)\nopen(a, 'w')\nopen(a, mode='rb')\np.read_text()\np.write_text(t, encoding='utf-8')"
+    assert without_encoding(source) == [1, 2, 4]
+
+
 # ----- length
 
 LINES = {"model": 220, "diffusion": 320, "generate": 260, "rng": 130, "kernels": 450}

@@ -5,10 +5,10 @@ each sentence, and a row is [CLS] + 126 tokens of that stream + [SEP]. Validatio
 split. The benchmark's spaces around punctuation are undone, by the rules of MDLM's public code
 (lm1b_detokenizer).
 
-    python data/lm1b/prepare.py [--input FILES --val_input FILES] [--bpe vocab.txt]     without them,
-    downloads
+    python data/lm1b/prepare.py [--input FILES --val_input FILES] [--bpe vocab.txt]
 
-Killed and started again, it goes on where it stopped. A local .txt has a sentence a line.
+Without them, downloads. Killed and started again, it goes on where it stopped. A local .txt has a sentence a
+line.
 """
 
 import re

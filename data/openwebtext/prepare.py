@@ -4,11 +4,10 @@ and the stream is cut into rows [BOS] + 1022 tokens + [EOS], both 50256. The las
 validation. The published runs cut every 1000 documents by themselves and drop what remains of them; here the
 remainder goes on into the next document's row.
 
-    python data/openwebtext/prepare.py [--input 'FOLDER/*.parquet'] [--bpe gpt2.tiktoken]     without them,
-    downloads
+    python data/openwebtext/prepare.py [--input 'FOLDER/*.parquet'] [--bpe gpt2.tiktoken]
 
-Killed and started again, it goes on where it stopped. A local .txt has lines <|endoftext|> between its
-documents.
+Without them, downloads. Killed and started again, it goes on where it stopped. A local .txt has lines
+<|endoftext|> between its documents.
 """
 
 import sys

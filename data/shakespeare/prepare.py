@@ -1,8 +1,9 @@
 """
 Tiny Shakespeare in GPT-2's byte pairs: 50257 ids, 90 % for training, as in nanoGPT.
 
-    python data/shakespeare/prepare.py [--input FILE] [--bpe gpt2.tiktoken]     without them, downloads 1.1 MB
-    and 1.6 MB
+    python data/shakespeare/prepare.py [--input FILE] [--bpe gpt2.tiktoken]
+
+Without them, downloads 1.1 MB and 1.6 MB.
 """
 
 import shutil

@@ -1,6 +1,6 @@
 """
-Sudoku, generated: no download. A row is a puzzle (`.` where blank) and then its solution, for side 4: 16 + 16
-    characters
+Sudoku, generated: no download. A row is a puzzle (`.` where blank) and then its solution, for side 4 it has
+16 + 16 characters:
 
     ..3.1.........4.  becomes e.g.  4231132431422413  after it
 

@@ -7,10 +7,9 @@ filled up with EOS (like BOS, id 0) to 512 tokens, and all behind the prompt car
 learns to end. Longer rows are dropped, and counted. One row in a hundred is for validation: those whose
 number has a hash that 100 divides, so nothing is shuffled.
 
-    python data/tinygsm/prepare.py [--input 'FOLDER/*.parquet'] [--bpe tokenizer.json]     without them,
-    downloads
+    python data/tinygsm/prepare.py [--input 'FOLDER/*.parquet'] [--bpe tokenizer.json]
 
-Killed and started again, it goes on where it stopped.
+Without them, downloads. Killed and started again, it goes on where it stopped.
 """
 
 import sys

@@ -5,10 +5,10 @@ numbers (insert_valid_eos=False), but that they lose what remains of every 1000 
 tokenization, " @-@ ", " , " and the like, is undone first by their rules (wt_detokenizer); --detokenize=false
 leaves it.
 
-    python data/wikitext/prepare.py [--version 2] [--split test]                       downloads; version 103
-    without the flag
-    python data/wikitext/prepare.py --input wiki.train.raw.txt --val_input FILE.txt    if only val.bin
-    matters: FILE.txt for both
+    python data/wikitext/prepare.py [--version 2] [--split test]
+    python data/wikitext/prepare.py --input wiki.train.raw.txt --val_input FILE.txt
+
+The first downloads, version 103 without the flag. If only val.bin matters, the second may name a file twice.
 """
 
 import re
