@@ -108,20 +108,21 @@ def draw(p, noise):
 def sharpen(logits, temperature=1.0, top_p=1.0):
     """
     Temperature, then nucleus (arXiv 1904.09751): the fewest most likely tokens whose probability reaches
-    top_p. Temperature 0 is greedy: all mass on the argmax. logits (..., V) -> (..., V). Raises ValueError out
-    of range.
+    top_p, and always the first. Temperature 0 is greedy: all mass on the argmax. logits (..., V) -> (..., V).
+    Raises ValueError out of range.
     """
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature} must be finite and >= 0, top_p {top_p} in (0, 1]")
     if temperature == 0:
         return torch.full_like(logits, -math.inf).scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
     if temperature != 1:
-        # the largest at 0: a tiny temperature overflows nothing
-        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+        # the largest at 0: a tiny temperature overflows nothing, and float32 holds 1e-30 to 1e30
+        logits = (logits - logits.amax(-1, keepdim=True)) / min(max(temperature, 1e-30), 1e30)
     if top_p < 1:
         value, index = logits.sort(-1, descending=True)
         p = value.softmax(-1)
         outside = p.cumsum(-1) - p >= top_p  # what stands before it is enough already
+        outside[..., 0] = False
         logits = logits.masked_fill(outside.scatter(-1, index, outside), -math.inf)
     return logits
 

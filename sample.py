@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import hub.published  # noqa: F401  --init_from hf:...
+from data.dataset import checker
 from data.tokens import read_prompts, tokenizer_or_numbers
 from diffusion import SCHEDULES
 from fast.block import generate
@@ -194,6 +195,10 @@ def main():
         cannot = "AR mode" in str(e) or "not defined" in str(e)
         fix = f"python sample.py --sampler {cfg.sampler} --help"
         die(str(e), "--sampler ancestral, which every checkpoint serves" if cannot else fix)
+    if module := checker(Path("data") / run.dataset):
+        texts = (tokenizer.decode([i for i in row if i != NOTHING]) for row in last.x.tolist())
+        right = [correct == asked for correct, asked in map(module.check, texts)]
+        print(*("right" if r else "wrong" for r in right), f"({sum(right)} of {len(right)})")
     n = int((last.x != NOTHING).sum()) - sum(map(len, prompts))
     a_row = f"{last.nfe_rows.float().mean():.1f} a row"
     passes = f"{last.nfe} NFE ({a_row}, {last.token_forwards:,} token-forwards)"

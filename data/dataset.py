@@ -18,6 +18,7 @@ vocabulary needs it) and a meta.json. The least that meta.json may say is {"voca
     width        break a sample into lines of so many characters when showing it
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -136,7 +137,8 @@ class Dataset:
     def windows(self, split, index):
         """
         index: integers (B,) below n_windows -> x0 (B, T) int64, given (B, T) bool: prompts, which carry no
-        loss, and real (B, T) bool: tokens of the text, not padding.
+        loss, and real (B, T) bool: tokens of the text, not padding. A text that does not end with eos_id ends
+        with its first padding token, which belongs to it then: it says how long the text is.
         """
         starts = [int(i) * (self.row_len or 1) for i in index]
         x0 = torch.from_numpy(
@@ -151,6 +153,10 @@ class Dataset:
         if "bos_id" in meta and self.row_len:
             given = given | (at == 0)
         real = x0 != meta["pad_id"] if "pad_id" in meta else torch.ones_like(given)
+        ends = real[:, :-1] & ~real[:, 1:] & (x0[:, :-1] != meta.get("eos_id", -1))
+        if "eos_id" in meta:  # a row without any text, where texts have an end, is no text
+            ends = ends & ~given[:, :-1]
+        real[:, 1:] |= ends
         return x0, given, real
 
     def spread(self, split, n):
@@ -183,6 +189,20 @@ def charged_tokens(given, real, block_size, clean_padding=False):
     length = ((real & ~given) * at).amax(1, keepdim=True)  # (B, 1); 0: no text
     b = torch.as_tensor(block_size, device=real.device).view(-1, 1)
     return given, ~given & (at <= -(-length // b) * b)
+
+
+def checker(folder):
+    """
+    folder/prepare.py as a module if it knows what is correct, else None. Such a file has check(text) ->
+    (correct, asked) and may have choices(text) -> [(answer, what else it could have been)].
+    """
+    path = Path(folder) / "prepare.py"
+    if not path.exists():
+        return None
+    spec = importlib.util.spec_from_file_location(f"prepare_{path.parent.name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module if hasattr(module, "check") else None
 
 
 def first_charged(charged, unit):

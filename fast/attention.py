@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from kernels import send
 
@@ -173,15 +172,22 @@ def query_chunks(x, block_size, C, start, clean_causal, step):
 
 
 class Blocks(NamedTuple):
-    all: BlockMask  # for the queries of all tokens
-    noisy: BlockMask  # of the noisy ones
+    all: object  # a BlockMask for the queries of all tokens
+    noisy: object  # of the noisy ones
+
+
+def flex():
+    """flex_attention and create_block_mask. Not on a CPU: they load the compiler, 2 seconds and 60 MB."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    return (flex_attention, create_block_mask) if torch.compiler.is_compiling() else compiled()
 
 
 @functools.cache
 def compiled():
-    """
-    flex_attention and create_block_mask. Each kind of pass is a variant: training, validation, prompts, ...
-    """
+    """Each kind of pass is a variant: training, validation, prompts, ..."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
     # beyond it all pairs are scored, without a word
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention), torch.compile(create_block_mask)
@@ -206,7 +212,7 @@ def flex_mask(block_size, B, C, N, start, clean_causal, device):
         clean = k <= q if clean_causal else at <= own
         return torch.where(ask < first, (key < first) & clean, torch.where(key < first, at < own, at == own))
 
-    make = create_block_mask if torch.compiler.is_compiling() else compiled()[1]
+    make = flex()[1]
     noisy = make(lambda row, head, ask, key: rule(row, head, ask + edge[row], key), B, None, N, C + N, device)
     return Blocks(make(rule, B, None, C + N, C + N, device), noisy)
 
@@ -247,8 +253,7 @@ def attend(q, k, v, mask, skip):
         with torch.autocast("cpu", enabled=False):  # SDPA and @ would round to bfloat16
             return attend(q, k, v, mask, skip)
     if isinstance(mask, Blocks):
-        run = flex_attention if torch.compiler.is_compiling() else compiled()[0]
-        return run(q, k, v, block_mask=mask.noisy if skip else mask.all)
+        return flex()[0](q, k, v, block_mask=mask.noisy if skip else mask.all)
     if not isinstance(mask, list):
         return softmax_attention(q, k, v, mask if mask is None else mask[:, :, skip:])
     P, cs, ns = len(mask), [c for c, *_ in mask], [n for _, n, _ in mask]

@@ -22,6 +22,7 @@ import types
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 import diffusion
 import generate
@@ -321,10 +322,19 @@ def called(name):
     return name.startswith("time.") or name.rpartition(".")[2] in ("time", "modulation", "dropout")
 
 
+class Undrawn(TorchFunctionMode):
+    """Weights keep what they are: drawing on the meta device would load the compiler, 2 seconds long."""
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        if getattr(f, "__module__", "") == "torch.nn.init":
+            return (*args, *(kwargs or {}).values())[0]
+        return f(*args, **(kwargs or {}))
+
+
 @functools.cache
 def reference(facts):
     """{name: (type, attributes, shapes)} of the modules that model.py makes of a config; facts: its items."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+    with torch.device("meta"), Undrawn():
         net = model.Transformer(model.ModelConfig(**dict(facts)))
     return {name: (type(x), attributes(x), shapes(x)) for name, x in net.named_modules()}
 

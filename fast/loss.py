@@ -126,7 +126,6 @@ def token_loss(
 # ----- logits never held
 
 
-@torch.compiler.disable  # a compiled network ends here
 def through_head(hidden, weight, bias, loss, held=None):
     """
     (total, each): the sum of loss(logits, rows) over rows, a scalar that carries gradients, and its terms
@@ -145,6 +144,10 @@ def through_head(hidden, weight, bias, loss, held=None):
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))
     held = held or (1 << 24 if hidden.device.type == "cpu" else 1 << 27)
     return _Head.apply(hidden, weight, bias, loss, max(1, held // len(weight)), wanted)
+
+
+# a compiled network ends here. torch.compiler.disable would load the compiler for everybody, 2 seconds long
+uncompiled = torch._disable_dynamo(through_head)
 
 
 class _Head(torch.autograd.Function):

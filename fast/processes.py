@@ -60,7 +60,7 @@ def reverse_step(process, logits, xt, alpha_t, alpha_s, temperature=1.0, top_p=1
         asked = (asked if where is None else asked & where).cpu()  # once: the host decides what is run
         logits, index = logits(asked), send(asked.flatten().nonzero()[:, 0], x.device)
         x, key, mixture, a_t, *settled = (y[index] for y in (x, key, mixture, a_t, *settled))
-    ordinary = 0 < temperature < math.inf and top_p == 1
+    ordinary = 1e-30 <= temperature <= 1e30 and top_p == 1  # float32 divides by these
     how = (
         {"temperature": temperature} if ordinary else {"transform": lambda z: sharpen(z, temperature, top_p)}
     )

@@ -40,7 +40,7 @@ from methods import duo
 from model import ModelConfig, Transformer
 from rng import Noise, stratified_draw
 from run.cli import die, load_config, writable
-from run.machine import mixed, peak_mb, pick_device, runs_on
+from run.machine import guard, mixed, peak_mb, pick_device, runs_on
 from samplers import SAMPLERS
 
 
@@ -550,6 +550,7 @@ def kernel_table(cfg, device):
     return rows
 
 
+@guard("--sizes=1M")
 def main():
     cfg = load_config(BenchConfig, sys.argv[1:])
     if not (cfg.duo or cfg.kernels or cfg.growth or cfg.train or cfg.sample):

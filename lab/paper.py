@@ -33,7 +33,7 @@ from lab.sweep import read
 from options import TrainConfig
 from run import checkpoint
 from run.cli import die, load_config, writable
-from run.machine import pick_device
+from run.machine import guard, pick_device
 from run.restore import rebuild
 from samplers import SAMPLERS
 
@@ -406,6 +406,7 @@ step (`eval.one_draw`); another end gives another bound, lower by some hundredth
     return text
 
 
+@guard("a smaller --n_eval")
 def main():
     cfg, start = load_config(PaperConfig, sys.argv[1:]), time.time()
     if (

@@ -20,7 +20,6 @@ read by the same judge and counted the same way.
 The second is for any sampler, with its own options.
 """
 
-import importlib.util
 import json
 import math
 import sys
@@ -32,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 import hub.published  # noqa: F401  --init_from hf:...
+from data.dataset import checker
 from data.tokens import Tokenizer, gpt2
 from diffusion import SCHEDULES, token_loss
 from fast.block import generate
@@ -124,20 +124,6 @@ def generated(model, process, data, prompts, seed, batch_size=256, dtype=torch.f
 
 
 # ----- where answers can be checked
-
-
-def checker(folder):
-    """
-    folder/prepare.py as a module if it knows what is correct, else None. Such a file has check(text) ->
-    (correct, asked) and may have choices(text) -> [(answer, what else it could have been)].
-    """
-    path = Path(folder) / "prepare.py"
-    if not path.exists():
-        return None
-    spec = importlib.util.spec_from_file_location(f"prepare_{path.parent.name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module if hasattr(module, "check") else None
 
 
 def wilson(p, n, z=1.96):

@@ -209,10 +209,10 @@ DEFAULTS = {"process": "uniform"}
 
 
 def check(cfg, settings):
-    fine = 0 < settings.tau < math.inf and 0 < settings.tau_end < math.inf
+    fine = all(1e-30 <= tau <= 1e30 for tau in (settings.tau, settings.tau_end))
     if not fine or settings.soft_k < 0 or settings.soft_k == 1 or settings.curriculum < -1:
         die(
-            "tau and tau_end must be above 0, soft_k 0 or at least 2, curriculum a number of steps",
+            "tau and tau_end must be in [1e-30, 1e30], soft_k 0 or at least 2, curriculum a number of steps",
             "--tau=1e-3 --soft_k=4",
         )
     if cfg.process != "uniform":
@@ -226,6 +226,8 @@ def check(cfg, settings):
 class Learner(methods.Learner):
     def loss(self, step):
         s = self.settings
+        if self.process.vocab_size < 2:
+            die("Duo softens between two tokens at least, and the vocabulary has one", "--process uniform")
         if step >= s.curriculum:
             return self.token_loss
         tau = tau_at(step, s.curriculum, s.tau, s.tau_end)

@@ -12,6 +12,7 @@ import inspect
 import os
 import re
 import sys
+from contextlib import suppress
 from dataclasses import MISSING, fields
 
 try:
@@ -46,9 +47,43 @@ def writable(path, flag):
 
 
 def show_anything():
-    """Every command begins here: text that the terminal cannot encode is shown as ?, and ends no run."""
+    """
+    Every command begins here: text that the terminal cannot encode is shown as ?, and a stream that was
+    closed beforehand takes what it gets; neither ends a run.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # else the next file to be opened gets its number
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
+
+
+def unheard(stream):
+    """The reader of a stream has gone: what is written from now on goes nowhere."""
+    with suppress(OSError, ValueError):  # ValueError: it has no number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Unbroken:
+    """A stream that outlives its reader, for a run that should go on: `train.py | head -3`."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        return self.attempt(self.stream.flush)
+
+    def attempt(self, do, *args):
+        try:
+            return do(*args)
+        except OSError:  # the reader has gone, or the disk is full
+            unheard(self.stream)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def command():

@@ -9,14 +9,13 @@ several.
     guard, Signals              what a machine does to a run: no memory, no disk; "stop now"
 """
 
-import contextlib
 import ctypes
 import os
 import signal
 import socket
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
 import kernels
+from run import cli
 from run.cli import die, said
 
 
@@ -82,7 +82,7 @@ def pick_dtype(name, device, n_params):
     return torch.float32, "small model or no fast bfloat16"
 
 
-@contextlib.contextmanager
+@contextmanager
 def mixed(device, dtype):
     """
     A forward in dtype by autocast; in float32 as it is. What stays float32 (model.py: the head, soft tokens)
@@ -128,6 +128,16 @@ def peak_mb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
 
 
+def trim():
+    """
+    Give what was freed back to the system. glibc keeps it in pieces: a run whose tensors change their sizes
+    would grow several-fold.
+    """
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def has_memory(device):
     """Bytes the device has in all; of a CPU, what the system or the container gives this process."""
     if device.type == "cuda":
@@ -143,9 +153,9 @@ def has_memory(device):
 @contextmanager
 def guard(fix):
     """
-    Around a command: what the machine refuses, memory or a file, ends in two lines. fix: the flags that need
-    less memory. Without a GPU the process may not ask for more memory than there is: Linux promises it, and
-    then kills without a word.
+    Around a command: what the machine refuses, memory or a file, ends in two lines; Ctrl-C, or a reader who
+    has gone (`| head`), ends it without a word. fix: the flags that need less memory. Without a GPU the
+    process may not ask for more memory than there is: Linux promises it, and then kills without a word.
     """
     limit = None
     if sys.platform == "linux" and not torch.cuda.is_available():
@@ -155,7 +165,17 @@ def guard(fix):
         here = has_memory(torch.device("cpu"))
         resource.setrlimit(resource.RLIMIT_DATA, (here if limit[0] < 0 else min(here, limit[0]), limit[1]))
     try:
-        yield
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except BrokenPipeError:
+        cli.unheard(sys.stdout), cli.unheard(sys.stderr)
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except (torch.OutOfMemoryError, MemoryError, RuntimeError, OverflowError) as e:
         # of many kinds, cuBLAS and the CPU's among them
         says = ("out of memory", "allocate memory", "bad_alloc", "alloc_failed")
@@ -289,12 +309,15 @@ class Signals:
     """
     with Signals() as signals: SIGTERM, SIGINT and SIGHUP (unless ignored, as under nohup) do not end the
     process. signals.name is then the last one's name, and the training loop stops after its step and saves.
-    While signals.at_once is set, they raise KeyboardInterrupt.
+    While signals.at_once is set, they raise KeyboardInterrupt. Nor does it end when nobody reads what it
+    prints any more.
     """
 
     name, at_once = None, False
 
     def __enter__(self):
+        self.streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = map(cli.Unbroken, self.streams)
         self.before = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             heard = [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * (
@@ -310,5 +333,6 @@ class Signals:
             raise KeyboardInterrupt
 
     def __exit__(self, *_):
+        sys.stdout, sys.stderr = self.streams
         for number, handler in self.before.items():
             signal.signal(number, handler)

@@ -264,6 +264,7 @@ class Run:
             "skipped": n_skipped,
             "ms": ms,
         }
+        machine.trim()
         record["peak_mb"] = machine.total(machine.peak_mb(self.device), op="MAX")[0]
         record |= self.learner.record()
         rate = f"{ms:.0f} ms {1000 * self.rows * self.cfg.seq_len / ms:,.0f} tok/s" + (
@@ -284,6 +285,8 @@ class Run:
         if stop:
             name = self.signals.name or "a signal to another process"
             self.say(f"{name}: stopped after step {done}" + ", saved; --resume goes on" * (self.saved > 0))
+        else:
+            self.say(f"done: python sample.py --ckpt {self.cfg.out_dir}")
 
 
 def warn(text):

@@ -9,6 +9,7 @@ import torch
 
 from diffusion import pick
 from generate import sampler
+from kernels import cross_entropy
 from samplers.pieces import entropy, kl, margin, need, top
 from samplers.unmasking import unmask
 
@@ -55,7 +56,7 @@ class ARJudge:
     """How bad is a token? -log p_AR(y_i | y_<i), by block size 1 of the same network."""
 
     metrics = {  # the first is the default
-        "nll": lambda y, ar: -pick(ar.log_softmax(-1), y),
+        "nll": lambda y, ar: cross_entropy(ar.flatten(0, 1), y.flatten())[0].view_as(y),
         "gap": lambda y, ar: ar.amax(-1) - pick(ar, y),
         "entropy": lambda y, ar: entropy(ar.log_softmax(-1)),
     }
@@ -67,7 +68,7 @@ class ARJudge:
             metric,
             f"{', '.join(self.metrics)} with corruption ar",
         )
-        need(0 < temperature < math.inf, "verify_temperature", temperature, "above 0 and finite")
+        need(1e-30 <= temperature <= 1e30, "verify_temperature", temperature, "in [1e-30, 1e30]")
         block.need_ar_mode()
         self.block, self.temperature, self.metric = block, temperature, self.metrics[metric or "nll"]
 
@@ -76,8 +77,8 @@ class ARJudge:
 
     def score(self, y, noise):
         """How bad each token of y is, (R, b)."""
-        logits = self.block.process.loo_logits(self.block.verify(y), self.block.x, 0.0)
-        return self.metric(y, logits / self.temperature)
+        ar = self.block.process.loo_logits(self.block.verify(y), self.block.x, 0.0)
+        return self.metric(y, ar if self.temperature == 1 else ar / self.temperature)
 
 
 class DiffusionJudge:
@@ -135,12 +136,12 @@ class DivergenceJudge(DiffusionJudge):
     }
 
     def check(self, block, temperature):
-        need(0 < temperature < math.inf, "verify_temperature", temperature, "above 0 and finite")
+        need(1e-30 <= temperature <= 1e30, "verify_temperature", temperature, "in [1e-30, 1e30]")
         block.need_ar_mode()
 
     def score(self, y, noise):
         ar = self.block.process.loo_logits(self.block.verify(y), self.block.x, 0.0)
-        return self.metric(self.p, ar / self.temperature)
+        return self.metric(self.p, ar if self.temperature == 1 else ar / self.temperature)
 
 
 class RandomJudge:

@@ -265,7 +265,7 @@ def gibbs(block, *, rounds=1, resample=4, badness="margin", spread=1.0):
     need(badness in names, "badness", badness, f"one of {', '.join(names)}")
     need(rounds >= 1, "rounds", rounds, "at least 1")
     need(resample >= 1, "resample", resample, "at least 1")
-    need(0 < spread < math.inf, "spread", spread, "above 0")
+    need(1e-30 <= spread <= 1e30, "spread", spread, "in [1e-30, 1e30]")
     process = block.process
     corrected = (block.steps - 1) // (1 + rounds)
     alpha = block.alpha if not corrected else block.grid(block.steps - corrected * rounds)

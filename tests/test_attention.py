@@ -114,7 +114,7 @@ def test_attention_in_blocks_is_the_dense_one(monkeypatch, in_blocks, sizes, sta
     )
     seen = []
     # that of a compiled network: not asked
-    monkeypatch.setattr(attention, "flex_attention", lambda *a, **k: seen.append(1))
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "flex_attention", lambda *a, **k: seen.append(1))
     logits = net(clean, noisy, b, start=start, sigma=sigma)
     monkeypatch.undo()
     monkeypatch.setattr(attention, "CHUNK_BOUNDS", (1000, 1000))

@@ -171,6 +171,11 @@ def test_sharpen():
     for top_p, kept in ((0.6, [1]), (0.7, [1, 2]), (0.9, [1, 2, 0]), (1.0, [0, 1, 2, 3])):
         want = torch.zeros(4).double().index_copy(0, torch.tensor(kept), p[kept])
         agree(sharpen(z, 1.0, top_p).softmax(-1)[0], want / want.sum())
+    for small in (z.float(), z):  # numbers that only Python can hold
+        for greedy in ((1e-320, 1), (1e-50, 1), (1, 1e-50), (1e39, 1e-320)):
+            assert sharpen(small, *greedy).softmax(-1)[0].isfinite().all()
+            assert greedy[0] > 1 or sharpen(small, *greedy).softmax(-1).tolist() == [[0, 1, 0, 0]]
+        assert sharpen(small, 1e308).softmax(-1).tolist() == [[0.25] * 4]
     for bad in ((-1, 1), (math.nan, 1), (math.inf, 1), (1, 0), (1, 1.1), (1, math.nan)):
         with pytest.raises(ValueError):
             sharpen(z, *bad)

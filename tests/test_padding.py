@@ -216,6 +216,32 @@ def test_a_prompt_before_a_text_of_random_length(kind="masked"):
         assert abs(mean - want) < 4 * (error if b > 1 else 0.0) + 1e-6
 
 
+@pytest.mark.parametrize("kind", ["masked", "uniform denoiser"])
+def test_texts_that_no_eos_ends(tmp_path, monkeypatch, kind):
+    """The first padding token says where such a text ends: it is charged, at the start of a block too."""
+    monkeypatch.chdir(tmp_path)
+    x, p, rows = law()
+    x, rows = (torch.where(y == EOS, PAD, y) for y in (x, rows))
+    write("endless", rows, rows[:8], {k: v for k, v in META.items() if k != "eos_id"})
+    data = Dataset("endless")
+    data.tokens["val"] = data.tokens["train"]
+    x0, given, real = data.windows("val", data.spread("val", 0))
+    assert torch.equal(real.sum(1), (x0 != PAD).sum(1) + 1)
+    process, timed = NOISES[kind]
+    found = likelihood(Bayes(process, x, p, timeless=not timed), process, data, [1, 2, 4, L], n_eval=0, n_mc=32)
+    for b in (1, 2, 4, L):
+        mean, error, _ = estimate(found.nats[b], found.tokens)
+        assert abs(mean - per_token()) < 4 * (error if b > 1 else 0.0) + 2e-4, b
+
+
+def test_a_text_without_its_eos_and_a_row_without_a_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [[BOS, 0, 1, 0, PAD, PAD, PAD, PAD], [BOS] + [PAD] * 7, [BOS, 0, EOS] + [PAD] * 5, [BOS] + [1] * 7]
+    write("odd", rows, rows, META)
+    x0, given, real = Dataset("odd").windows("train", range(4))
+    assert (real & ~given).sum(1).tolist() == [4, 0, 2, 7]
+
+
 # ----- training
 
 

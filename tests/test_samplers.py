@@ -1049,6 +1049,34 @@ def test_every_sampler_keeps_the_promises_of_the_loop(path, kind, sampler):
         assert torch.equal(both[0].x, both[1].x) and torch.equal(both[0].done, both[1].done), how
 
 
+@pytest.mark.parametrize("kind", ["masked", "uniform denoiser, timed"])
+@PATHS
+def test_settings_that_float32_cannot_hold_are_greedy_or_uniform(path, kind):
+    make, kw = KINDS[kind]
+    model, process = on(path, net(make(), **kw), make())
+    for sampler in (*served(kind), s.ar):
+        how = {"block_size": 1 if sampler is s.ar else 4, "sampler": sampler, "max_new_tokens": 4}
+        how |= {} if "own pace" in sampler.needs else {"steps": None if sampler is s.ar else 2}
+        run = lambda **k: last(GENERATE[path](model, process, [(), (1,)] * 4, **how, **k)).x  # noqa: B023
+        greedy = run(temperature=0.0)
+        for tiny in ({"top_p": 1e-50}, {"temperature": 1e-50}, {"temperature": 1e39, "top_p": 1e-320}):
+            x = run(**tiny)
+            assert ((x >= 0) == (greedy >= 0)).all() and (x < V3).all(), "nothing is missing"
+            if sampler in (s.ar, s.ancestral) and "top_p" not in tiny:
+                assert torch.equal(x, greedy), tiny
+
+
+@pytest.mark.parametrize("process", [d.Masked(2, 1), d.Uniform(1), d.Uniform(1, "loo")], ids=["masked", "denoiser", "loo"])
+@PATHS
+def test_a_vocabulary_of_one(path, process):
+    model, process = on(path, net(process), process)
+    for sampler in ALL.values():
+        if ("redraws" if process.absorbing else "absorbing") in sampler.needs:
+            continue
+        how = {"block_size": 1 if sampler is s.ar else 4, "sampler": sampler, "max_new_tokens": 4}
+        assert (last(GENERATE[path](model, process, [(), (0,)], **how)).x[0, :4] == 0).all(), sampler.__name__
+
+
 LESS_SURE = {  # options under which the networks below do not always do the same
     "threshold": {"threshold": 0.5},
     "factor": {"factor": 1.5},
