@@ -27,6 +27,7 @@ from fast import FastTransformer
 from lab import bench, gsm8k, paper, plots, quality, sweep
 from model import Transformer
 from options import SampleConfig, TrainConfig
+from run.cli import narrow
 from run.flags import load_with_method, load_with_sampler, options
 from samplers import SAMPLERS
 
@@ -180,14 +181,16 @@ def test_a_sampler_explains_itself(capsys, name):
     out = capsys.readouterr().out
     for option in options(SAMPLERS[name]):
         assert f"\n{option}: " in out and f"    --{option}" in out
-    assert inspect.getdoc(SAMPLERS[name]) in out and not e.value.code
+    assert narrow(inspect.getdoc(SAMPLERS[name])) in out and not e.value.code
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_scripts_print_their_settings(home, here):
-    assert inspect.getdoc(SAMPLERS["arpc"]) in here("sample.py", "--sampler", "arpc", "--help")
-    assert "SampleConfig" in here("sample.py", "--help") and "teacher_steps: int" in call(
-        home, "distill.py", "--help"
-    )
+    assert narrow(inspect.getdoc(SAMPLERS["arpc"])) in here("sample.py", "--sampler", "arpc", "--help")
+    assert "--teacher_steps 32" in call(home, "distill.py", "--help")
+    for command in MAIN:
+        out = here(*["-m"] * (not command.endswith(".py")), command, "--help")
+        assert max(map(len, out.splitlines())) <= 80 and "\n    --" in out, command
 
 
 def test_sweeping_samplers(home, here):
