@@ -145,11 +145,9 @@ def load(path, flag="--ckpt"):
         else [f for f in (path / "ckpt.pt", *numbered(path), path / "best.pt") if os.path.isfile(f)]
     )
     if not files:
-        have = sorted(str(p.parent) for p in path.parent.glob("*/ckpt.pt"))
-        die(
-            f"no checkpoint {path / 'ckpt.pt'}",
-            f"{flag} {have[0]}" if have else "python train.py config/sudoku.toml",
-        )
+        have = [p.parent for folder in (path.parent, Path("out")) for p in sorted(folder.glob("*/ckpt.pt"))]
+        other = "python train.py config/sudoku.toml, or --init_from hf:OWNER/REPO/SUBFOLDER"
+        die(f"no checkpoint {path / 'ckpt.pt'}", f"{flag} {have[0]}" if have else other)
     problems, seen = [], set()
     for file in files:
         if (inode := file.stat().st_ino) in seen:

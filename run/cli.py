@@ -104,6 +104,9 @@ def kinds_of(cls):
     return {f.name: f.type for f in fields(cls)}
 
 
+PATHS = {"bpe", "ckpt", "init_from", "input", "judge", "json", "out", "out_dir", "prompt_file", "val_input"}
+
+
 def given_settings(cls, argv, help="--help"):
     """{name: value} of the settings of `cls` chosen in command-line words or TOML files. Flags win."""
     declared, from_file, from_flags = {f.name: f for f in fields(cls)}, {}, {}
@@ -120,15 +123,26 @@ def given_settings(cls, argv, help="--help"):
         elif word.endswith(".toml"):
             pairs, given = read_toml(word), from_file
         else:
-            die(f"'{word}' is neither a --flag nor a .toml file", ask_help)
+            meant = next((flag for flag in ("ckpt", "input") if flag in declared), None)
+            fix = f"python {command()} --{meant} {word}" if meant and re.search("[/.]", word) else ask_help
+            die(f"'{word}' is neither a --flag nor a .toml file", fix)
         for name, value in pairs.items():
+            if name == "config" and name not in declared:
+                die(
+                    f"{word}: a file of settings has no flag",
+                    f"python {command()} {value or 'config/NAME.toml'}",
+                )
             if name not in declared:
                 near = difflib.get_close_matches(name, declared, 1)
                 die(f"{word}: no setting named '{name}'", f"--{near[0]}" if near else ask_help)
+            if name in PATHS and isinstance(value, str):
+                value = os.path.expanduser(value)  # of --out_dir=~/x the shell leaves the ~
             try:
                 given[name] = convert(value, declared[name].type)
             except (ValueError, TypeError, KeyError, AttributeError):
                 fix = f"{ask_help}, or --{name}={example_of(declared[name])}"
+                if declared[name].type is dict and str(value).isdecimal():
+                    fix = f"--{name}={value}:1"  # one size, for all rows
                 die(f"{word}: '{name}' wants {declared[name].type.__name__}, got {value!r}", fix)
     return {**from_file, **from_flags}
 

@@ -247,6 +247,9 @@ def test_sampling_a_stream(home, here):
         (["sample.py", "--ckpt=out/sudoku", "--prompt=12x4............"], "'x'"),
         (["sample.py", "--ckpt=out/sudoku", "--prompt=12"], "16 tokens"),
         (["sample.py", "--ckpt=out/sudoku", "--block_size=8"], "1, 16"),
+        (["sample.py", "out/sudoku"], "--ckpt out/sudoku"),
+        (["train.py", "--config", "config/sudoku.toml"], " config/sudoku.toml\n"),
+        (["train.py", "--block_sizes=16"], "--block_sizes=16:1"),
         (["sample.py", "--ckpt=out/digits", "--prompt=" + "3+8=11;" * 40], "--prompt"),
         (["sample.py", "--ckpt=out/digits", "--max_new_tokens=1000"], "--max_new_tokens"),
         (["sample.py", "--ckpt=out/digits", "--temperature=-1"], "temperature"),
@@ -309,7 +312,8 @@ def test_sampling_a_stream(home, here):
         (["sample.py"], "out/run"),
         (["sample.py", "--init_from=hf:nobody"], "names no repository"),
         (["sample.py", "--init_from=out/none"], "--ckpt out/"),
-        (["-m", "lab.gsm8k", "--ckpt=out/sudoku"], "data/gsm8k/test.jsonl"),
+        (["-m", "lab.gsm8k", "--ckpt=out/sudoku"], "data/gsm8k/prepare.py --eval_only"),
+        (["-m", "lab.gsm8k", "--ckpt=out/sudoku", "--input=sums.jsonl"], "it cannot read these questions"),
         (["train.py", "--init_from=out/none"], "--init_from out/"),
         (["train.py", "--init_from=out/sudoku", "--n_layers=9"], "n_layers 2, not 9"),
         (["train.py", "--init_from=out/sudoku", "--dataset=digits", "--seq_len=32"], "not in the tokens"),
@@ -319,6 +323,7 @@ def test_sampling_a_stream(home, here):
 def test_slips_get_two_lines(home, slip, monkeypatch, argv, says):
     """In this process: what the fixture checks is the exit code and the two lines."""
     monkeypatch.chdir(home)
+    Path("sums.jsonl").write_text('{"question": "How many?", "answer": "#### 7"}\n')
     assert says in slip(MAIN[argv[argv[0] == "-m"]], argv=argv[1 + (argv[0] == "-m") :])
 
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from options import SampleConfig
 from run.checkpoint import build
 from run.cli import load_config, parse_dict
 from train import TrainConfig
@@ -83,7 +84,8 @@ def test_a_dict_survives_the_command_line(d):
         (["--lr=fast"], "wants float", "--lr=0.1"),
         (["--fast=yes"], "wants bool", "--fast=False"),
         (["--sizes=1:0.5,1:0.5"], "wants dict", "--sizes=1:1"),
-        (["--sizes=16"], "wants dict", "--sizes=1:1"),
+        (["--sizes=16"], "wants dict", "--sizes=16:1"),
+        (["--config", "a.toml"], "no flag", " a.toml"),
         (["word"], "'word'", "--help"),
         (["missing.toml"], "not found", "config"),
     ],
