@@ -162,6 +162,17 @@ def test_large_vocabularies_are_uint32(project):
     assert Dataset("big", 3).windows("val", [0])[0].tolist() == [[1, 70_000, 5]]
 
 
+def test_uint32_where_uint16_is_meant_is_refused(project, slip):
+    """Read as uint16, every second id would be 0, and nothing would tell."""
+    np.fromfile("data/toy/train.bin", np.uint16).astype(np.uint32).tofile("data/toy/train.bin")
+    err = slip(Dataset, "toy", 8)
+    assert "train.bin holds uint32" in err
+    np.fromfile("data/toy/train.bin", "u4").astype("u2").tofile("data/toy/train.bin")
+    Dataset("toy", 8)
+    (np.arange(64) % 2).astype(np.uint16).tofile("data/toy/train.bin")  # 0 1 0 1 ... is a text like any other
+    Dataset("toy", 8)
+
+
 def test_the_separator_ends_the_prompt(project, slip):
     data = Dataset("pairs")
     x0, answer = texts_and_answers(data, "val", [0, 1])
