@@ -305,6 +305,7 @@ def test_sampling_a_stream(home, here):
         (["-m", "lab.paper", "--seeds=0"], "--seeds 3"),
         (["-m", "lab.plots", "--steps=0"], "--steps 4"),
         (["distill.py", "--ckpt=out/none"], "--ckpt out/"),
+        (["distill.py", "--init_from=out/sudoku/ckpt.pt"], "--ckpt out/sudoku/ckpt.pt"),
         (["distill.py", "--ckpt=out/sudoku", "--rounds=6"], "--teacher_steps=64"),
         (["-m", "lab.sweep", "--panels=rows"], "--panels samplers"),
         (["-m", "lab.bench", "--growth=100"], "--growth 8192"),
