@@ -10,9 +10,11 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ import distill
 import eval as evaluation
 import sample
 import train as training
+from data.tokens import Tokenizer
 from fast import FastTransformer
 from lab import bench, gsm8k, paper, plots, quality, sweep
 from model import Transformer
@@ -160,6 +163,41 @@ def test_sample(home, here):
 
 def samples(out):
     return re.findall(r"--- sample \d+\n(.*)\n", out)
+
+
+def test_a_frame_fits_the_terminal(monkeypatch):
+    """A line that wraps, or a frame that is too tall, cannot be redrawn in place: it would smear."""
+    size = lambda *pair: monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size(pair))
+    row = SimpleNamespace(x=torch.arange(60).remainder(3)[None].repeat(2, 1))
+    meta = {"vocab_size": 3, "tokenizer": "char", "chars": "a漢é"}
+    for marks, columns, height, width in (
+        ({}, 11, 90, 0),
+        ({}, 11, 7, 0),
+        ({"width": 6}, 34, 8, 6),
+        ({"width": 30}, 11, 90, 0),
+    ):
+        size(columns, height)
+        lines = sample.frame(row, None, Tokenizer(meta, "."), None, meta | marks)
+        assert max(map(sample.columns_of, lines)) < columns and len(lines) <= height - 2, (marks, columns)
+        assert any(" " in line for line in lines) == bool(width), (
+            "pages where one fits, else a text that runs on"
+        )
+    assert sample.columns_of("a漢e\u0301🙂") == 6
+
+
+@pytest.mark.slow  # three commands in processes of their own
+def test_a_poor_terminal_gets_no_escape_codes(home):
+    show = "import pty, sys; pty.spawn([sys.executable, 'sample.py', '--ckpt=out/sudoku', '--animate', '--steps=2'])"
+    colour, move = "\x1b[1;32m", "\x1b[2K"
+    for more, codes in (
+        ({"TERM": "xterm"}, {colour, move}),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, {move}),
+        ({"TERM": "dumb"}, set()),
+    ):
+        out = call(home, "-c", show, **({"NO_COLOR": ""} | more))
+        assert {code for code in (colour, move) if code in out} == codes, more
+
+
 
 
 def test_samplers_and_their_own_options(here, float64):
