@@ -198,6 +198,28 @@ def test_a_poor_terminal_gets_no_escape_codes(home):
         assert {code for code in (colour, move) if code in out} == codes, more
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_an_installation_that_fails_begins_again(tmp_path):
+    """Of a .venv that make began nothing is left; one that was there before stays."""
+    shutil.copy(ROOT / "Makefile", tmp_path), (tmp_path / "requirements.txt").touch()
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\nmkdir -p .venv/bin && printf '#!/bin/sh\\nexit $OFFLINE' > .venv/bin/python && chmod +x .venv/bin/python\n"
+    )
+    python.chmod(0o755)
+
+    def make(offline):
+        env = {**os.environ, "OFFLINE": str(offline)}
+        return subprocess.run(
+            ["make", f"PYTHON={python}", ".venv/done"], cwd=tmp_path, env=env, capture_output=True
+        ).returncode
+
+    assert make(1) != 0 and not (tmp_path / ".venv").exists()
+    assert make(0) == 0 and (tmp_path / ".venv/done").exists()
+    (tmp_path / ".venv/done").unlink()
+    assert (
+        make(1) != 0 and (tmp_path / ".venv/bin/python").exists() and not (tmp_path / ".venv/done").exists()
+    )
 
 
 def test_samplers_and_their_own_options(here, float64):
