@@ -45,7 +45,8 @@ lint: .venv/done
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+# What make begins and cannot finish, without a network say, it removes; a .venv that was there before stays.
 .venv/done: requirements.txt
-	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --requirement requirements.txt
+	@test -e .venv || new=1; $(PYTHON) -m venv .venv && $(PY) -m pip install --quiet --requirement requirements.txt \
+	|| { test -z "$$new" || rm -rf .venv; echo "error: no installation; is there a network?"; echo "  try: make, again"; exit 1; }
 	touch $@

@@ -7,14 +7,16 @@ How does it write? Text from a checkpoint, block by block.
     python sample.py --sampler arpc --help                             what it does, its options, its paper
     python sample.py --init_from hf:jdeschena/blockgen/baselines/owt/mdlm --max_new_tokens 64 --steps 32
 
-The last takes published weights. Block size 1 is autoregressive. What training decided (tokenizer, noise,
-sizes) comes from the checkpoint.
+The last takes published weights. Block size 1 is autoregressive. Tokenizer, noise and sizes come from the
+checkpoint. At the end, NFE counts passes through the network, and token-forwards the tokens in them.
 """
 
 import itertools
+import os
 import shutil
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -34,7 +36,8 @@ from samplers import SAMPLERS
 
 # ----- what a person sees
 
-DIM, COLOUR, PLAIN = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"
+DUMB = os.environ.get("TERM") == "dumb"  # a terminal that knows no escape codes
+DIM, COLOUR, PLAIN = ("",) * 3 if DUMB or os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[1;32m", "\x1b[0m")
 
 
 def cells(row, before, tokenizer, mask_id):
@@ -51,9 +54,15 @@ def cells(row, before, tokenizer, mask_id):
     return out
 
 
-def pages_across(width):
-    """So many pages of `width` spaced characters fit side by side."""
-    return max(1, (shutil.get_terminal_size().columns + 3) // (2 * width + 3))
+def pages_across(meta):
+    """So many rows fit side by side as pages of a `width`; 0: not even one, or rows have no width."""
+    columns = shutil.get_terminal_size().columns + 3
+    return columns // (2 * meta["width"] + 3) if "width" in meta else 0
+
+
+def columns_of(text):
+    """The columns of a terminal that a text takes: two a wide character, none a mark on the one before."""
+    return sum((unicodedata.east_asian_width(c) in "WF") + (not unicodedata.combining(c)) for c in text)
 
 
 def frame(state, before, tokenizer, mask_id, meta):
@@ -61,28 +70,24 @@ def frame(state, before, tokenizer, mask_id, meta):
     Lines of one animation frame. Rows with a `width` stand side by side, prompt above, as little pages;
     others run on.
     """
-    rows = state.x.tolist()
-    befores = before or [None] * len(rows)
-    pages = [cells(row, old, tokenizer, mask_id) for row, old in zip(rows, befores, strict=True)]
-    if "width" in meta:
-        w = meta["width"]
-        pages = pages[: pages_across(w)]  # more would wrap, and a wrapped line cannot be redrawn
-        lines = ["    ".join(" ".join(page[i : i + w]) for page in pages) for i in range(0, len(pages[0]), w)]
-        above = meta.get("prompt_len", 0) // w
-        return lines[:above] + [""] * (above > 0) + lines[above:]
-    columns, lines = shutil.get_terminal_size().columns - 1, []
+    rows, (columns, height) = state.x.tolist(), shutil.get_terminal_size()
+    fits, lines = max(1, height - 2), []  # what is taller than the screen cannot be redrawn
+    pages = [cells(*row, tokenizer, mask_id) for row in zip(rows, before or [None] * len(rows), strict=True)]
+    if n := pages_across(meta):  # more would wrap, and a wrapped line cannot be redrawn
+        w, above = meta["width"], meta.get("prompt_len", 0) // meta["width"]
+        lines = ["    ".join(" ".join(p[i : i + w]) for p in pages[:n]) for i in range(0, len(rows[0]), w)]
+        return (lines[:above] + [""] * (above > 0) + lines[above:])[-fits:]
     for page in pages:  # wrap by hand: escape codes have no width
         line, used = "", 0
         for cell in page:
             visible = cell.replace(DIM, "").replace(COLOUR, "").replace(PLAIN, "")
             for c in visible if "\n" in visible else [visible]:
-                if c == "\n" or used + len(c) > columns:
+                if c == "\n" or used + columns_of(c) >= columns:
                     lines.append(line)
                     line, used = "", 0
                 if c != "\n":
-                    line, used = line + (cell if c == visible else c), used + len(c)
+                    line, used = line + (cell if c == visible else c), used + columns_of(c)
         lines += [line, ""]
-    fits = shutil.get_terminal_size().lines - 2  # what is taller than the screen cannot be redrawn
     return lines[-fits:]
 
 
@@ -98,8 +103,8 @@ def animate(states, tokenizer, mask_id, meta, fps):
         before, height = state.x.tolist(), len(lines)
         yield state
         time.sleep(max(0.0, 1 / fps - (time.time() - start)))
-    if "width" in meta:  # frame left out what did not fit beside
-        for row in state.x.tolist()[pages_across(meta["width"]) :]:
+    if n := pages_across(meta):  # frame left out what did not fit beside
+        for row in state.x.tolist()[n:]:
             print(tokenizer.decode([t for t in row if t != NOTHING]))
 
 
@@ -185,7 +190,7 @@ def main():
         with machine.mixed(model.head.weight.device, getattr(torch, cfg.dtype)):
             first = list(itertools.islice(states, 3))  # the sampler checks its options before a text is shown
             states = itertools.chain(first, states)
-            if cfg.animate and sys.stdout.isatty():
+            if cfg.animate and sys.stdout.isatty() and not DUMB:
                 states = animate(states, tokenizer, process.mask_id, meta, cfg.fps)
             else:
                 states = stream(states, tokenizer, tokenizer.decode(prompts[0]))

@@ -78,6 +78,13 @@ class Dataset:
             tokens = np.memmap(path, dtype=dtype, mode="r")
         except (OSError, ValueError) as e:
             die(f"cannot read {path}: {e}", fix)
+        low, high = tokens[: 1 << 16 : 2], tokens[1 : 1 << 16 : 2]
+        if (
+            dtype == np.uint16 and not high.any() and len(np.unique(low)) > 2
+        ):  # the upper half of each id is 0
+            cast = f"np.fromfile('{path}', 'u4').astype('u2').tofile('{path}')"
+            fix = fix if "prepare.py" in fix else f'python -c "import numpy as np; {cast}"'
+            die(f"{path} holds uint32; ids below {self.meta['vocab_size']} are uint16 here", fix)
         step = max(1, (1 << 24) // (self.row_len or 1)) * (self.row_len or 1)  # whole rows
         # all of it, now: an id outside of the vocabulary would end a run on its third day
         for start in tqdm(range(0, n, step), desc=f"reading {path}", delay=2, leave=False, disable=None):

@@ -146,7 +146,7 @@ def file(name, folder, repo="", path=""):
         return found or places[0]
     from hub.download import fetch, url
 
-    return fetch(url(repo, path), "--bpe FILE")
+    return fetch(url(repo, path), f"--bpe FILE, the {path} of {repo}")
 
 
 class BytePairs:
@@ -261,7 +261,7 @@ def smollm(path):
     except Exception as e:  # a broken file has many names
         die(
             f"{path}: {said(e)}",
-            "the tokenizer.json of HuggingFaceTB/SmolLM-135M; without the file it is downloaded",
+            "--bpe tokenizer.json, of HuggingFaceTB/SmolLM-135M: a .tiktoken file of GPT-2 will not do",
         )
 
 

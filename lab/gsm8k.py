@@ -64,7 +64,7 @@ class Gsm8kConfig:
 def questions(path, n):
     """[(question, gold number)] of the first n lines (0: all)."""
     if not os.path.isfile(path):
-        die(f"no questions at {path}", "--input FILE, with lines {'question': ..., 'answer': '... #### 18'}")
+        die(f"no questions at {path}", "python data/gsm8k/prepare.py --eval_only, or --input FILE")
     found = []
     with open(path, encoding="utf-8", errors="replace") as f:
         for i, line in enumerate(f, 1):
@@ -172,6 +172,10 @@ def main():
     run, meta, step, model, process = restore(spec, cfg.device)
     writable(out, "out")  # now: the checkpoint is there, and nothing is made yet
     trained, tokenizer = sorted(run.block_sizes), Tokenizer(meta, Path("data") / run.dataset)
+    unknown = tokenizer.kind == "char" and set("".join(text for text, _ in asked)) - set(tokenizer.chars)
+    if unknown or tokenizer.kind == "none" or meta.get("prompt_len"):
+        fix = "--ckpt of a network trained on tinygsm, or --init_from hf:OWNER/REPO/SUBFOLDER"
+        die(f"{spec} was trained on {run.dataset}: it cannot read these questions", fix)
     dtype = getattr(torch, cfg.dtype)
     name, b, steps = settled_sampler(cfg, sampler, run, model, trained)
     how = {

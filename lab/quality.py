@@ -264,7 +264,8 @@ def _by_ours(model, process, rows, starts):
     ]
     pieces = [(i, piece, start) for i, piece, start in pieces if start < len(piece)]
     size, first = max(1, min(64, (1 << 26) // (context * process.vocab_size))), int(model.cfg.next_token)
-    for some in (pieces[i : i + size] for i in range(0, len(pieces), size)):
+    for i in tqdm(range(0, len(pieces), size), desc="judging", leave=False, delay=2, disable=None):
+        some = pieces[i : i + size]
         x0 = torch.nn.utils.rnn.pad_sequence([torch.tensor(piece) for _, piece, _ in some], True).to(device)
         at = torch.arange(x0.size(1))
         asked = torch.stack([(at >= max(start, first)) & (at < len(piece)) for _, piece, start in some]).to(
@@ -368,6 +369,10 @@ def lines_asked(cfg, sampler, trained):
     return lines
 
 
+TEXT_HEADS = f"{'correct, 95 %':>18} {'distinct':>8} {'perplexity, 95 %':>22} {'entropy':>8} "
+TEXT_HEADS += " ".join(f"{f'dist-{n}':>7}" for n in NGRAMS)
+
+
 def text_columns(r):
     """
     correct with its interval, distinct / expected; perplexity with its interval; entropy and distinct
@@ -397,20 +402,17 @@ def table(cfg, sampler, own, run, data, model, process, trained):
         + f", with{'' if cfg.clues else 'out'} clues" * has_prompts
         + (f"; perplexity under {who}" if who else "; no judge (--judge)")
     )
-    grams = " ".join(f"{f'dist-{n}':>7}" for n in NGRAMS)
-    print(
-        f"{'sampler':>13} {'block':>6} {'steps':>6} {'NFE':>5} {'a row':>6} "
-        f"{'correct, 95 %':>18} {'distinct':>8} {'perplexity, 95 %':>22} "
-        f"{'entropy':>8} {grams} {'tokens/s':>9}"
-    )
+    print(f"{'sampler':>13} {'block':>6} {'steps':>6} {'NFE':>5} {'a row':>6} {TEXT_HEADS} {'tokens/s':>9}")
+    bar = tqdm(total=1 + len(asked), desc="real text", leave=False, disable=None)
     rows = real_rows(data, prompts, cfg.max_new_tokens)
     starts = [len(p) for p in prompts]
     real = quality(rows, starts[: len(rows)], tokenizer, module, score)
     count = f" ({len(rows)} texts)" if len(rows) < len(prompts) else ""
-    print(f"{'real text' + count:<40} {text_columns(real)}")
+    tqdm.write(f"{'real text' + count:<40} {text_columns(real)}", file=sys.stdout)
     result = [{"sampler": "real text", "n": len(rows), "judge": who, **real}]
-    bar = tqdm(asked, desc="sampling", leave=False, file=sys.stderr, disable=None)
-    for name, b, steps in bar:
+    for name, b, steps in asked:
+        bar.update()
+        bar.set_description(name)
         how = {
             "block_size": b,
             "sampler": SAMPLERS[name],
@@ -434,6 +436,7 @@ def table(cfg, sampler, own, run, data, model, process, trained):
             file=sys.stdout,
         )
         result.append(r)
+    bar.close()
     grams = " and ".join(map(str, NGRAMS))
     print(
         "distinct: different correct answers / as many uniform draws would give. " * (module is not None),

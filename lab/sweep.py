@@ -9,9 +9,10 @@ against passes and tokens per second, and how varied the texts are.
                                                                      nothing is sampled
     python -m lab.sweep --report docs/tables --panels samplers       checkpoints side by side
 
-One JSON line each in --out, by default out/sudoku/sweep.jsonl, and beside it a table (.md) and a plot (.png)
-of this sweep. Lines that are there already are not made again, so a sweep that was stopped goes on where it
-was.
+Options of a sampler follow its name: --samplers "ar,arpc metric=gap".
+
+One JSON line each in --out, by default sweep.jsonl in the checkpoint's folder, and a table at the end. Lines
+that are there already are not made again, so a sweep that was stopped goes on where it was.
 """
 
 import json
@@ -24,66 +25,63 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import methods
 from diffusion import SCHEDULES
 from hub.published import is_published, place
 from lab import plots
-from lab.quality import NGRAMS, checker, generated, judge, prompts_of, quality, real_rows
+from lab.quality import (
+    NGRAMS,
+    TEXT_HEADS,
+    checker,
+    generated,
+    judge,
+    prompts_of,
+    quality,
+    real_rows,
+    text_columns,
+)
 from run import checkpoint
-from run.cli import die, load_config, writable
+from run.cli import convert, die, load_config, writable
+from run.flags import options
+from run.machine import guard
 from run.restore import dataset_for, noise_name, restore
 from samplers import SAMPLERS
 
-LINES = [  # a sampler and the options that differ from its defaults
-    ("ar", {}),
-    ("ancestral", {}),
-    ("ancestral", {"greedy_tail": True}),
-    ("arpc", {}),
-    ("arpc", {"metric": "gap"}),
-    ("arpc", {"corruption": "divergence"}),
-    ("arpc", {"corruption": "diffusion", "metric": "confidence"}),
-    ("arpc", {"corruption": "random"}),
-    ("arpc", {"guide_every": 2}),
-    ("psi", {}),
-    ("psi", {"kappa": "pc"}),
-    ("psi", {"kappa": "0.55:posterior,0.05@0.9:remask,0:posterior", "eta": 0.05}),
-    ("remdm_cap", {}),
-    ("remdm_rescale", {}),
-    ("remdm_conf", {}),
-    ("remdm_loop", {}),
-    ("first_hitting", {}),
-    ("confidence", {}),
-    ("threshold", {}),
-    ("factor", {}),
-    ("entropy_bound", {}),
-    ("rcr", {}),
-    ("saber", {}),
-    ("prophet", {}),
-    ("sched", {}),
-    ("gibbs", {}),
-    ("max_coupling", {}),
-    ("edlm", {}),
-    ("agreement", {}),
-    ("speculation", {}),
-    ("speculation", {"draft": "diffusion"}),
-    ("speculation", {"draft": "diffusion", "rule": "rejection"}),
-    ("speculation", {"draft": "first"}),
-    ("speculation", {"draft": "random"}),
-]
+LINES = (  # where no --samplers are named: a sampler, and what differs from its default options
+    "ar",
+    "ancestral",
+    "ancestral greedy_tail=true",
+    "arpc",
+    "arpc metric=gap",
+    "arpc corruption=divergence",
+    "arpc corruption=diffusion metric=confidence",
+    "arpc corruption=random",
+    "arpc guide_every=2",
+    "psi",
+    "psi kappa=pc",
+    "psi kappa=0.55:posterior,0.05@0.9:remask,0:posterior eta=0.05",
+    *"remdm_cap remdm_rescale remdm_conf remdm_loop first_hitting confidence threshold factor".split(),
+    *"entropy_bound rcr saber prophet sched gibbs max_coupling edlm agreement speculation".split(),
+    "speculation draft=diffusion",
+    "speculation draft=diffusion rule=rejection",
+    "speculation draft=first",
+    "speculation draft=random",
+)
 HEAD = """# In numbers
 
-Made by `python -m lab.sweep`. A cell is **percent correct** (95 % interval) · passes a token of a row ·
-tokens a second, or **perplexity** under the judge (95 % interval) · token entropy · passes · tokens a
+Made by `python -m lab.sweep --report`. A cell is **percent correct** (95 % interval) · passes a token of a
+row · tokens a second, or **perplexity** under the judge (95 % interval) · token entropy · passes · tokens a
 second; the columns are steps a block. *variety*: of the right-most cell, different correct answers / how
 many as many uniform draws of possible ones would give, or the share of different 4-grams."""
 
 
 @dataclass
 class SweepConfig:
-    ckpt: str = "out/sudoku"  # a training run's out_dir
+    ckpt: str = "out/run"  # a training run's out_dir
     init_from: str = ""  # or published weights: hf:OWNER/REPO/SUBFOLDER, or a folder (published.py)
-    # where the lines go; the table and the plot lie beside it. Empty: sweep.jsonl in the checkpoint's folder
-    out: str = ""
-    samplers: str = ""  # these alone, as in ar,speculation; empty: all that the checkpoint serves
+    out: str = ""  # where the lines go; empty: sweep.jsonl in the checkpoint's folder
+    # these alone, as in ar,arpc metric=gap; empty: all that the checkpoint serves, some with several options
+    samplers: str = ""
     steps: str = "1,2,4,8,16"  # a block
     temperatures: str = "1"  # as in 0.7,1; 0 is greedy
     n_eval: int = 512  # texts a line
@@ -106,13 +104,11 @@ def label(row):
 
 def setting(row, with_ckpt=True):
     """out/sudoku: sudoku, masked, with clues"""
-    clues = {True: ", with clues", False: ", without clues"}.get(row["clues"], "")
-    heat = f", temperature {row['temperature']:g}" if row["temperature"] != 1 else ""
-    return (
-        (f"{row['ckpt']}: " if with_ckpt else "")
-        + f"{row['dataset']}, {row['process']}{clues}{heat}"
-        + (f", batches of {row['batch_size']}" if row["batch_size"] != 256 else "")
-    )
+    parts = [row["dataset"], row["process"]]
+    parts += [{True: "with clues", False: "without clues"}[row["clues"]]] if row["clues"] is not None else []
+    parts += [f"temperature {row['temperature']:g}"] if row["temperature"] != 1 else []
+    parts += [f"batches of {row['batch_size']}"] if row["batch_size"] != 256 else []
+    return f"{row['ckpt']}: " * with_ckpt + ", ".join(parts)
 
 
 def cell(r):
@@ -127,27 +123,23 @@ def cell(r):
         parts += [f"**{r['gen_ppl']:.4g}** ({r['ppl_low']:.4g}-{r['ppl_high']:.4g})"]
     if r.get("entropy") is not None and ("gen_ppl" in r or "accuracy" not in r):
         parts += [f"{r['entropy']:.2f}"]
-    return " · ".join(
-        parts + ([f"{r['nfe_token']:.2f}", f"{r['tokens_per_s']:,.0f}"] if "nfe_token" in r else [])
-    )
+    if "nfe_token" in r:
+        parts += [f"{r['nfe_token']:.2f}", f"{r['tokens_per_s']:,.0f}"]
+    return " · ".join(parts)
 
 
 def variety(r):
+    if r.get("expected"):
+        return f"{r['distinct']} / {r['expected']:.0f}"
     grams = r.get(f"distinct_{NGRAMS[-1]}")
-    return (
-        f"{r['distinct']} / {r['expected']:.0f}"
-        if r.get("expected")
-        else ""
-        if grams is None
-        else f"{grams:.3f}"
-    )
+    return "" if grams is None else f"{grams:.3f}"
 
 
 def page_of(path):
     """Exit if path.md is someone's own page, or cannot be written."""
     page = Path(f"{path}.md")
     writable(page, "report")
-    if page.exists() and not page.read_text().startswith(HEAD.splitlines()[0]):
+    if page.exists() and not page.read_text(encoding="utf-8").startswith(HEAD.splitlines()[0]):
         die(f"{page} is not a table of ours, and would be written over", f"--report {path}_tables")
     return page
 
@@ -170,7 +162,7 @@ def report(rows, path, setting, label):
             out.append(
                 f"| {sampler} | {' | '.join(cells)} | {variety(line[max(line, key=lambda k: k or 0)])} |"
             )
-    page.write_text("\n".join(out) + "\n")
+    page.write_text("\n".join(out) + "\n", encoding="utf-8")
     plots.frontier(rows, f"{path}.png", setting, label)
     print(f"{page}, {path}.png: {len(rows)} lines")
 
@@ -179,7 +171,7 @@ def read(path, mend=False):
     """The lines that are there. mend: cut off what a killed run left of its last one, and say so."""
     if not Path(path).exists():
         return []
-    text, lines = Path(path).read_text(), []
+    text, lines = Path(path).read_text(encoding="utf-8"), []
     for i, line in enumerate(text.splitlines()):
         try:
             lines.append(json.loads(line))
@@ -193,7 +185,7 @@ def read(path, mend=False):
                 f"sed -i {i + 1}d {path}",
             )
     if mend and text and not text.endswith("\n"):
-        with open(path, "a") as f:
+        with open(path, "a", encoding="utf-8") as f:
             f.write("\n")
     return lines
 
@@ -212,145 +204,135 @@ def numbers(name, text, kind, least):
     return values
 
 
+def asked_for(names):
+    """[(sampler name, {option: value})] of names, each as in LINES; two lines for what is none."""
+    if any(name.split()[0] not in SAMPLERS for name in names):
+        for method in methods.names():  # a sampler may live in a method's file
+            methods.load(method)
+    found = []
+    for name, *given in map(str.split, names):
+        if name not in SAMPLERS:
+            die(f"no sampler named {name!r}", f"--samplers {','.join(SAMPLERS)}")
+        own, chosen = options(SAMPLERS[name]), {}
+        for option, _, value in (pair.partition("=") for pair in given):
+            try:
+                chosen[option] = convert(value, type(own[option]))
+            except (KeyError, TypeError, ValueError):
+                die(f"{name} {option}={value}: no such option", f"python sample.py --sampler {name} --help")
+        found.append((name, chosen))
+    return found
+
+
+def served(cfg, run, process, trained):
+    """[(sampler name, options)] that are asked for, or all that the checkpoint serves."""
+    named = asked_for([name for name in cfg.samplers.split(",") if name.strip()])
+    wants = lambda need: {name for name, f in SAMPLERS.items() if need in f.needs}
+    cannot = wants("redraws" if process.absorbing else "absorbing")
+    cannot |= {"ar"} | wants("AR mode") if trained[0] != 1 else set()
+    cannot |= set(SAMPLERS) - {"ar"} if trained == [1] else set()
+    if refused := [name for name, _ in named if name in cannot]:
+        sizes = ", ".join(map(str, trained))
+        problem = f"{cfg.ckpt}, {run.process}, block sizes {sizes}: it cannot serve {refused[0]}"
+        die(problem, "--samplers ancestral")
+    own = [name for name, f in SAMPLERS.items() if f.__module__ == f"methods.{run.method}"]
+    return named or [(name, how) for name, how in asked_for([*LINES, *own]) if name not in cannot]
+
+
+def show(rows):
+    """The table, for a terminal."""
+    width = max(map(len, map(label, rows)))
+    print(f"{'sampler':<{width}} {'temp.':>5} {'steps':>5} {'passes':>6} {TEXT_HEADS} {'tokens/s':>9}")
+    for r in rows:
+        passes = f"{r['nfe_token']:.2f}" if "nfe_token" in r else ""
+        speed = f"{r['tokens_per_s']:,.0f}" if "tokens_per_s" in r else ""
+        start = f"{label(r):<{width}} {r['temperature']:>5g} {r['steps'] or '':>5} {passes:>6}"
+        print(f"{start} {text_columns(r)} {speed:>9}")
+    print("passes: through the network, for each token of a text.")
+
+
+def draw(cfg):
+    """The tables and the plot of --report."""
+    lines = read(cfg.out)
+    if not lines:
+        die(f"{cfg.out} holds no lines yet", "python -m lab.sweep --ckpt out/sudoku")
+    keys = {"ckpt", "clues", "temperature", "batch_size", "sampler", "options", "steps"}
+    if not all(keys <= set(r) for r in lines):
+        fix = "python -m lab.sweep --ckpt out/sudoku --out out/sweep.jsonl"
+        die(f"{cfg.out} holds lines that are no sweep's", fix)
+    if cfg.panels == "samplers":
+        by_sampler = lambda r: f"{label(r)}: {setting(r, with_ckpt=False)}"
+        return report(lines, cfg.report, by_sampler, lambda r: r["ckpt"])
+    report(lines, cfg.report, setting, label)
+
+
+@guard("a smaller --n_eval or --batch_size, or --device=cpu")
 def main():
     cfg = load_config(SweepConfig, sys.argv[1:])
     cfg.ckpt = cfg.init_from or cfg.ckpt
-    cfg.out = cfg.out or (
-        f"{place(cfg.ckpt)}.sweep.jsonl" if is_published(cfg.ckpt) else f"{cfg.ckpt}/sweep.jsonl"
-    )
+    beside = f"{place(cfg.ckpt)}.sweep.jsonl" if is_published(cfg.ckpt) else f"{cfg.ckpt}/sweep.jsonl"
+    cfg.out = cfg.out or beside
     if Path(cfg.out).suffix != ".jsonl":
-        die(
-            f"--out {cfg.out}: measurements go to a .jsonl file, and the table and the plot beside it",
-            "--out out/sweep.jsonl",
-        )
-    lines = read(cfg.out, mend=not cfg.report)
+        die(f"--out {cfg.out}: measurements go to a .jsonl file", "--out out/sweep.jsonl")
     if cfg.panels not in ("checkpoints", "samplers"):
         die(f"panels {cfg.panels!r}: checkpoints or samplers", "--panels samplers")
     if cfg.report:
-        if not lines:
-            die(f"{cfg.out} holds no lines yet", "python -m lab.sweep --ckpt out/sudoku")
-        if not all(
-            {
-                "ckpt",
-                "dataset",
-                "process",
-                "clues",
-                "temperature",
-                "batch_size",
-                "sampler",
-                "options",
-                "steps",
-            }
-            <= set(r)
-            for r in lines
-        ):
-            die(
-                f"{cfg.out} holds lines that are no sweep's",
-                "python -m lab.sweep --ckpt out/sudoku --out out/sweep.jsonl",
-            )
-        if cfg.panels == "samplers":
-            return report(
-                lines, cfg.report, lambda r: f"{label(r)}: {setting(r, with_ckpt=False)}", lambda r: r["ckpt"]
-            )
-        return report(lines, cfg.report, setting, label)
-    chosen = [name for name in cfg.samplers.split(",") if name]
-    if unknown := sorted(set(chosen) - set(SAMPLERS)):
-        die(f"no sampler named {unknown[0]!r}", f"--samplers {','.join(SAMPLERS)}")
+        return draw(cfg)
     for name, least in (("n_eval", 2), ("batch_size", 1), ("max_new_tokens", 0), ("seed", 0)):
         if getattr(cfg, name) < least:
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {least} or more")
-    steps, temperatures = (
-        numbers("steps", cfg.steps, int, 1),
-        numbers("temperatures", cfg.temperatures, float, 0),
-    )
+    steps = numbers("steps", cfg.steps, int, 1)
+    temperatures = numbers("temperatures", cfg.temperatures, float, 0)
+    lines = read(cfg.out, mend=True)
     run, meta, step, model, process = restore(cfg.ckpt, cfg.device)
-    stem = cfg.out.removesuffix(".jsonl")
-    writable(cfg.out, "out"), page_of(stem), plots.pyplot()  # now, not after hours
+    trained, device = sorted(run.block_sizes), next(model.parameters()).device
+    wanted = served(cfg, run, process, trained)
+    writable(cfg.out, "out")  # now, not after hours
     data = dataset_for(cfg.ckpt, run, meta, model)
-    trained = sorted(run.block_sizes)
     prompts = prompts_of(data, cfg.n_eval, cfg.clues)
-    rows, starts = real_rows(data, prompts, cfg.max_new_tokens), [len(p) for p in prompts]
+    real, starts = real_rows(data, prompts, cfg.max_new_tokens), [len(p) for p in prompts]
     module, tokenizer = checker(data.folder), data.tokenizer
     who, score = None, None
     if cfg.judge not in ("none", "auto") or (cfg.judge == "auto" and module is None):
-        who, score = judge(
-            cfg.judge, (model, process, trained), tokenizer, next(model.parameters()).device
-        ) or (None, None)
-    weights, device = checkpoint.fingerprint(model), next(model.parameters()).device
+        who, score = judge(cfg.judge, (model, process, trained), tokenizer, device) or (None, None)
     what = {
-        "ckpt": cfg.ckpt,
-        "weights": weights,
-        "train_steps": step,
-        "dataset": run.dataset,
-        "process": noise_name(run),
-        "clues": cfg.clues if any(starts) else None,
-        "n": len(prompts),
-        "batch_size": cfg.batch_size,
-        "max_new_tokens": cfg.max_new_tokens,
-        "seed": cfg.seed,
-        "judge": who,
+        "ckpt": cfg.ckpt, "weights": checkpoint.fingerprint(model), "train_steps": step,
+        "dataset": run.dataset, "process": noise_name(run), "clues": cfg.clues if any(starts) else None,
+        "n": len(prompts), "batch_size": cfg.batch_size, "max_new_tokens": cfg.max_new_tokens,
+        "seed": cfg.seed, "judge": who,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    wants = lambda need: {f for f in SAMPLERS.values() if need in f.needs}
-    cannot = wants("redraws" if process.absorbing else "absorbing")
-    cannot |= {SAMPLERS["ar"]} | wants("AR mode") if trained[0] != 1 else set()
-    cannot |= set(SAMPLERS.values()) - {SAMPLERS["ar"]} if trained == [1] else set()
-    if refused := [name for name in chosen if SAMPLERS[name] in cannot]:
-        die(
-            f"{cfg.ckpt}, {run.process}, block sizes {', '.join(map(str, trained))}: "
-            f"it cannot serve {refused[0]}",
-            "--samplers ancestral",
-        )
-    missing = []
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+    rows = []
     for temperature in temperatures:
-        for name, options in [("real text", {}), *LINES]:
-            if name == "real text" or (name in (chosen or SAMPLERS) and SAMPLERS[name] not in cannot):
-                for n in [None] if name == "real text" or "own pace" in SAMPLERS[name].needs else steps:
-                    row = {
-                        **what,
-                        "temperature": temperature,
-                        "sampler": name,
-                        "options": options,
-                        "steps": n,
-                    }
-                    if not any(all(line.get(k) == v for k, v in row.items()) for line in lines):
-                        missing.append(row)
-    bar = tqdm(missing, desc=run.dataset, disable=None)
+        for name, own in [("real text", {}), *wanted]:
+            paced = name != "real text" and "own pace" not in SAMPLERS[name].needs
+            line = {**what, "temperature": temperature, "sampler": name, "options": own}
+            rows += [{**line, "steps": n} for n in (steps if paced else [None])]
+    same = lambda line, row: all(line.get(k) == v for k, v in row.items())
+    missing = [row for row in rows if not any(same(line, row) for line in lines)]
+    bar = tqdm(missing, desc=run.dataset)
     for row in bar:
+        bar.set_postfix_str(label(row) + (f", steps {row['steps']}" if row["steps"] else ""))
         if row["sampler"] == "real text":
-            result = quality(rows, starts[: len(rows)], tokenizer, module, score)
+            result = quality(real, starts[: len(real)], tokenizer, module, score)
         else:
             how = {
-                "block_size": 1 if row["sampler"] == "ar" else trained[-1],
-                "steps": row["steps"],
-                "temperature": row["temperature"],
-            }
-            how |= {
-                "max_new_tokens": cfg.max_new_tokens or None,
-                "schedule": SCHEDULES[run.schedule],
-                "trained": trained,
-            }
+                "block_size": 1 if row["sampler"] == "ar" else trained[-1], "steps": row["steps"],
+                "temperature": row["temperature"], "max_new_tokens": cfg.max_new_tokens or None,
+                "schedule": SCHEDULES[run.schedule], "trained": trained, "sampler": SAMPLERS[row["sampler"]],
+            }  # fmt: skip
+            again = prompts, cfg.seed, cfg.batch_size
             try:
-                texts, cost = generated(
-                    model,
-                    process,
-                    data,
-                    prompts,
-                    cfg.seed,
-                    cfg.batch_size,
-                    sampler=SAMPLERS[row["sampler"]],
-                    **how,
-                    **row["options"],
-                )
+                texts, cost = generated(model, process, data, *again, **how, **row["options"])
             except ValueError as e:
                 bar.close()
-                die(str(e), "python -m lab.sweep --help")
+                die(str(e), f"python sample.py --sampler {row['sampler']} --help")
             result = cost | quality(texts, starts, tokenizer, module, score)
-        with open(cfg.out, "a") as f:
+        with open(cfg.out, "a", encoding="utf-8") as f:
             f.write(json.dumps(row | result) + "\n")
-    report([r for r in read(cfg.out) if all(r.get(k) == v for k, v in what.items())], stem, setting, label)
+        lines.append(row | result)
+    show([next(line for line in lines if same(line, row)) for row in rows])
+    print(f"{cfg.out}; tables and a plot of it: python -m lab.sweep --report out/sweep --out {cfg.out}")
 
 
 if __name__ == "__main__":

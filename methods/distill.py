@@ -24,7 +24,7 @@ from run.cli import die
 
 @dataclass
 class Settings:
-    ckpt: str = "out/sudoku"  # the teacher, a training run's out_dir, or published weights
+    ckpt: str = "out/run"  # the teacher, a training run's out_dir, or published weights
     # a block, in the first round: the teacher is dt = 1 / teacher_steps ahead of the student
     teacher_steps: int = 32
     rounds: int = 5  # dt doubles in each; at most up to 1/2
@@ -36,7 +36,8 @@ INHERITS = ("batch_size", "weight_decay", "beta1", "beta2", "grad_clip", "log_ev
 
 
 def DEFAULTS(s):
-    folder = s.ckpt.rstrip("/").removesuffix(".pt").removesuffix("/best").removesuffix("/ckpt")
+    folder = s.ckpt.rstrip("/")
+    folder = folder.rpartition("/")[0] or "out/run" if folder.endswith(".pt") else folder  # a file of a run
     if ":" in folder:
         folder = "out/" + folder.split("/")[-1]
     steps = max(s.round_steps, 1)  # what is below 1 is refused by check, which says so better
@@ -54,6 +55,8 @@ def DEFAULTS(s):
 
 
 def check(cfg, s):
+    if cfg.init_from != s.ckpt:
+        die("distillation begins from its teacher, which --ckpt names", f"--ckpt {cfg.init_from}")
     for name in ("teacher_steps", "rounds", "round_steps"):
         if getattr(s, name) < 1:
             die(f"{name} is {getattr(s, name)}, it must be at least 1", f"--{name}={getattr(Settings, name)}")

@@ -6,7 +6,7 @@ What stays of a run? In its out_dir:
     ckpt.pt        the newest of them, and best.pt that of the lowest validation loss: second names of a file
                    (hard links)
     ckpt.STEP.pt.ruined   saved after the last good one, when a run gave up; yours to delete
-    log.jsonl      a line {"step": ...} a look
+    log.jsonl      a line {"step": ...} a look; null for what is not finite
     earlier.N/     what a run that was here before left
     lock           held while a run writes here; not empty: one has begun here
 
@@ -145,11 +145,9 @@ def load(path, flag="--ckpt"):
         else [f for f in (path / "ckpt.pt", *numbered(path), path / "best.pt") if os.path.isfile(f)]
     )
     if not files:
-        have = sorted(str(p.parent) for p in path.parent.glob("*/ckpt.pt"))
-        die(
-            f"no checkpoint {path / 'ckpt.pt'}",
-            f"{flag} {have[0]}" if have else "python train.py config/sudoku.toml",
-        )
+        have = [p.parent for folder in (path.parent, Path("out")) for p in sorted(folder.glob("*/ckpt.pt"))]
+        other = "python train.py config/sudoku.toml, or --init_from hf:OWNER/REPO/SUBFOLDER"
+        die(f"no checkpoint {path / 'ckpt.pt'}", f"{flag} {have[0]}" if have else other)
     problems, seen = [], set()
     for file in files:
         if (inode := file.stat().st_ino) in seen:
@@ -242,6 +240,11 @@ def begun(out_dir):
     return os.path.exists(lock) and lock.stat().st_size > 0 and not list(Path(out_dir).glob("*.pt"))
 
 
+def line_of(record):
+    """A record as a line of log.jsonl. JSON has no NaN and no infinity: null."""
+    return json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None)) + "\n"
+
+
 UNWRITTEN = {}  # path of a log.jsonl: lines that a full disk has not taken yet
 
 
@@ -252,7 +255,7 @@ def log(out_dir, *records):
     """
     path = Path(out_dir) / "log.jsonl"
     lines = UNWRITTEN.setdefault(path, [])
-    lines += [json.dumps(record) + "\n" for record in records]
+    lines += map(line_of, records)
     data = "".join(lines).encode()
     with open(path, "ab", buffering=0) as f:
         before = f.tell()
@@ -268,7 +271,7 @@ def log(out_dir, *records):
 def logged(out_dir, until=None):
     """
     The records of log.jsonl, [] without one; until: those up to that step. A line that a kill cut short does
-    not count.
+    not count. A validation that was not finite, null there, is NaN here.
     """
     records = []
     path = Path(out_dir) / "log.jsonl"
@@ -282,6 +285,9 @@ def logged(out_dir, until=None):
         for r in records
         if isinstance(r, dict) and isinstance(r.get("step"), int) and isinstance(r.get("val", {}), dict)
     ]
+    for r in records:
+        if "val" in r:
+            r["val"] = {b: math.nan if nats is None else nats for b, nats in r["val"].items()}
     return [r for r in records if until is None or r["step"] <= until]
 
 
@@ -293,7 +299,7 @@ def forget_after(out_dir, step):
     """Drop the lines of steps that will be taken again."""
     path = Path(out_dir) / "log.jsonl"
     temporary = path.with_name("log.jsonl.tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in logged(out_dir, step)), encoding="utf-8")
+    temporary.write_text("".join(map(line_of, logged(out_dir, step))), encoding="utf-8")
     to_disk(temporary)
     os.replace(temporary, path)
 

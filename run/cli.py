@@ -3,8 +3,9 @@ How are settings read? A dataclass is the list of settings, the command line and
 
     python train.py [config/file.toml] [--name value | --name=value ...]
 
-Flags win over the file; --help prints the dataclass. Unknown settings are an error, in flags and in TOML
-files. A user's slip ends in two lines, what is wrong and which command fixes it, and exit code 2.
+Flags win over the file; --help prints the settings with their defaults and comments. Unknown settings are an
+error, in flags and in TOML files. A user's slip ends in two lines, what is wrong and which command fixes it,
+and exit code 2.
 """
 
 import difflib
@@ -12,6 +13,7 @@ import inspect
 import os
 import re
 import sys
+import textwrap
 from contextlib import suppress
 from dataclasses import MISSING, fields
 
@@ -137,6 +139,9 @@ def kinds_of(cls):
     return {f.name: f.type for f in fields(cls)}
 
 
+PATHS = {"bpe", "ckpt", "init_from", "input", "judge", "json", "out", "out_dir", "prompt_file", "val_input"}
+
+
 def given_settings(cls, argv, help="--help"):
     """{name: value} of the settings of `cls` chosen in command-line words or TOML files. Flags win."""
     declared, from_file, from_flags = {f.name: f for f in fields(cls)}, {}, {}
@@ -147,20 +152,32 @@ def given_settings(cls, argv, help="--help"):
             pairs, given = {name: value}, from_flags
         elif word in ("-h", "--help"):
             doc = sys.modules["__main__"].__doc__ or sys.modules[cls.__module__].__doc__ or ""
-            print(inspect.cleandoc(doc).strip(), "\n\n" + inspect.getsource(cls))
+            print(narrow(inspect.cleandoc(doc)), "\n")
+            show_settings(cls)
             raise SystemExit
         elif word.endswith(".toml"):
             pairs, given = read_toml(word), from_file
         else:
-            die(f"'{word}' is neither a --flag nor a .toml file", ask_help)
+            meant = next((flag for flag in ("ckpt", "input") if flag in declared), None)
+            fix = f"python {command()} --{meant} {word}" if meant and re.search("[/.]", word) else ask_help
+            die(f"'{word}' is neither a --flag nor a .toml file", fix)
         for name, value in pairs.items():
+            if name == "config" and name not in declared:
+                die(
+                    f"{word}: a file of settings has no flag",
+                    f"python {command()} {value or 'config/NAME.toml'}",
+                )
             if name not in declared:
                 near = difflib.get_close_matches(name, declared, 1)
                 die(f"{word}: no setting named '{name}'", f"--{near[0]}" if near else ask_help)
+            if name in PATHS and isinstance(value, str):
+                value = os.path.expanduser(value)  # of --out_dir=~/x the shell leaves the ~
             try:
                 given[name] = convert(value, declared[name].type)
             except (ValueError, TypeError, KeyError, AttributeError):
                 fix = f"{ask_help}, or --{name}={example_of(declared[name])}"
+                if declared[name].type is dict and str(value).isdecimal():
+                    fix = f"--{name}={value}:1"  # one size, for all rows
                 die(f"{word}: '{name}' wants {declared[name].type.__name__}, got {value!r}", fix)
     return {**from_file, **from_flags}
 
@@ -169,6 +186,44 @@ def example_of(setting):
     """The default of a dataclass field, as a flag's value."""
     default = setting.default_factory() if setting.default is MISSING else setting.default
     return ",".join(f"{k}:{v:g}" for k, v in default.items()) if isinstance(default, dict) else default
+
+
+def show_settings(cls):
+    """
+    Print the flags of a dataclass with their defaults and comments, in 80 columns. By its source: a comment
+    stands behind its field or on the lines above; "# ----- words" begins a part.
+    """
+    declared, above = {f.name: f for f in fields(cls)}, []
+    for line in map(str.strip, inspect.getsource(cls).splitlines()):
+        code, _, comment = line.partition("# ")
+        if line.startswith("# -----"):
+            print(f"\n{line.removeprefix('# -----').strip()}:")
+        elif line.startswith("# "):
+            above.append(comment)
+        elif setting := declared.pop(code.partition(":")[0], None):
+            default = str(example_of(setting))
+            flag = f"    --{setting.name} {default.lower() if setting.type is bool else default}".rstrip()
+            text = textwrap.wrap(" ".join([*above, comment]).strip(), 50, break_on_hyphens=False)
+            lines = [f"{flag:<28}  {text.pop(0)}" if len(flag) <= 28 and text else flag]
+            print("\n".join(lines + [f"{'':<30}{rest}" for rest in text]))
+            above = []
+
+
+def narrow(text):
+    """A docstring in 80 columns: lines of prose run on, what is indented keeps its beginning."""
+    text = re.sub(r"\n {20,}(?=\S)", " ", text)  # what stands to the right of a command goes on
+    option = r"[a-z]\w*: "  # and what it does: lines of its own
+    text = re.sub(rf"(?m)^{option}.*(\n(?!{option}) *\S.*)+", lambda m: " ".join(m[0].split()), text)
+    text = re.sub(rf"(?<=\S)\n(?=\S)(?!{option})", " ", text)
+    lines = []
+    for line in text.splitlines():
+        inside = " " * (len(line) - len(line.lstrip()) + 4 * bool(re.match(f" |{option}", line)))
+        if len(line) > 80:
+            line = re.sub(r"(?<=\S) {2,}(?=\S)", "\n" + inside, line)  # the command, and what it does
+        how = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": inside}
+        for part in line.split("\n"):
+            lines += textwrap.wrap(part, 80, **how) or [""]
+    return "\n".join(lines)
 
 
 def read_toml(path):

@@ -55,11 +55,12 @@ def explain(sampler, own):
     """What --sampler NAME --help prints."""
     limits = [LIMITS[need] for need in sampler.needs]
     print(f"--sampler {sampler.__name__}" + "".join(f"; {what}" for what in limits))
-    print(f"\n{inspect.getdoc(sampler)}\n")
+    print(f"\n{cli.narrow(inspect.getdoc(sampler))}\n")
     print("Its own options and their defaults:" if own else "It has no options of its own.")
     for option, default in own.items():
         print(f"    --{option}" + ("" if default == "" else f"    {default}"))
-    print(f"\nAll samplers: {', '.join(SAMPLERS)}.\nWhat they share: python {command()} --help")
+    print("\n" + cli.narrow(f"All samplers: {', '.join(SAMPLERS)}."))
+    print(f"What they share: python {command()} --help")
 
 
 def load_with_sampler(cls, argv):
@@ -109,8 +110,9 @@ def load_with_method(cls, argv, asked):
     if wants_help(argv, {**kinds_of(cls), **mine}):
         if by_flag and method:
             cli.show_anything()
-            print(inspect.getdoc(method), "\n")
-            load_config(own, ["--help"]) if own else print("It has no settings of its own.")
+            print(cli.narrow(inspect.getdoc(method)), "\n")
+            cli.show_settings(own) if own else print("It has no settings of its own.")
+            print("\nWhat every method shares: python train.py --help")
             raise SystemExit
         load_config(cls, ["--help"])
     both = wider(cls, [(f.name, f.type, f) for f in fields(own)]) if own else cls

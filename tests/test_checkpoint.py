@@ -143,6 +143,17 @@ def test_log_lines_wait_for_room_on_the_disk(project, capsys, room):
     assert [r["step"] for r in log("a")] == [1, 2, 3, 4]
 
 
+def test_what_is_not_finite_is_null_in_the_log(project):
+    """JSON has no NaN; readers see one where a validation was not finite."""
+    Path("a").mkdir()
+    checkpoint.log("a", {"step": 1, "loss": math.nan}, {"step": 2, "val": {"1": math.inf, "4": 0.1}})
+    text = Path("a/log.jsonl").read_text()
+    assert text == '{"step": 1, "loss": null}\n{"step": 2, "val": {"1": null, "4": 0.1}}\n'
+    assert math.isnan(checkpoint.logged("a")[1]["val"]["1"]) and checkpoint.fall_back_to_good("a") is None
+    checkpoint.forget_after("a", 2)
+    assert Path("a/log.jsonl").read_text() == text
+
+
 def test_a_folder_one_cannot_write_to(project, slip):
     Path("file").write_text("")
     for folder in ("file", "file/below", "/proc/nanoblock"):

@@ -10,9 +10,11 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,10 +25,12 @@ import distill
 import eval as evaluation
 import sample
 import train as training
+from data.tokens import Tokenizer
 from fast import FastTransformer
 from lab import bench, gsm8k, paper, plots, quality, sweep
 from model import Transformer
 from options import SampleConfig, TrainConfig
+from run.cli import narrow
 from run.flags import load_with_method, load_with_sampler, options
 from samplers import SAMPLERS
 
@@ -161,6 +165,63 @@ def samples(out):
     return re.findall(r"--- sample \d+\n(.*)\n", out)
 
 
+def test_a_frame_fits_the_terminal(monkeypatch):
+    """A line that wraps, or a frame that is too tall, cannot be redrawn in place: it would smear."""
+    size = lambda *pair: monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size(pair))
+    row = SimpleNamespace(x=torch.arange(60).remainder(3)[None].repeat(2, 1))
+    meta = {"vocab_size": 3, "tokenizer": "char", "chars": "a漢é"}
+    for marks, columns, height, width in (
+        ({}, 11, 90, 0),
+        ({}, 11, 7, 0),
+        ({"width": 6}, 34, 8, 6),
+        ({"width": 30}, 11, 90, 0),
+    ):
+        size(columns, height)
+        lines = sample.frame(row, None, Tokenizer(meta, "."), None, meta | marks)
+        assert max(map(sample.columns_of, lines)) < columns and len(lines) <= height - 2, (marks, columns)
+        assert any(" " in line for line in lines) == bool(width), (
+            "pages where one fits, else a text that runs on"
+        )
+    assert sample.columns_of("a漢e\u0301🙂") == 6
+
+
+@pytest.mark.slow  # three commands in processes of their own
+def test_a_poor_terminal_gets_no_escape_codes(home):
+    show = "import pty, sys; pty.spawn([sys.executable, 'sample.py', '--ckpt=out/sudoku', '--animate', '--steps=2'])"
+    colour, move = "\x1b[1;32m", "\x1b[2K"
+    for more, codes in (
+        ({"TERM": "xterm"}, {colour, move}),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, {move}),
+        ({"TERM": "dumb"}, set()),
+    ):
+        out = call(home, "-c", show, **({"NO_COLOR": ""} | more))
+        assert {code for code in (colour, move) if code in out} == codes, more
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_an_installation_that_fails_begins_again(tmp_path):
+    """Of a .venv that make began nothing is left; one that was there before stays."""
+    shutil.copy(ROOT / "Makefile", tmp_path), (tmp_path / "requirements.txt").touch()
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\nmkdir -p .venv/bin && printf '#!/bin/sh\\nexit $OFFLINE' > .venv/bin/python && chmod +x .venv/bin/python\n"
+    )
+    python.chmod(0o755)
+
+    def make(offline):
+        env = {**os.environ, "OFFLINE": str(offline)}
+        return subprocess.run(
+            ["make", f"PYTHON={python}", ".venv/done"], cwd=tmp_path, env=env, capture_output=True
+        ).returncode
+
+    assert make(1) != 0 and not (tmp_path / ".venv").exists()
+    assert make(0) == 0 and (tmp_path / ".venv/done").exists()
+    (tmp_path / ".venv/done").unlink()
+    assert (
+        make(1) != 0 and (tmp_path / ".venv/bin/python").exists() and not (tmp_path / ".venv/done").exists()
+    )
+
+
 def test_samplers_and_their_own_options(here, float64):
     ask = ("sample.py", "--ckpt=out/sudoku", "--n_samples=4")
     out = here(*ask, "--sampler", "arpc", "--steps=8", "--guide_every", "2", "--corruption=divergence")
@@ -180,41 +241,41 @@ def test_a_sampler_explains_itself(capsys, name):
     out = capsys.readouterr().out
     for option in options(SAMPLERS[name]):
         assert f"\n{option}: " in out and f"    --{option}" in out
-    assert inspect.getdoc(SAMPLERS[name]) in out and not e.value.code
+    assert narrow(inspect.getdoc(SAMPLERS[name])) in out and not e.value.code
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_scripts_print_their_settings(home, here):
-    assert inspect.getdoc(SAMPLERS["arpc"]) in here("sample.py", "--sampler", "arpc", "--help")
-    assert "SampleConfig" in here("sample.py", "--help") and "teacher_steps: int" in call(
-        home, "distill.py", "--help"
-    )
+    assert narrow(inspect.getdoc(SAMPLERS["arpc"])) in here("sample.py", "--sampler", "arpc", "--help")
+    assert "--teacher_steps 32" in call(home, "distill.py", "--help")
+    for command in MAIN:
+        out = here(*["-m"] * (not command.endswith(".py")), command, "--help")
+        assert max(map(len, out.splitlines())) <= 80 and "\n    --" in out, command
 
 
 def test_sweeping_samplers(home, here):
     flags = (
         "--n_eval=4",
-        "--samplers=ar,confidence,speculation",
+        "--samplers=ar,confidence,speculation,speculation draft=first",
         "--out=out/c.jsonl",
         "--batch_size=2",
         "--steps=1,2",
     )
     call(home, "-m", "lab.sweep", "--ckpt=out/sudoku", *flags)
     rows = [json.loads(line) for line in (home / "out/c.jsonl").read_text().splitlines()]
-    assert len(rows) == 1 + 1 + 2 + 5 and all(0 <= r["low"] <= r["accuracy"] <= r["high"] <= 1 for r in rows)
+    assert len(rows) == 1 + 1 + 2 + 2 and all(0 <= r["low"] <= r["accuracy"] <= r["high"] <= 1 for r in rows)
+    here("-m", "lab.sweep", "--report=out/c", "--out=out/c.jsonl")
     table = (home / "out/c.md").read_text()
-    assert (
-        "### out/sudoku: sudoku, masked, with clues, batches of 2" in table
-        and table.count("| speculation") == 5
-    )
+    assert "### out/sudoku: sudoku, masked, with clues, batches of 2" in table
+    assert table.count("| speculation") == 2 and "| speculation draft=first |" in table
     out = here("-m", "lab.sweep", "--report=out/side", "--out=out/c.jsonl", "--panels=samplers")
     side = (home / "out/side.md").read_text()
-    assert "9 lines" in out and (home / "out/side.png").stat().st_size > 10_000
+    assert "6 lines" in out and (home / "out/side.png").stat().st_size > 10_000
     (home / "out/page.md").write_text("# Written by hand\n")
     assert "--report out/page_tables" in here(
         "-m", "lab.sweep", "--report=out/page", "--out=out/c.jsonl", code=2
     )
-    assert "### confidence: sudoku, masked, with clues" in side and side.count("| out/sudoku") == 8
-    assert "SweepConfig" in here("-m", "lab.sweep", "--help") and "EvalConfig" in here("eval.py", "--help")
+    assert "### confidence: sudoku, masked, with clues" in side and side.count("| out/sudoku") == 5
 
 
 def test_sampling_a_stream(home, here):
@@ -244,6 +305,9 @@ def test_sampling_a_stream(home, here):
         (["sample.py", "--ckpt=out/sudoku", "--prompt=12x4............"], "'x'"),
         (["sample.py", "--ckpt=out/sudoku", "--prompt=12"], "16 tokens"),
         (["sample.py", "--ckpt=out/sudoku", "--block_size=8"], "1, 16"),
+        (["sample.py", "out/sudoku"], "--ckpt out/sudoku"),
+        (["train.py", "--config", "config/sudoku.toml"], " config/sudoku.toml\n"),
+        (["train.py", "--block_sizes=16"], "--block_sizes=16:1"),
         (["sample.py", "--ckpt=out/digits", "--prompt=" + "3+8=11;" * 40], "--prompt"),
         (["sample.py", "--ckpt=out/digits", "--max_new_tokens=1000"], "--max_new_tokens"),
         (["sample.py", "--ckpt=out/digits", "--temperature=-1"], "temperature"),
@@ -273,6 +337,7 @@ def test_sampling_a_stream(home, here):
         (["eval.py", "--sweep", "--ckpt=out/sudoku", "--samplers=ar"], "python -m lab.sweep"),
         (["eval.py", "--gsm8k", "--ckpt=out/sudoku"], "python -m lab.gsm8k"),
         (["-m", "lab.sweep", "--ckpt=out/sudoku", "--samplers=ar,best"], "'best'"),
+        (["-m", "lab.sweep", "--ckpt=out/sudoku", "--samplers=arpc metrik=gap"], "--sampler arpc --help"),
         (["-m", "lab.sweep", "--report=x", "--out=none.jsonl"], "none.jsonl"),
         (["sample.py", "--ckpt=out/digits", "--sampler=ar", "--steps=3"], "--steps"),
         (["sample.py", "--ckpt=out/digits", "--prompt_file=none.txt"], "none.txt"),
@@ -300,13 +365,15 @@ def test_sampling_a_stream(home, here):
         (["-m", "lab.paper", "--seeds=0"], "--seeds 3"),
         (["-m", "lab.plots", "--steps=0"], "--steps 4"),
         (["distill.py", "--ckpt=out/none"], "--ckpt out/"),
+        (["distill.py", "--init_from=out/sudoku/ckpt.pt"], "--ckpt out/sudoku/ckpt.pt"),
         (["distill.py", "--ckpt=out/sudoku", "--rounds=6"], "--teacher_steps=64"),
         (["-m", "lab.sweep", "--panels=rows"], "--panels samplers"),
         (["-m", "lab.bench", "--growth=100"], "--growth 8192"),
         (["sample.py"], "out/run"),
         (["sample.py", "--init_from=hf:nobody"], "names no repository"),
         (["sample.py", "--init_from=out/none"], "--ckpt out/"),
-        (["-m", "lab.gsm8k", "--ckpt=out/sudoku"], "data/gsm8k/test.jsonl"),
+        (["-m", "lab.gsm8k", "--ckpt=out/sudoku"], "data/gsm8k/prepare.py --eval_only"),
+        (["-m", "lab.gsm8k", "--ckpt=out/sudoku", "--input=sums.jsonl"], "it cannot read these questions"),
         (["train.py", "--init_from=out/none"], "--init_from out/"),
         (["train.py", "--init_from=out/sudoku", "--n_layers=9"], "n_layers 2, not 9"),
         (["train.py", "--init_from=out/sudoku", "--dataset=digits", "--seq_len=32"], "not in the tokens"),
@@ -316,6 +383,7 @@ def test_sampling_a_stream(home, here):
 def test_slips_get_two_lines(home, slip, monkeypatch, argv, says):
     """In this process: what the fixture checks is the exit code and the two lines."""
     monkeypatch.chdir(home)
+    Path("sums.jsonl").write_text('{"question": "How many?", "answer": "#### 7"}\n')
     assert says in slip(MAIN[argv[argv[0] == "-m"]], argv=argv[1 + (argv[0] == "-m") :])
 
 

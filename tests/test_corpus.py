@@ -489,6 +489,10 @@ def test_slips(project, monkeypatch, slip):
     assert "nothing.txt not found" in said("openwebtext", "--input=nothing.txt")
     assert "tiny.json is none of" in said("openwebtext", "--input=tiny.json")
     assert "40 documents, 40 of them" in said("openwebtext", "--val_docs=40")
+    Path("one.txt").write_text("a b c\n")
+    assert "1 document: one is needed for training and one" in said("openwebtext", "--input=one.txt")
+    assert "--eval_only --val_input qa.jsonl" in said("gsm8k", "--eval_only", "--val_input=")
+    assert "a .tiktoken file of GPT-2 will not do" in said("tinygsm", "--bpe=tiny.tiktoken")
     assert "val.bin would be without a row" in said("openwebtext", "--val_docs=1", "--seq_len=600")
     assert "none.tiktoken not found" in said("openwebtext", "--bpe=none.tiktoken")
     Path("long.txt").write_text(
@@ -496,7 +500,7 @@ def test_slips(project, monkeypatch, slip):
     )
     assert "vocab_size is 30522" in said("lm1b", "--bpe=long.txt")
     assert "plain text, without columns question" in said("tinygsm", "--input=docs.txt")
-    assert "for both splits" in said("wikitext", "--val_input=")
+    assert "--input news.txt --val_input news.txt" in said("wikitext", "--val_input=")
     assert "workers 0" in said("openwebtext", "--workers=-1")
     lines = Path("docs.jsonl").read_text().splitlines()
     for workers in ("--workers=1", "--workers=2"):

@@ -92,7 +92,7 @@ def test_prepare_from_another_folder(prepare, tmp_path, monkeypatch, name):
     assert [f.name for f in Path().iterdir()] == ["a.txt"]
     made = sorted(f.name for f in (tmp_path / "data" / name).iterdir() if f.suffix in (".bin", ".json"))
     assert made == (["meta.json", "train.bin", "val.bin"] if name in flags else [])
-    assert name in flags or "class " in p.stdout
+    assert name in flags or "--bpe" in p.stdout
 
 
 def test_the_288_grids():
@@ -160,6 +160,17 @@ def test_large_vocabularies_are_uint32(project):
         np.array([1, 70_000, 5], dtype=np.uint32).tofile(f"data/big/{split}.bin")
     Path("data/big/meta.json").write_text(json.dumps({"vocab_size": 70_001, "tokenizer": "none"}))
     assert Dataset("big", 3).windows("val", [0])[0].tolist() == [[1, 70_000, 5]]
+
+
+def test_uint32_where_uint16_is_meant_is_refused(project, slip):
+    """Read as uint16, every second id would be 0, and nothing would tell."""
+    np.fromfile("data/toy/train.bin", np.uint16).astype(np.uint32).tofile("data/toy/train.bin")
+    err = slip(Dataset, "toy", 8)
+    assert "train.bin holds uint32" in err
+    np.fromfile("data/toy/train.bin", "u4").astype("u2").tofile("data/toy/train.bin")
+    Dataset("toy", 8)
+    (np.arange(64) % 2).astype(np.uint16).tofile("data/toy/train.bin")  # 0 1 0 1 ... is a text like any other
+    Dataset("toy", 8)
 
 
 def test_the_separator_ends_the_prompt(project, slip):

@@ -74,6 +74,11 @@ def test_slips(project, slip, old_command):
         assert says in slip(old_command, *flags), flags
 
 
+def test_a_student_has_a_folder_beside_its_teachers():
+    for teacher in ("out/x", "out/x/", "out/x/ckpt.pt", "out/x/best.pt", "out/x/ckpt.500.pt"):
+        assert distill.DEFAULTS(distill.Settings(ckpt=teacher))["out_dir"] == "out/x_distilled", teacher
+
+
 def test_the_trajectory_of_dcd_is_corrupt_with_the_same_random_numbers():
     """
     (x_t, x_s) of one Gaussian at two times, against `corrupt` at two alphas from the same noise: the whole

@@ -767,16 +767,24 @@ def test_a_killed_sweep_goes_on(toys, monkeypatch, capsys, slip):
     Half of a last line, as a kill while writing leaves it: it is named, made again, and the others are not.
     """
     monkeypatch.chdir(toys)
-    flags = ("--ckpt=out/mix", "--samplers=ar,ancestral", "--steps=1,4", "--temperatures=0.5,1", "--n_eval=6")
+    flags = (
+        "--ckpt=out/mix",
+        "--samplers=ar,ancestral,ancestral greedy_tail=true",
+        "--steps=1,4",
+        "--temperatures=0.5,1",
+        "--n_eval=6",
+    )
     out = said_by(sweep, monkeypatch, capsys, *flags)
     path = toys / "out/mix/sweep.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == 2 * (1 + 1 + 2 * 2) and "sweep.png: 12 lines" in out
+    assert len(rows) == 2 * (1 + 1 + 2 * 2) and out.count("ancestral") == 8 and "real text" in out
     assert (
         {r["temperature"] for r in rows} == {0.5, 1.0}
         and rows[0]["sampler"] == "real text"
         and rows[1]["gen_ppl"] > 1
     )
+    draw = ["--report=out/mix/sweep", "--out=out/mix/sweep.jsonl"]
+    assert "sweep.png: 12 lines" in said_by(sweep, monkeypatch, capsys, *draw)
     table = (toys / "out/mix/sweep.md").read_text()
     assert table.count("### ") == 2 and "temperature 0.5" in table and "| 1 step | 4 steps |" in table
     assert (toys / "out/mix/sweep.png").stat().st_size > 10_000
@@ -792,7 +800,7 @@ def test_a_killed_sweep_goes_on(toys, monkeypatch, capsys, slip):
     assert "line 2" in slip(sweep.main, argv=list(flags))
     path.write_text("".join(lines))
     (toys / "out/mix/sweep.md").write_text("# Mine\n")
-    assert "not a table of ours" in slip(sweep.main, argv=list(flags))
+    assert "not a table of ours" in slip(sweep.main, argv=draw)
     (toys / "out/mix/sweep.md").unlink()
 
 

@@ -3,7 +3,7 @@ Why believe settings.py? Both doors, flags and TOML, refuse what nobody declared
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from options import SampleConfig
 from run.checkpoint import build
 from run.cli import load_config, parse_dict
 from train import TrainConfig
@@ -83,7 +84,8 @@ def test_a_dict_survives_the_command_line(d):
         (["--lr=fast"], "wants float", "--lr=0.1"),
         (["--fast=yes"], "wants bool", "--fast=False"),
         (["--sizes=1:0.5,1:0.5"], "wants dict", "--sizes=1:1"),
-        (["--sizes=16"], "wants dict", "--sizes=1:1"),
+        (["--sizes=16"], "wants dict", "--sizes=16:1"),
+        (["--config", "a.toml"], "no flag", " a.toml"),
         (["word"], "'word'", "--help"),
         (["missing.toml"], "not found", "config"),
     ],
@@ -116,7 +118,31 @@ def test_toml_nobody_declared_or_of_the_wrong_type(slip, tmp_path, text):
 def test_help_prints_the_commented_dataclass(capsys):
     with pytest.raises(SystemExit) as e:
         load("--help")
-    assert e.value.code is None and "a comment that --help shows" in capsys.readouterr().out
+    assert (
+        e.value.code is None
+        and "    --lr 0.1                  a comment that --help shows\n" in capsys.readouterr().out
+    )
+
+
+def test_help_fits_a_terminal_and_names_every_setting(capsys):
+    """A comment stands behind a field, or on the lines above it; defaults are what a flag would take."""
+    with pytest.raises(SystemExit):
+        load_config(TrainConfig, ["--help"])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert [f.name for f in fields(TrainConfig)] == re.findall(r"^    --(\w+)", out, re.M)
+    assert "    --resume false" in out and "\nthe network:\n" in out
+    assert re.search(
+        r"--block_sizes 1:0.25,16:0.75\n +size:weight,...: the share of rows trained with\n", out
+    )
+    assert re.search(r"--init_from +weights to begin with: a run's out_dir", out)
+
+
+def test_a_home_folder_is_meant_by_its_sign(monkeypatch):
+    """The shell leaves it in --out_dir=~/x; a text may begin with it."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    cfg = load_config(SampleConfig, ["--ckpt=~/x", "--prompt=~/x"])
+    assert (cfg.ckpt, cfg.prompt) == ("/home/ada/x", "~/x")
 
 
 def test_the_published_presets_cost_what_their_comments_say():

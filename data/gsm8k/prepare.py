@@ -53,6 +53,9 @@ def keep(name, path):
 
 def main():
     cfg, folder = load_config(Gsm8kConfig, sys.argv[1:]), Path(__file__).parent
+    if cfg.eval_only and cfg.input and not cfg.val_input:
+        fix = f"--eval_only --val_input {cfg.input}"
+        die("--eval_only keeps the test problems alone, and --input names the others", fix)
     if not cfg.eval_only and bool(cfg.input) != bool(cfg.val_input):
         die(
             "local files are needed for both splits, or for none",

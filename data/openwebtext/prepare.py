@@ -41,6 +41,9 @@ def main():
     cfg = load_config(OpenWebTextConfig, sys.argv[1:])
     names = inputs(cfg.input) if cfg.input else listing("Skylion007/openwebtext", "plain_text")
     n = count(names, ["text"]) if cfg.input else N_DOCUMENTS
+    if n < 2:
+        fix = "lines <|endoftext|> between the documents of a .txt, or more files in --input"
+        die(f"{n} document: one is needed for training and one for validation", fix)
     if not 0 < cfg.val_docs < n:
         die(
             f"{n:,} documents, {cfg.val_docs:,} of them for validation, leave none for one of the two",

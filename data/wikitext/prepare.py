@@ -8,7 +8,8 @@ leaves it.
     python data/wikitext/prepare.py [--version 2] [--split test]
     python data/wikitext/prepare.py --input wiki.train.raw.txt --val_input FILE.txt
 
-The first downloads, version 103 without the flag. If only val.bin matters, the second may name a file twice.
+The first downloads, version 103 without the flag. The second wants both files; if only val.bin matters, name
+one file twice.
 """
 
 import re
@@ -46,7 +47,7 @@ SPACES = [  # (what the corpus did, what was there before), in this order, a lin
 class WikiTextConfig:
     version: int = 103  # or 2, the small one: which to download
     split: str = "validation"  # or test: which becomes val.bin
-    input: str = ""  # a local .txt of the training split. Empty: download
+    input: str = ""  # a local .txt of the training split, together with --val_input. Empty: download
     val_input: str = ""  # a local .txt of the split that becomes val.bin
     detokenize: bool = True  # undo the corpus's tokenization
     # a local file of GPT-2 ranks, "base64 rank" a line; kept beside the data. Empty: tiktoken downloads them
@@ -73,10 +74,8 @@ def main():
     if cfg.version not in (2, 103) or cfg.split not in ("validation", "test"):
         die("version is 2 or 103, split validation or test", "--version=2 --split=test")
     if bool(cfg.input) != bool(cfg.val_input):
-        die(
-            "local files are needed for both splits, or for none",
-            "--input TRAIN.txt --val_input VALID.txt, or the latter twice",
-        )
+        fix = f"--input {cfg.input or cfg.val_input} --val_input {cfg.val_input or cfg.input}, or two files"
+        die("local files are needed for both splits, or for none", fix)
     if cfg.input:
         shards = [("train", name) for name in inputs(cfg.input)] + [
             ("val", name) for name in inputs(cfg.val_input, "--val_input")
