@@ -26,7 +26,7 @@ from fast.block import generate
 from generate import NOTHING
 from options import SampleConfig
 from run import machine
-from run.cli import die
+from run.cli import die, shown
 from run.flags import load_with_sampler, options
 from run.restore import restore
 from samplers import SAMPLERS
@@ -34,6 +34,11 @@ from samplers import SAMPLERS
 # ----- what a person sees
 
 DIM, COLOUR, PLAIN = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"
+
+
+def text_of(ids, tokenizer):
+    """The text of a row, with its controls spelt out: a vocabulary may come from anywhere."""
+    return shown(tokenizer.decode([i for i in ids if i != NOTHING]))
 
 
 def cells(row, before, tokenizer, mask_id):
@@ -45,7 +50,7 @@ def cells(row, before, tokenizer, mask_id):
         elif token == mask_id:
             out.append(f"{DIM}░{PLAIN}")
         else:
-            text = tokenizer.decode([token])
+            text = text_of([token], tokenizer)
             out.append(f"{COLOUR}{text}{PLAIN}" if before is not None and before[i] != token else text)
     return out
 
@@ -99,25 +104,25 @@ def animate(states, tokenizer, mask_id, meta, fps):
         time.sleep(max(0.0, 1 / fps - (time.time() - start)))
     if "width" in meta:  # frame left out what did not fit beside
         for row in state.x.tolist()[pages_across(meta["width"]) :]:
-            print(tokenizer.decode([t for t in row if t != NOTHING]))
+            print(text_of(row, tokenizer))
 
 
 def stream(states, tokenizer, prompt):
     """The first sample appears block by block; the others, made in the same passes, follow whole."""
-    shown = 0
+    written = 0
     print(f"--- sample 1\n{prompt}", end="", flush=True)
     for state in states:
         row = [i for i in state.x[0].tolist() if i != NOTHING]
         if state.finished or state.done[0]:
-            text = tokenizer.decode(row[: state.span[1]])
+            text = text_of(row[: state.span[1]], tokenizer)
             if not state.done[0]:
                 text = text.rstrip("\ufffd")  # half a character: its other bytes come with the next block
-            sys.stdout.write(text[max(shown, len(prompt)) :])
+            sys.stdout.write(text[max(written, len(prompt)) :])
             sys.stdout.flush()
-            shown = max(shown, len(text))
+            written = max(written, len(text))
         yield state
     for i, row in enumerate(state.x[1:].tolist()):
-        print(f"\n--- sample {i + 2}\n{tokenizer.decode([t for t in row if t != NOTHING])}", end="")
+        print(f"\n--- sample {i + 2}\n{text_of(row, tokenizer)}", end="")
     print()
 
 
@@ -187,7 +192,7 @@ def main():
             if cfg.animate and sys.stdout.isatty():
                 states = animate(states, tokenizer, process.mask_id, meta, cfg.fps)
             else:
-                states = stream(states, tokenizer, tokenizer.decode(prompts[0]))
+                states = stream(states, tokenizer, text_of(prompts[0], tokenizer))
             for last in states:
                 pass
     except ValueError as e:

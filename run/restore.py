@@ -19,7 +19,7 @@ import methods
 from data.dataset import Dataset, check_meta, read_meta
 from options import TrainConfig
 from run import checkpoint, machine
-from run.cli import die, said
+from run.cli import die, said, shown
 from run.machine import pick_device, runs_on
 
 SHAPES = (  # what the weights cannot follow
@@ -223,7 +223,7 @@ def begin_from(cfg, settings=None, method=None, asked=()):
     if same_tokens(cfg.dataset, state, source).get("row_len") and "seq_len" not in asked:
         cfg.seq_len = 0  # the rows say how long they are
     if os.environ.get("RANK", "0") == "0":
-        print(f"from {source}: " + ", ".join(f"{name} {getattr(cfg, name)}" for name in SHAPES))
+        print(f"from {source}: " + shown(", ".join(f"{name} {getattr(cfg, name)}" for name in SHAPES)))
     facts = {"network": {**state["network"], "next_token": cfg.next_token}} if "network" in state else {}
     if "process" in state and not hasattr(method, "process"):
         # what the weights have learned to read: the settings do not say all of it
@@ -272,7 +272,7 @@ def compare(state, cfg, settings, method, data, world, say):
                 f"{fix}, or another --out_dir",
             )
         if name not in ("resume", "out_dir") and old[name] != value:
-            say(f"changed since the checkpoint: {name} {old[name]} -> {value}")
+            say(shown(f"changed since the checkpoint: {name} {old[name]} -> {value}"))
     before, now = state.get("method", {}).get("settings", {}), {} if settings is None else asdict(settings)
     for name, value in now.items():
         if name in before and before[name] != value:
@@ -281,7 +281,7 @@ def compare(state, cfg, settings, method, data, world, say):
                     f"{cfg.out_dir} was trained with {name} {before[name]}, not {value}",
                     f"--{name}={before[name]}, or another --out_dir",
                 )
-            say(f"changed since the checkpoint: {name} {before[name]} -> {value}")
+            say(shown(f"changed since the checkpoint: {name} {before[name]} -> {value}"))
     if (now := cfg.batch_size * cfg.accumulation * world) != rows:
         say(f"changed since the checkpoint: rows of a step {rows} -> {now}")
 

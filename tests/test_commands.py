@@ -217,6 +217,34 @@ def test_sweeping_samplers(home, here):
     assert "SweepConfig" in here("-m", "lab.sweep", "--help") and "EvalConfig" in here("eval.py", "--help")
 
 
+OURS = r"\x1b\[(?:2m|1;32m|0m|\d+A|2K|J)"  # what the animation itself sends
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("name", ["sudoku", "digits"])
+def test_a_vocabulary_does_not_command_the_terminal(home, here, monkeypatch, name):
+    """Rows as pages, and a stream: its controls are spelt out, and the network writes what it ever wrote."""
+    flags = ["--device=cpu", "--steps=2", "--n_samples=9"]  # more pages than stand side by side
+    plain = samples(here("sample.py", f"--ckpt=out/{name}", *flags))
+    state = torch.load(home / f"out/{name}/ckpt.pt", weights_only=True)
+    chars = [f"{c}\x1b[2J\u202e\x9b" for c in state["meta"]["chars"]]
+    (home / "out/hostile").mkdir(exist_ok=True)
+    torch.save({**state, "meta": {**state["meta"], "chars": chars}}, home / "out/hostile/ckpt.pt")
+    out = here("sample.py", "--ckpt=out/hostile", *flags)
+    assert samples(out.replace(r"\x1b[2J\u202e\x9b", "")) == plain and len(plain) == 9
+
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt=out/hostile", *flags, "--animate", "--fps=1000"])
+    with contextlib.redirect_stdout(Terminal()) as screen:
+        sample.main()
+    seen = re.sub(OURS, "", screen.getvalue())
+    assert r"\x1b[2J\u202e\x9b" in seen and not re.search("[\x1b\x9b\u202e]", out + seen)
+
+
 def test_sampling_a_stream(home, here):
     (home / "prompts.txt").write_text("\n3+\n3+8=11;4+4=\n")
     out = here(
