@@ -20,6 +20,7 @@ import pytest
 import torch
 from exact import agree, rounded
 from safetensors.torch import save_file
+from test_checkpoint import squeeze
 
 import diffusion
 import eval as evaluation
@@ -557,6 +558,28 @@ def test_a_lightning_checkpoint(tmp_path, slip, averaged):
     assert not (tmp_path / "ran").exists()
     torch.save({"state_dict": {}, "x": Dictionary(a=1)}, folder / "last.ckpt")
     assert "dict" in slip(checkpoint.load, folder, "--init_from").lower()
+
+
+def test_a_small_file_does_not_become_large(tmp_path, slip, monkeypatch):
+    """Compressed zeros, and one number read as a gigabyte, are refused before the memory is asked for."""
+    folder = put(tmp_path / MIXTURE, {}, {**TINY, "x0_causal": True})
+    (folder / "model.safetensors").unlink()
+    refused = lambda: slip(checkpoint.load, folder, "--init_from")
+    weights = theirs(50258, "block-dit")
+    torch.save({"state_dict": weights}, folder / "last.ckpt")
+    squeeze(folder / "last.ckpt")
+    assert "is compressed" in refused()
+    flat = {k: torch.zeros(1).expand(10**6, 10**3) for k in weights}
+    torch.save({"state_dict": flat}, folder / "last.ckpt")
+    assert "its tensors are of" in refused()
+    torch.save({"state_dict": {}, "ema": {"shadow_params": list(flat.values())}}, folder / "last.ckpt")
+    assert "its tensors are of" in refused()
+    torch.save({"state_dict": weights, "x": bytearray(5)}, folder / "last.ckpt")
+    assert "bytearray" in refused()
+    torch.save({"state_dict": weights}, folder / "last.ckpt")
+    checkpoint.load(folder)
+    monkeypatch.setattr("hub.published.LARGEST", 10)
+    assert "bytes of settings" in refused()
 
 
 def test_the_shadow_list_must_fit(tmp_path, slip):
