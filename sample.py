@@ -12,11 +12,8 @@ checkpoint. At the end, NFE counts passes through the network, and token-forward
 """
 
 import itertools
-import os
-import shutil
 import sys
 import time
-import unicodedata
 from pathlib import Path
 
 import torch
@@ -28,106 +25,11 @@ from diffusion import SCHEDULES
 from fast.block import generate
 from generate import NOTHING
 from options import SampleConfig
-from run import machine
+from run import machine, screen
 from run.cli import die
 from run.flags import load_with_sampler, options
 from run.restore import restore
 from samplers import SAMPLERS
-
-# ----- what a person sees
-
-DUMB = os.environ.get("TERM") == "dumb"  # a terminal that knows no escape codes
-DIM, COLOUR, PLAIN = ("",) * 3 if DUMB or os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[1;32m", "\x1b[0m")
-
-
-def cells(row, before, tokenizer, mask_id):
-    """One string a token: dim dots for masks and nothing, colour where this step changed something."""
-    out = []
-    for i, token in enumerate(row):
-        if token == NOTHING:
-            out.append(" ")
-        elif token == mask_id:
-            out.append(f"{DIM}░{PLAIN}")
-        else:
-            text = tokenizer.decode([token])
-            out.append(f"{COLOUR}{text}{PLAIN}" if before is not None and before[i] != token else text)
-    return out
-
-
-def pages_across(meta):
-    """So many rows fit side by side as pages of a `width`; 0: not even one, or rows have no width."""
-    columns = shutil.get_terminal_size().columns + 3
-    return columns // (2 * meta["width"] + 3) if "width" in meta else 0
-
-
-def columns_of(text):
-    """The columns of a terminal that a text takes: two a wide character, none a mark on the one before."""
-    return sum((unicodedata.east_asian_width(c) in "WF") + (not unicodedata.combining(c)) for c in text)
-
-
-def frame(state, before, tokenizer, mask_id, meta):
-    """
-    Lines of one animation frame. Rows with a `width` stand side by side, prompt above, as little pages;
-    others run on.
-    """
-    rows, (columns, height) = state.x.tolist(), shutil.get_terminal_size()
-    fits, lines = max(1, height - 2), []  # what is taller than the screen cannot be redrawn
-    pages = [cells(*row, tokenizer, mask_id) for row in zip(rows, before or [None] * len(rows), strict=True)]
-    if n := pages_across(meta):  # more would wrap, and a wrapped line cannot be redrawn
-        w, above = meta["width"], meta.get("prompt_len", 0) // meta["width"]
-        lines = ["    ".join(" ".join(p[i : i + w]) for p in pages[:n]) for i in range(0, len(rows[0]), w)]
-        return (lines[:above] + [""] * (above > 0) + lines[above:])[-fits:]
-    for page in pages:  # wrap by hand: escape codes have no width
-        line, used = "", 0
-        for cell in page:
-            visible = cell.replace(DIM, "").replace(COLOUR, "").replace(PLAIN, "")
-            for c in visible if "\n" in visible else [visible]:
-                if c == "\n" or used + columns_of(c) >= columns:
-                    lines.append(line)
-                    line, used = "", 0
-                if c != "\n":
-                    line, used = line + (cell if c == visible else c), used + columns_of(c)
-        lines += [line, ""]
-    return lines[-fits:]
-
-
-def animate(states, tokenizer, mask_id, meta, fps):
-    before, height = None, 0
-    for state in states:
-        start = time.time()
-        lines = frame(state, before, tokenizer, mask_id, meta)
-        up = f"\x1b[{height}A" if height else ""
-        sys.stdout.write(up + "".join(f"\x1b[2K{line}\n" for line in lines))
-        sys.stdout.write("\x1b[J")
-        sys.stdout.flush()
-        before, height = state.x.tolist(), len(lines)
-        yield state
-        time.sleep(max(0.0, 1 / fps - (time.time() - start)))
-    if n := pages_across(meta):  # frame left out what did not fit beside
-        for row in state.x.tolist()[n:]:
-            print(tokenizer.decode([t for t in row if t != NOTHING]))
-
-
-def stream(states, tokenizer, prompt):
-    """The first sample appears block by block; the others, made in the same passes, follow whole."""
-    shown = 0
-    print(f"--- sample 1\n{prompt}", end="", flush=True)
-    for state in states:
-        row = [i for i in state.x[0].tolist() if i != NOTHING]
-        if state.finished or state.done[0]:
-            text = tokenizer.decode(row[: state.span[1]])
-            if not state.done[0]:
-                text = text.rstrip("\ufffd")  # half a character: its other bytes come with the next block
-            sys.stdout.write(text[max(shown, len(prompt)) :])
-            sys.stdout.flush()
-            shown = max(shown, len(text))
-        yield state
-    for i, row in enumerate(state.x[1:].tolist()):
-        print(f"\n--- sample {i + 2}\n{tokenizer.decode([t for t in row if t != NOTHING])}", end="")
-    print()
-
-
-# ----- the command
 
 
 def settled(cfg, sampler, own, trained):
@@ -190,10 +92,10 @@ def main():
         with machine.mixed(model.head.weight.device, getattr(torch, cfg.dtype)):
             first = list(itertools.islice(states, 3))  # the sampler checks its options before a text is shown
             states = itertools.chain(first, states)
-            if cfg.animate and sys.stdout.isatty() and not DUMB:
-                states = animate(states, tokenizer, process.mask_id, meta, cfg.fps)
+            if cfg.animate and sys.stdout.isatty() and not screen.DUMB:
+                states = screen.animate(states, tokenizer, process.mask_id, meta, cfg.fps)
             else:
-                states = stream(states, tokenizer, tokenizer.decode(prompts[0]))
+                states = screen.stream(states, tokenizer, screen.text_of(prompts[0], tokenizer))
             for last in states:
                 pass
     except ValueError as e:

@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import sys
 import time
 import urllib.error
@@ -25,6 +26,8 @@ from tqdm import tqdm
 from run.cli import die, said
 
 PATIENCE = 5  # attempts in a row that bring nothing, before a download gives up
+UNPROMISED = 16 << 30  # bytes taken from a server that does not say how many will come
+LISTING = 64 << 20  # bytes of a folder's listing
 PROBLEMS = (OSError, http.client.HTTPException)  # urllib's errors are OSErrors, http.client's are not
 
 
@@ -47,9 +50,26 @@ def cache():
 # ----- downloads
 
 
+def web(address):
+    """The address, if it is one of http or https: ftp://, and file:// with its pipes, raise ValueError."""
+    if urlsplit(address).scheme not in ("http", "https"):
+        raise ValueError(f"{address[:100]} is no address of http:// or https://")
+    return address
+
+
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_):
         return None
+
+
+class WebRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, response, code, reason, headers, address):
+        return super().redirect_request(request, response, code, reason, headers, web(address))
+
+
+def opened(request):
+    """The answer to a Request, along redirects that stay with http and https."""
+    return urllib.request.build_opener(WebRedirect).open(request, timeout=30)
 
 
 def head(address, hops=5):
@@ -59,7 +79,7 @@ def head(address, hops=5):
     """
     found, method, patience = {}, "HEAD", PATIENCE
     while hops:
-        request = urllib.request.Request(address, method=method, headers={"Accept-Encoding": "identity"})
+        request = urllib.request.Request(web(address), method=method, headers={"Accept-Encoding": "identity"})
         if method == "GET":
             request.add_header("Range", "bytes=0-0")
         try:
@@ -140,7 +160,7 @@ def fetch(address, instead="--input FILE"):
     with two lines if there is none to be had; instead: the flag for a file of one's own.
     """
     try:
-        parts = urlsplit(address)
+        parts = urlsplit(web(address))
         names = [parts.netloc.replace(":", "_"), *unquote(parts.path).strip("/").split("/")]
         if {"", ".", ".."} & set(names):
             raise ValueError(f"{'/'.join(names)} is no name of a file")  # it would lie outside of the cache
@@ -205,8 +225,14 @@ def up_to_date(address, path):
 
 
 def receive(address, part, size):
-    """Append to the file `part` until it is `size` bytes long (None: until the connection ends well)."""
+    """
+    Append to the file `part` until it is `size` bytes long (None: until the connection ends well). What the
+    disk has no room for is not begun.
+    """
     failures, most = 0, 0
+    have, room = part.stat().st_size if part.exists() else 0, shutil.disk_usage(part.parent).free
+    if size is not None and size - have > room:
+        raise OSError(errno.ENOSPC, f"{size - have:,} bytes would come, and there is room for {room:,}")
     with tqdm(
         total=size,
         unit="B",
@@ -224,7 +250,7 @@ def receive(address, part, size):
                 if size is not None and have > size:
                     part.unlink()
                     raise OSError(f"{have:,} bytes came, {size:,} were promised")
-                if request_rest(address, part, have, bar) and size is None:
+                if request_rest(address, part, have, bar, size) and size is None:
                     return
             except PROBLEMS as e:
                 code = getattr(e, "code", 0)
@@ -245,12 +271,15 @@ def receive(address, part, size):
             time.sleep(0.0 if gained else min(30, 2**failures / 4))
 
 
-def request_rest(address, part, have, bar):
-    """One request for what is lacking; True if the server sent all it announced."""
+def request_rest(address, part, have, bar, size):
+    """
+    One request for what is lacking; True if the server sent all it announced. What is more than `size` bytes
+    (None: UNPROMISED) is not kept.
+    """
     request = urllib.request.Request(
         address, headers={"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     )
-    with urllib.request.urlopen(request, timeout=30) as response:
+    with opened(request) as response:
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise OSError(f"it came as {response.headers['Content-Encoding']}, which was not asked for")
         if response.status == 206 and not (response.headers.get("Content-Range") or "").startswith(
@@ -262,17 +291,23 @@ def request_rest(address, part, have, bar):
         if response.status != 206:
             bar.n = 0  # a server that knows no ranges begins again
         left, got = response.headers.get("Content-Length", ""), 0
+        most = (UNPROMISED if size is None else size) - (have if response.status == 206 else 0)
         with open(part, "ab" if response.status == 206 else "wb") as f:
             while True:
                 try:
-                    piece = response.read(1 << 20)
+                    piece = response.read(min(1 << 20, most - got + 1))
                 except PROBLEMS as e:  # not those of writing
                     f.write(getattr(e, "partial", b""))
                     return False
                 if not piece:
                     return not left.isdecimal() or got == int(left)
-                f.write(piece)
                 got += len(piece)
+                if got > most:
+                    f.truncate(0)  # of another file: nothing of it will do
+                    if size is None:
+                        raise ValueError(f"more than {most:,} bytes came, and no number was promised")
+                    raise OSError(f"more bytes came than the {size:,} that were promised")
+                f.write(piece)
                 bar.update(len(piece))
 
 
@@ -280,8 +315,11 @@ def listing(repo, folder, revision="main", kind="datasets"):
     """The addresses of the files in a folder of a repository on the hub, sorted."""
     address = f"{endpoint()}/api/{kind}/{repo}/tree/{quote(revision, safe='')}/{quote(folder)}"
     try:
-        with urllib.request.urlopen(address, timeout=30) as response:
-            files = [entry["path"] for entry in json.load(response) if entry.get("type", "file") == "file"]
+        with opened(web(address)) as response:
+            answer = response.read(LISTING + 1)
+        if len(answer) > LISTING:
+            raise ValueError(f"more than {LISTING:,} bytes came")
+        files = [entry["path"] for entry in json.loads(answer) if entry.get("type", "file") == "file"]
     except (*PROBLEMS, ValueError, KeyError, TypeError) as e:
         die(
             f"could not list {folder} of {repo}: {said(e)}",

@@ -39,6 +39,7 @@ TOKENIZERS = {
     ),
     30522: ("lm1b", {"vocab_size": 30522, "tokenizer": "bert", "bos_id": 101, "eos_id": 102, "pad_id": 0}),
 }
+LARGEST = 16 << 20  # bytes of a config.json
 BERT_MASK = 103  # the one of these tokenizers that has a mask of its own
 
 
@@ -152,6 +153,8 @@ def files_of(spec, flag):
 def read_config(file):
     """The model's settings in a config.json; a whole Hydra tree is looked through for them."""
     try:
+        if (size := os.path.getsize(file)) > LARGEST:
+            raise ValueError(f"{size:,} bytes of settings")
         config = json.loads(Path(file).read_text(encoding="utf-8"))
         algo = {
             theirs: config["algo"][k]
@@ -186,9 +189,11 @@ def read_weights(file):
             from safetensors.torch import load_file
 
             return load_file(file)
+        checkpoint.check_archive(file)
         strangers = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         with torch.serialization.safe_globals([(Inert, name) for name in strangers]):
             state = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint.check_tensors(state, file)
         # besides the network it may hold a teacher, of Duo's distillation
         weights = state.get("state_dict", state)
         weights = {k: v for k, v in weights.items() if not k.startswith("teacher") and torch.is_tensor(v)}

@@ -618,7 +618,7 @@ def main():
         if cfg.plot:
             growth_plot(rows, cfg.plot)
     if cfg.json:
-        with open(cfg.json, "w") as f:
+        with open(cfg.json, "w", encoding="utf-8") as f:
             json.dump(
                 {"settings": vars(cfg), "torch": torch.__version__, "device": str(device), "rows": rows},
                 f,

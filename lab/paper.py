@@ -151,7 +151,8 @@ def finished(cfg, out_dir):
 
 def train_row(argv, toml, out_dir, resume):
     Path(out_dir).mkdir(parents=True, exist_ok=True)
-    with open(Path(out_dir) / "train.txt", "a") as log:  # its progress bar and its complaints are on stderr
+    # its progress bar and its complaints are on stderr
+    with open(Path(out_dir) / "train.txt", "a", encoding="utf-8") as log:
         code = subprocess.run(
             [sys.executable, "train.py", toml, *argv] + ["--resume"] * resume, stdout=log
         ).returncode
@@ -209,7 +210,7 @@ def measured(name, seed, out_dir, cfg, lines, seconds):
         "steps": run.max_steps,
         **result,
     }
-    with open(f"{cfg.out}/results.jsonl", "a") as f:
+    with open(f"{cfg.out}/results.jsonl", "a", encoding="utf-8") as f:
         f.write(json.dumps(line) + "\n")
     return line
 
@@ -402,7 +403,7 @@ step (`eval.one_draw`); another end gives another bound, lower by some hundredth
 (docs/log.md).
 """)
     text = "\n".join(out)
-    Path(f"{cfg.page}.md").write_text(text)
+    Path(f"{cfg.page}.md").write_text(text, encoding="utf-8")
     return text
 
 
@@ -424,7 +425,7 @@ def main():
     if not tomls:
         die(f"no TOML file in {cfg.rows}", "--rows config/paper")
     page = Path(f"{cfg.page}.md")
-    if page.exists() and not page.read_text().startswith(HEAD):
+    if page.exists() and not page.read_text(encoding="utf-8").startswith(HEAD):
         die(f"{page} is not a page of ours, and would be written over", "--page docs/my_paper")
     # complain now, not after half an hour
     writable(f"{cfg.page}.md", "page"), writable(f"{cfg.out}/results.jsonl", "out"), plots.pyplot()

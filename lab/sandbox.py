@@ -8,21 +8,27 @@ programs that nobody has read.
     extract, correct    from a model's text to a program; from its answer to right or wrong
 
 Each program gets a process of its own, and that is the boundary: whatever Python a program gets hold of, the
-kernel refuses. Two layers, each of which alone would do; they hold for root and for ordinary users, and Linux
-(x86-64, aarch64) has both unless its owner forbids it:
+kernel refuses. Two layers, for root and for ordinary users. Linux (x86-64, aarch64) has both unless its owner
+forbids it:
 
-    namespaces   no network, no other process in sight, and for a file system one empty, read-only folder
     seccomp      16 system calls: memory, clocks, writing to an open pipe, the end. Neither files nor sockets,
                  nor signals
+    namespaces   no network, no other process in sight, and for a file system one empty, read-only folder
+
+seccomp suffices, and no program runs without it unless no layer was asked for. Namespaces are a second wall
+behind it. They do not suffice: system calls that need neither files nor sockets remain, shared memory among
+them.
 
 Root becomes nobody, and rlimits bound time, memory, files and processes: it may start none, so it leaves none
-behind. Python's builtins are restricted too, but only so that programs mean what they meant to others who
-measured: that is no boundary, and the tests go around it.
+behind. A program has a session and a session keyring of its own: its signals reach no other process, and it
+finds no keys. Python's builtins are restricted too, but only so that programs mean what they meant to others
+who measured: that is no boundary, and the tests go around it.
 
 evaluator --stdin: program--> launcher, this file as a script, trusted --fork--> the program, which writes one
 line. The launcher ends it when it has answered, when its time is up, and when the evaluator is gone.
 """
 
+import builtins
 import math
 import os
 import re
@@ -32,9 +38,12 @@ import time
 from functools import cache
 
 LAYERS = ("namespaces", "seccomp")
+SUFFICES = ("seccomp",)
+ENDS = ("answered", "killed", "timeout", "no boundary")  # what the launcher decides
 LONGEST = 1 << 20  # bytes of a program
 REPLY = 4096  # bytes of what it may say
 NOBODY = 65534
+KEYCTL = {"x86_64": 250, "aarch64": 219}  # the number of the system call
 # linux/sched.h, CLONE_NEW*
 USER, PID, NET, MOUNT, IPC, UTS = 0x10000000, 0x20000000, 0x40000000, 0x00020000, 0x08000000, 0x04000000
 SYSCALLS = {  # machine: its AUDIT_ARCH, mmap, and what else a program needs
@@ -111,10 +120,10 @@ def run(code, timeout=5.0, memory_mb=256, layers=LAYERS):
     Returns
         answer   its value as an int or float (settled), else the last number it printed, else None
         why      ok | no code | no function | no answer | too long | error: KIND | timeout | killed | no
-                 boundary | no sandbox
+                 boundary | no sandbox. KIND: an exception of Python's own, or "other"
         layers   those that were in force
-    Nothing runs if none of the layers that are asked for can be had; without asking for any it runs with
-    limits alone.
+    Where layers are asked for, nothing runs unless one that suffices holds. Without asking for any, a program
+    runs with limits alone.
     """
     import select
     import subprocess
@@ -156,18 +165,23 @@ def run(code, timeout=5.0, memory_mb=256, layers=LAYERS):
             pass
         process.wait()
     end, held, said, *_ = (reply.decode("ascii", "replace").split("\n") + [""] * 3)[:3]
-    if not end or not held:
+    if end not in ENDS:
         return {"answer": None, "why": "no sandbox", "layers": ()}  # not even Python began
+    answer, why = understood(said) if end == "answered" else (None, end)
+    return {"answer": answer, "why": why, "layers": tuple(held.split()[1:])}
+
+
+def understood(said):
+    """(answer, why) of a program's line. It may write what it likes, so only what `answer` says counts."""
     kind, _, value = said.partition(" ")
-    why = {"": end, "int": "ok", "float": "ok"}.get(
-        kind, said if re.fullmatch(r"[\w :]{1,60}", said) else "killed"
-    )
-    answer = number(value) if why == "ok" else None
-    return {
-        "answer": answer,
-        "why": "no answer" if why == "ok" and answer is None else why,
-        "layers": tuple(held.split()[1:]),
-    }
+    if kind in ("int", "float"):
+        found = number(value)
+        return found, "no answer" if found is None else "ok"
+    if kind == "error:":
+        error = getattr(builtins, value, None)
+        known = isinstance(error, type) and issubclass(error, BaseException)
+        return None, said if known else "error: other"
+    return None, said if said in ("no code", "no function", "no answer") else "killed"
 
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -204,10 +218,10 @@ def launch():
     import resource  # noqa: F401  for `inside`, which may not be able to read files
     import select
 
-    timeout, memory_mb, size, *layers = sys.stdin.buffer.readline().decode().split()
+    timeout, memory_mb, size, *asked = sys.stdin.buffer.readline().decode().split()
     code = sys.stdin.buffer.read(int(size)).decode()
     libc = ctypes.CDLL(None, use_errno=True)
-    layers = [layer for layer in layers if sys.platform == "linux"]
+    layers = [layer for layer in asked if sys.platform == "linux"]
     if os.getuid() == 0:
         os.setgroups([])
         os.setgid(NOBODY)
@@ -221,7 +235,7 @@ def launch():
     if pid == 0:
         try:
             os.close(hear)
-            inside(libc, code, say, math.ceil(float(timeout)) + 1, int(memory_mb) << 20, layers)
+            inside(libc, code, say, math.ceil(float(timeout)) + 1, int(memory_mb) << 20, asked, layers)
         finally:
             os._exit(1)
     os.close(say)
@@ -238,8 +252,18 @@ def launch():
         said += some
     os.kill(pid, signal.SIGKILL)  # the first process of its namespace: all others there end with it
     os.waitpid(pid, 0)
-    held, said, *_ = (said.split(b"\n") + [b""] * 2)[:2] if b"\n" in said else (b"", b"")
-    os.write(1, end.encode() + b"\n" + (held or b"held") + b"\n" + said)
+    held, *lines = said.split(b"\n")  # the first line was there before the program
+    held = held if lines else b"held"
+    if lines and not enough(asked, held.decode().split()[1:]):
+        end = "no boundary"
+    elif len(lines) > 1:
+        end = "answered"
+    os.write(1, end.encode() + b"\n" + held + b"\n" + (lines[0] if end == "answered" else b""))
+
+
+def enough(asked, held):
+    """May a program run, if of the layers `asked` those in `held` are in force?"""
+    return not asked or bool(set(held) & set(SUFFICES))
 
 
 def unshared(libc):
@@ -256,7 +280,7 @@ def unshared(libc):
             ("uid_map", f"{NOBODY} {uid} 1"),
             ("gid_map", f"{NOBODY} {gid} 1"),
         ):
-            with open(f"/proc/self/{name}", "w") as f:
+            with open(f"/proc/self/{name}", "w", encoding="utf-8") as f:
                 f.write(line)
     except OSError:
         return False
@@ -317,16 +341,20 @@ def filtered(libc, ctypes):
 # ----- inside: where the program runs
 
 
-def inside(libc, code, say, seconds, memory, layers):
+def inside(libc, code, say, seconds, memory, asked, layers):
     """
-    Give up all that can be given up, say which layers hold, run the program, say its answer. Does not return.
+    Give up all that can be given up, say which layers hold, run the program if they are enough for those that
+    were asked for, say its answer. Does not return.
     """
     import ctypes
     import resource
 
+    os.setsid()  # a signal to its process group reaches itself alone
     if sys.platform == "linux":
         libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    null, asked, held = os.open("/dev/null", os.O_RDWR), len(layers), []
+        if os.uname().machine in KEYCTL:
+            libc.syscall(KEYCTL[os.uname().machine], 1, None)  # KEYCTL_JOIN_SESSION_KEYRING, a new one
+    null, held = os.open("/dev/null", os.O_RDWR), []
     say = os.dup2(say, 63)
     for fd in range(3):
         os.dup2(null, fd)
@@ -358,8 +386,8 @@ def inside(libc, code, say, seconds, memory, layers):
         privileges = libc.capset(head, none) == 0 and libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
         held = held if privileges else []
         held += ["seccomp"] * (privileges and "seccomp" in layers and filtered(libc, ctypes))
-    os.write(say, f"held {' '.join(held)}\n{'' if held or not asked else 'no boundary' + chr(10)}".encode())
-    if held or not asked:
+    os.write(say, f"held {' '.join(held)}\n".encode())
+    if enough(asked, held):
         try:
             said = answer(code)
         except BaseException as e:  # SystemExit, MemoryError, RecursionError, and whatever a program makes up

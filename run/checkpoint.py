@@ -22,6 +22,7 @@ import importlib
 import json
 import math
 import os
+import pickletools
 import re
 import shutil
 import sys
@@ -177,10 +178,12 @@ def load(path, flag="--ckpt"):
 
 def read(file):
     """The dict in one file; raises something if it is not what `save` wrote."""
+    check_archive(file)
     if bad := zipfile.ZipFile(file).testzip():
         # torch would load a flipped bit without a word
         raise ValueError(f"the checksum of {bad} does not match")
     state = torch.load(file, map_location="cpu", weights_only=True)
+    check_tensors(state, file)
     # the rest is for going on
     parts = {"model": dict, "ema": dict, "config": dict, "meta": dict, "step": int}
     if not isinstance(state, dict) or (lacking := sorted(set(parts) - set(state))):
@@ -191,7 +194,69 @@ def read(file):
         if not isinstance(state[k], kind) or kind is int and not 0 <= state[k] < 1 << 62
     ):
         raise ValueError(f"its {odd[0]} is a {type(state[odd[0]]).__name__}: {str(state[odd[0]])[:40]}")
-    return migrate(state)
+    state = migrate(state)
+    check_sizes(state)
+    return state
+
+
+# What a file makes us allocate must be about as large as the file. So each of these comes before what would
+# be allocated.
+
+
+def check_archive(file):
+    """
+    Raise ValueError if unpacking a file of torch.save takes more than the file itself. torch stores the parts
+    as they are; others may compress them, or let two parts lie on one place.
+    """
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+        if packed := [part.filename for part in parts if part.file_size != part.compress_size]:
+            raise ValueError(f"{packed[0]} is compressed, which torch.save does not do")
+        if (total := sum(part.file_size for part in parts)) > (have := os.path.getsize(file)):
+            raise ValueError(f"it says that {total:,} bytes are in {have:,}")
+        for part in parts:
+            if part.filename.lower().endswith("data.pkl"):
+                for code, name, _ in pickletools.genops(archive.read(part)):
+                    if code.name == "GLOBAL" and name.endswith("bytearray"):  # of any length, by one number
+                        raise ValueError("it makes a bytearray, which no checkpoint needs")
+
+
+def check_tensors(state, file):
+    """
+    Raise ValueError if the tensors that a file holds are far larger than the file: few numbers, read again
+    and again (a stride of 0, or many views of one tensor), become many as soon as they are copied.
+    """
+    size, left, seen = 0, [state], set()
+    while left:
+        value = left.pop()
+        if torch.is_tensor(value):
+            size += value.numel() * value.element_size()
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            left += value.values() if isinstance(value, dict) else value
+    if size > 4 * (have := os.path.getsize(file)):  # some share a tensor in earnest
+        raise ValueError(f"its tensors are of {size:,} bytes, the file of {have:,}")
+
+
+def check_sizes(state):
+    """
+    Raise ValueError if the settings are of a network far larger than the weights: building it would take long
+    before anything could be compared. A network may do with fewer tensors than layers, but not by thousands.
+    """
+    tensors = [v for part in ("model", "ema") for v in state[part].values() if torch.is_tensor(v)]
+    numbers = sum(v.numel() for v in tensors)
+    network = state["network"] if isinstance(state.get("network"), dict) else {}
+    if odd := [name for name, value in network.items() if torch.is_tensor(value)]:
+        raise ValueError(f"{odd[0]} of its network is a tensor")
+    for kind, values, name, most in (
+        ("settings", state["config"], "n_layers", 1000 + len(tensors)),
+        ("network", network, "n_layers", 1000 + len(tensors)),
+        ("dataset", state["meta"], "vocab_size", (1 << 20) + numbers),
+        ("network", network, "vocab_size", (1 << 20) + numbers),
+        ("settings", state["config"], "seq_len", 1 << 24),
+    ):
+        if type(values.get(name)) is int and values[name] > most:
+            raise ValueError(f"its {kind} say {name} {values[name]:,}, its weights are {numbers:,} numbers")
 
 
 # ----- the folder of a run

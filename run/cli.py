@@ -23,16 +23,25 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 
+# ESC and other controls but tab and newline, and what turns the direction of writing around
+CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def shown(text):
+    """Text from elsewhere, for a terminal: what would clear it or turn its lines is spelt out, as \\x1b."""
+    return CONTROLS.sub(lambda control: control[0].encode("unicode_escape").decode("ascii"), text)
+
+
 def die(problem, fix):
     """End the program as a user's slip: two lines on stderr, exit code 2."""
-    problem, fix = (" ".join(s.splitlines()) for s in (problem, fix))  # a message may quote several lines
+    problem, fix = (shown(" ".join(s.splitlines())) for s in (problem, fix))  # they may quote several lines
     print(f"error: {problem}\n  try: {fix}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def said(e):
     """An exception in part of a line: its kind, and the beginning of what it says."""
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
+    return shown(f"{type(e).__name__}: {' '.join(str(e).split())[:160]}")
 
 
 def writable(path, flag):

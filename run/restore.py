@@ -17,9 +17,11 @@ import torch
 import fast
 import methods
 from data.dataset import Dataset, check_meta, read_meta
+from diffusion import Masked
+from model import Transformer
 from options import TrainConfig
 from run import checkpoint, machine
-from run.cli import die, said
+from run.cli import die, said, shown
 from run.machine import pick_device, runs_on
 
 SHAPES = (  # what the weights cannot follow
@@ -87,6 +89,26 @@ def noise_name(run):
     return f"{run.process} ({run.method})" if run.method else run.process
 
 
+def check_parameters(source, cfg, vocab_size, weights, method=None, settings=None):
+    """
+    Two lines if the settings cfg are of a network of far more numbers than the weights that are meant for it:
+    before it is built, which may take all memory. Where less is wrong, load_state says what.
+    """
+    make = getattr(method, "network", lambda model_cfg, settings: Transformer(model_cfg))
+    try:
+        with torch.device("meta"):  # where it takes no memory
+            model = make(checkpoint.network_config(cfg, Masked(vocab_size, 0), vocab_size), settings)
+    except Exception:  # odd settings, of which `build` says more; or a network that cannot be made there
+        return
+    wanted = sum(p.numel() for p in model.parameters())
+    have = sum(w.numel() for w in weights.values() if torch.is_tensor(w))
+    if wanted > 2 * have + 1000:
+        die(
+            f"{source}: its weights do not fit its settings: {have:,} numbers, for a network of {wanted:,}",
+            "another checkpoint",
+        )
+
+
 def restore(ckpt, device, plain=False):
     """rebuild(ckpt, device) by the name of a device, which it prints first."""
     state = checkpoint.load(ckpt)
@@ -105,6 +127,8 @@ def rebuild(ckpt, device, state=None, plain=False):
     run = trained_with(state)
     method, settings = method_of(state)
     vocab_size = check_meta(state["meta"], ckpt)["vocab_size"]
+    if "network" not in state:
+        check_parameters(ckpt, run, vocab_size, state["ema"], method, settings)
     model, process = checkpoint.build(
         run, vocab_size, state.get("network"), method, settings, state.get("process")
     )
@@ -220,10 +244,13 @@ def begin_from(cfg, settings=None, method=None, asked=()):
             f"{source} predicts {run.predicts}, and {cfg.objective} teaches another output",
             f"--objective={run.objective}",
         )
-    if same_tokens(cfg.dataset, state, source).get("row_len") and "seq_len" not in asked:
+    meta = same_tokens(cfg.dataset, state, source)
+    if meta.get("row_len") and "seq_len" not in asked:
         cfg.seq_len = 0  # the rows say how long they are
+    if "network" not in state:
+        check_parameters(source, cfg, meta["vocab_size"], state["ema"], method, settings)
     if os.environ.get("RANK", "0") == "0":
-        print(f"from {source}: " + ", ".join(f"{name} {getattr(cfg, name)}" for name in SHAPES))
+        print(f"from {source}: " + shown(", ".join(f"{name} {getattr(cfg, name)}" for name in SHAPES)))
     facts = {"network": {**state["network"], "next_token": cfg.next_token}} if "network" in state else {}
     if "process" in state and not hasattr(method, "process"):
         # what the weights have learned to read: the settings do not say all of it
@@ -272,7 +299,7 @@ def compare(state, cfg, settings, method, data, world, say):
                 f"{fix}, or another --out_dir",
             )
         if name not in ("resume", "out_dir") and old[name] != value:
-            say(f"changed since the checkpoint: {name} {old[name]} -> {value}")
+            say(shown(f"changed since the checkpoint: {name} {old[name]} -> {value}"))
     before, now = state.get("method", {}).get("settings", {}), {} if settings is None else asdict(settings)
     for name, value in now.items():
         if name in before and before[name] != value:
@@ -281,7 +308,7 @@ def compare(state, cfg, settings, method, data, world, say):
                     f"{cfg.out_dir} was trained with {name} {before[name]}, not {value}",
                     f"--{name}={before[name]}, or another --out_dir",
                 )
-            say(f"changed since the checkpoint: {name} {before[name]} -> {value}")
+            say(shown(f"changed since the checkpoint: {name} {before[name]} -> {value}"))
     if (now := cfg.batch_size * cfg.accumulation * world) != rows:
         say(f"changed since the checkpoint: rows of a step {rows} -> {now}")
 

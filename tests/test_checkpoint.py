@@ -8,17 +8,20 @@ import math
 import os
 import resource
 import sys
+import zipfile
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from test_train import log, run, same
 
 import eval as evaluation
 from model import ModelConfig
+from options import TrainConfig
 from run import checkpoint
-from run.restore import rebuild, trained_with
+from run.restore import begin_from, rebuild, trained_with
 
 
 @pytest.fixture
@@ -242,6 +245,53 @@ def test_padding_of_an_older_checkpoint_is_shown_clean(project):
     assert not rebuild("a", "cpu")[0].clean_padding and checkpoint.load("a")["version"] == 2
     checkpoint.save("a", {**older, "meta": {**older["meta"], "pad_id": 2}})
     assert rebuild("a", "cpu")[0].clean_padding
+
+
+def test_a_small_file_does_not_become_large(project, slip, monkeypatch):
+    """Each is refused before the memory is asked for: by what the file says of itself."""
+    run("--out_dir=a", "--max_steps=1")
+    state = checkpoint.load("a")
+    put = lambda **new: checkpoint.save("b", {**state, **new})
+    refused = lambda: slip(checkpoint.load, "b")
+    put()
+    with zipfile.ZipFile("b/ckpt.1.pt", "a") as archive:
+        archive.filelist *= 4  # other names for the same bytes
+        archive.comment = b"so that the list is written"
+    assert "bytes are in" in refused()
+    put()
+    squeeze("b/ckpt.1.pt")
+    assert "is compressed" in refused()
+    put(ema={"embed.weight": torch.zeros(1).expand(10**6, 10**3)})
+    assert "its tensors are of 4,000," in refused()
+    put(ema=dict.fromkeys([f"embed.{i}" for i in range(100)], torch.zeros(10**5)))
+    assert "its tensors are of 40," in refused()
+    put(more=bytearray(5))
+    assert "bytearray" in refused()
+
+    for name, part in (("n_layers", "config"), ("seq_len", "config"), ("vocab_size", "meta")):
+        put(**{part: {**state[part], name: 10**9}})
+        assert f"{name} 1,000,000,000" in refused()
+    facts = asdict(ModelConfig(4, 8, n_layers=1, n_heads=1, d_model=4))
+    for name in ("n_layers", "vocab_size"):
+        put(network={**facts, name: 10**9})
+        assert f"{name} 1,000,000,000" in refused()
+    put(network={**facts, "n_layers": torch.tensor(10**9)})
+    assert "is a tensor" in refused()
+
+    put(config={**state["config"], "d_model": 1024})
+    monkeypatch.setattr(checkpoint, "build", None)  # which would take the memory
+    assert "its weights do not fit its settings" in slip(rebuild, "b", "cpu")
+    begin = TrainConfig(init_from="b", dataset="toy", device="cpu", out_dir="c")
+    assert "its weights do not fit its settings" in slip(begin_from, begin)
+
+
+def squeeze(file):
+    """Compress a file of torch.save."""
+    with zipfile.ZipFile(file) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
 
 
 def test_noise_that_cannot_be_is_refused(project, slip):

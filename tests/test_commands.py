@@ -30,6 +30,7 @@ from fast import FastTransformer
 from lab import bench, gsm8k, paper, plots, quality, sweep
 from model import Transformer
 from options import SampleConfig, TrainConfig
+from run import screen
 from run.cli import narrow
 from run.flags import load_with_method, load_with_sampler, options
 from samplers import SAMPLERS
@@ -177,12 +178,12 @@ def test_a_frame_fits_the_terminal(monkeypatch):
         ({"width": 30}, 11, 90, 0),
     ):
         size(columns, height)
-        lines = sample.frame(row, None, Tokenizer(meta, "."), None, meta | marks)
-        assert max(map(sample.columns_of, lines)) < columns and len(lines) <= height - 2, (marks, columns)
+        lines = screen.frame(row, None, Tokenizer(meta, "."), None, meta | marks)
+        assert max(map(screen.columns_of, lines)) < columns and len(lines) <= height - 2, (marks, columns)
         assert any(" " in line for line in lines) == bool(width), (
             "pages where one fits, else a text that runs on"
         )
-    assert sample.columns_of("a漢e\u0301🙂") == 6
+    assert screen.columns_of("a漢e\u0301🙂") == 6
 
 
 @pytest.mark.slow  # three commands in processes of their own
@@ -276,6 +277,34 @@ def test_sweeping_samplers(home, here):
         "-m", "lab.sweep", "--report=out/page", "--out=out/c.jsonl", code=2
     )
     assert "### confidence: sudoku, masked, with clues" in side and side.count("| out/sudoku") == 5
+
+
+OURS = r"\x1b\[(?:2m|1;32m|0m|\d+A|2K|J)"  # what the animation itself sends
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("name", ["sudoku", "digits"])
+def test_a_vocabulary_does_not_command_the_terminal(home, here, monkeypatch, name):
+    """Rows as pages, and a stream: its controls are spelt out, and the network writes what it ever wrote."""
+    flags = ["--device=cpu", "--steps=2", "--n_samples=9"]  # more pages than stand side by side
+    plain = samples(here("sample.py", f"--ckpt=out/{name}", *flags))
+    state = torch.load(home / f"out/{name}/ckpt.pt", weights_only=True)
+    chars = [f"{c}\x1b[2J\u202e\x9b" for c in state["meta"]["chars"]]
+    (home / "out/hostile").mkdir(exist_ok=True)
+    torch.save({**state, "meta": {**state["meta"], "chars": chars}}, home / "out/hostile/ckpt.pt")
+    out = here("sample.py", "--ckpt=out/hostile", *flags)
+    assert samples(out.replace(r"\x1b[2J\u202e\x9b", "")) == plain and len(plain) == 9
+
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt=out/hostile", *flags, "--animate", "--fps=1000"])
+    with contextlib.redirect_stdout(Terminal()) as screen:
+        sample.main()
+    seen = re.sub(OURS, "", screen.getvalue())
+    assert r"\x1b[2J\u202e\x9b" in seen and not re.search("[\x1b\x9b\u202e]", out + seen)
 
 
 def test_sampling_a_stream(home, here):

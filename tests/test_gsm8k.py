@@ -28,9 +28,10 @@ from train import TrainConfig, train
 
 ROOT = Path(__file__).parents[1]
 needs_boundary = pytest.mark.skipif(not isolation()[0], reason=isolation()[1])
+HELD = set(run("def simple_math_problem():\n    return 1", 10.0)["layers"])  # where no layer is missing, both
 ALONE = [
-    pytest.param(held, marks=pytest.mark.skipif(not isolation(held)[0], reason=isolation(held)[1]))
-    for held in [LAYERS, *zip(LAYERS)]
+    pytest.param(layers, marks=pytest.mark.skipif(not set(layers) <= HELD, reason=isolation()[1]))
+    for layers in [LAYERS, *zip(LAYERS)]
 ]
 
 # Restricted builtins are no boundary: every attack begins by walking around them, to the real os, sys and
@@ -224,8 +225,19 @@ def attack(places, body, layers, **how):
     return run(indented(body + "\nreturn 666"), layers=layers, **how)
 
 
+def edit_launcher(monkeypatch, folder, old, new):
+    """From here on programs are started by a copy of sandbox.py in which `old` reads `new`."""
+    text = Path(sandbox.__file__).read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    Path(folder, "sandbox.py").write_text(text.replace(old, new), encoding="utf-8")
+    monkeypatch.setattr(sandbox, "HERE", str(folder))
+
+
 @pytest.mark.parametrize("layers", ALONE)
-def test_no_attack_harms_past_any_one_layer(places, layers):
+def test_no_attack_harms_past_any_one_layer(places, layers, monkeypatch, tmp_path):
+    """Namespaces too, though they do not suffice: they are the wall that stands if seccomp falls."""
+    if layers == ("namespaces",):
+        edit_launcher(monkeypatch, tmp_path, 'SUFFICES = ("seccomp",)', 'SUFFICES = ("namespaces",)')
     got = {name: attack(places, body, layers, timeout=3) for name, body in HARM.items()}
     harm = {name: result for name, result in got.items() if not result["why"].startswith(("error", "killed"))}
     assert not harm
@@ -256,6 +268,57 @@ def test_the_attacks_are_real(places):
     assert found == real, f"harmless even with limits alone: {set(real) - set(found)}"
 
 
+MISSING = {  # what is asked for, and the function of a layer that this machine is said to lack
+    "namespaces": (("namespaces",), "unshared(libc)"),
+    "seccomp": (("seccomp",), "filtered(libc, ctypes)"),
+    "seccomp, but not namespaces": (LAYERS, "filtered(libc, ctypes)"),
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="starts no program")
+@pytest.mark.parametrize("name", MISSING)
+def test_nothing_runs_unless_a_layer_that_suffices_holds(places, monkeypatch, tmp_path, name):
+    layers, function = MISSING[name]
+    edit_launcher(monkeypatch, tmp_path, f"def {function}:\n", f"def {function}:\n    return False\n")
+    got = attack(places, HARM["write in /tmp"], layers)
+    assert (got["why"], got["answer"]) == ("no boundary", None) and isolation.__wrapped__(layers)[0] is False
+    assert sorted(os.listdir(places["open"])) == ["socket", "victim"], "it ran"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="starts no program")
+def test_namespaces_alone_are_refused(places):
+    for layers in (("namespaces",), ("secomp",)):
+        assert attack(places, HARM["write in /tmp"], layers)["why"] == "no boundary"
+    assert sorted(os.listdir(places["open"])) == ["socket", "victim"], "it ran"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="written for Linux")
+@pytest.mark.parametrize("name, end", [("SIGKILL", "killed"), ("SIGSTOP", "timeout")])
+def test_signals_of_a_program_reach_itself_alone(name, end):
+    """Even with limits alone. Its launcher, stopped, would leave the evaluator waiting for ten seconds more."""
+    start = time.monotonic()
+    got = run(indented(f"os.kill(0, signal.{name})\nreturn 666"), timeout=1.0, layers=())
+    assert got["why"] == end and time.monotonic() - start < 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="written for Linux")
+def test_programs_have_no_keyring_in_common():
+    """Even with limits alone: what one leaves in the session keyring of the evaluator, the next does not find."""
+    numbers = {"x86_64": (248, 250), "aarch64": (217, 219)}  # add_key, keyctl
+    if os.uname().machine not in numbers:
+        pytest.skip(os.uname().machine)
+    add, keyctl = numbers[os.uname().machine]
+    seek = f"return 8 if C.syscall({keyctl}, 10, -3, b'user', b'nanoblock', 0) > 0 else 7"  # KEYCTL_SEARCH
+    leave = f"must(C.syscall({add}, b'user', b'nanoblock', b'x', 1, -3))\n{seek}"
+    both = [indented(body) for body in (leave, seek)]
+    ask = f"import ctypes; ctypes.CDLL(None).syscall({keyctl}, 1, None); from lab import sandbox; "
+    ask += f"print(*(sandbox.run(code, layers=())['answer'] for code in {both}))"
+    found = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True).stdout
+    if found.startswith("None"):
+        pytest.skip("this system keeps no keys")
+    assert found.split() == ["8", "7"]
+
+
 @needs_boundary
 def test_the_worst_programs_end_in_time_and_are_wrong():
     """Eight at a time: none hangs, crashes or is right (7), and each is said to be what it is."""
@@ -280,10 +343,7 @@ def test_shared_memory_is_refused():
 @needs_boundary
 def test_the_limit_is_on_the_clock():
     start = time.monotonic()
-    assert run(indented("time.sleep(99)"), timeout=0.5, layers=("namespaces",))["why"] in (
-        "timeout",
-        "no boundary",
-    )
+    assert run(indented("time.sleep(99)"), timeout=0.5, layers=())["why"] == "timeout"
     assert time.monotonic() - start < 5
 
 
@@ -310,6 +370,19 @@ def test_a_forged_answer_is_the_programs_own():
         assert result["answer"] == expected and (result["why"] == "ok") == (expected is not None), (
             f"{text}: {result}"
         )
+
+
+@needs_boundary
+def test_a_forged_reason_is_none():
+    """What the launcher decides cannot be written by a program, nor can words of its own."""
+    for text in ("timeout", "no sandbox", "no boundary", "too long", "prompt too long", "ok", "all is well"):
+        assert run(indented(f"os.write(3, b'{text}\\n')\nos._exit(0)"))["why"] == "killed", text
+    for text in ("error: Well done", "error: print", "error: __name__", "error: "):
+        assert run(indented(f"os.write(3, b'{text}\\n')\nos._exit(0)"))["why"] == "error: other", text
+    named = run(indented("raise B['type']('Prompt_too_long', (B['Exception'],), {})"))
+    assert named["why"] == "error: other" and run(indented("1 / 0"))["why"] == "error: ZeroDivisionError"
+    half = run(indented("os.write(3, b'int 8')\nwhile True: pass"), timeout=1.0)
+    assert (half["why"], half["answer"]) == ("timeout", None), "an answer ends with its line"
 
 
 RIGHT = [

@@ -186,7 +186,7 @@ def without_encoding(source):
     return lines
 
 
-@pytest.mark.parametrize("folder", [".", "run", "hub", "data", "methods", "samplers", "fast"])
+@pytest.mark.parametrize("folder", [".", "run", "hub", "data", "methods", "samplers", "fast", "lab"])
 def test_text_files_are_utf8_on_every_system(folder):
     files = sorted(ROOT.glob("*.py") if folder == "." else (ROOT / folder).rglob("*.py"))
     wrong = []

@@ -228,7 +228,9 @@ def test_texts_that_no_eos_ends(tmp_path, monkeypatch, kind):
     x0, given, real = data.windows("val", data.spread("val", 0))
     assert torch.equal(real.sum(1), (x0 != PAD).sum(1) + 1)
     process, timed = NOISES[kind]
-    found = likelihood(Bayes(process, x, p, timeless=not timed), process, data, [1, 2, 4, L], n_eval=0, n_mc=32)
+    found = likelihood(
+        Bayes(process, x, p, timeless=not timed), process, data, [1, 2, 4, L], n_eval=0, n_mc=32
+    )
     for b in (1, 2, 4, L):
         mean, error, _ = estimate(found.nats[b], found.tokens)
         assert abs(mean - per_token()) < 4 * (error if b > 1 else 0.0) + 2e-4, b

@@ -7,12 +7,14 @@ import hashlib
 import http.server
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import numpy as np
@@ -20,6 +22,7 @@ import pytest
 import torch
 from exact import agree, rounded
 from safetensors.torch import save_file
+from test_checkpoint import squeeze
 
 import diffusion
 import eval as evaluation
@@ -46,7 +49,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     A little hub: /OWNER/REPO/resolve/main/PATH leads on to /storage/..., which holds the file, as the real
     one does. What it does wrong stands in server.tricks, a list that is used up: 429 or 503: that error;
     another number: so many bytes and no more; None: nothing; a text: what it is called. server.no_head: an
-    error for every HEAD; server.tag: the ETag.
+    error for every HEAD; server.tag: the ETag; server.leads: where a (method, path) is sent on to.
     """
 
     protocol_version = "HTTP/1.1"
@@ -63,6 +66,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def answer(self, head):
         server, path = self.server, self.path.split("?")[0]
         server.seen.append((self.command, path, self.headers.get("Range")))
+        if (self.command, path) in server.leads:
+            return self.reply(302, b"", Location=server.leads[self.command, path])
         if path in server.api:
             return self.reply(200, json.dumps(server.api[path]).encode())
         file = server.root / re.sub("^/storage/|/resolve/main", "", unquote(path)).lstrip("/")
@@ -95,10 +100,24 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.reply(
                 206, data[start:], **{**tags, "Content-Range": f"bytes 0-{len(data) - 1}/{len(data)}"}
             )
+        if cut == "endless":
+            return self.pour(50 << 20)
         if cut == "gzip":
             return self.reply(200, data, **{**tags, "Content-Encoding": "gzip"})
         data = data[:end]
         self.reply(status, data[start:], cut=cut, **tags)
+
+    def pour(self, n):
+        """So many bytes, without a word of how many; fewer if nobody takes them."""
+        self.close_connection = True
+        self.send_response(200)
+        self.end_headers()
+        try:
+            for _ in range(n >> 16):
+                self.wfile.write(bytes(1 << 16))
+                self.server.poured += 1 << 16
+        except OSError:
+            pass
 
     def reply(self, status, data, head=False, cut=None, **headers):
         self.send_response(status)
@@ -124,7 +143,7 @@ def server(tmp_path, monkeypatch):
         True,
         True,
     )
-    s.no_head, s.tag = 0, ""
+    s.no_head, s.tag, s.leads, s.poured = 0, "", {}, 0
     s.root.mkdir()
     threading.Thread(target=s.serve_forever, daemon=True).start()
     s.url = f"http://127.0.0.1:{s.server_port}"
@@ -328,7 +347,53 @@ def test_several_processes_want_the_same_file(server, tmp_path):
     assert sum(method == "GET" and path.startswith("/storage") for method, path, _ in server.seen) == 1
 
 
-def test_listing(server, slip):
+def test_no_more_is_taken_than_was_promised(server, slip, monkeypatch):
+    """A stream without an end fills no disk, whether it was promised to be short or not at all."""
+    (server.root / "a.bin").write_bytes(b"abcdefghij")
+    server.tricks = ["endless"] * 20
+    assert "10 that were promised" in slip(hub.fetch, f"{server.url}/a.bin")
+    assert 0 < server.poured < 100 << 20, "five attempts, of what lies in buffers"
+    server.redirects, server.ranges, server.no_head, server.poured = False, False, 405, 0
+    monkeypatch.setattr(hub, "UNPROMISED", 1000)
+    assert "more than 1,000 bytes came" in slip(hub.fetch, f"{server.url}/a.bin")
+    assert 0 < server.poured < 40 << 20
+    server.tricks = []
+    assert hub.fetch(f"{server.url}/a.bin").read_bytes() == b"abcdefghij", "as long as it should be"
+
+
+def test_what_the_disk_has_no_room_for_is_not_begun(server, slip, monkeypatch):
+    (server.root / "a.bin").write_bytes(bytes(1000))
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
+    err = slip(hub.fetch, f"{server.url}/a.bin")
+    assert "room for 999" in err and "NANOBLOCK_CACHE" in err
+    assert not [seen for seen in server.seen if seen[0] == "GET"]
+
+
+@pytest.mark.parametrize("scheme", ["ftp", "file", "data"])
+def test_only_the_web_is_asked(server, slip, tmp_path, scheme):
+    """Not a server of another kind, nor a local file or pipe: at once, and where a redirect leads."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        other.settimeout(0.2)
+        (tmp_path / "local").write_bytes(b"abc")
+        host = f"127.0.0.1:{other.getsockname()[1]}/a.bin"
+        address = {"ftp": f"ftp://{host}", "file": f"file://{tmp_path}/local", "data": "data://x/,abc"}[
+            scheme
+        ]
+        for path in ("a.bin", "b.bin"):
+            (server.root / path).write_bytes(b"abc")
+        server.redirects = False
+        server.leads = {("HEAD", "/a.bin"): address, ("GET", "/b.bin"): address}
+        for asked in (address, f"{server.url}/a.bin", f"{server.url}/b.bin"):
+            err = slip(hub.fetch, asked)
+            assert "no address of http" in err or "not allowed" in err  # urllib knows some of them itself
+        server.leads["GET", "/api/datasets/o/d/tree/main/data"] = address
+        err = slip(hub.listing, "o/d", "data")
+        assert "no address of http" in err or "not allowed" in err
+        with pytest.raises(TimeoutError):
+            other.accept()
+
+
+def test_listing(server, slip, monkeypatch):
     server.api["/api/datasets/o/d/tree/refs%2Fconvert/data"] = [
         {"type": "file", "path": "data/b.parquet"},
         {"type": "directory", "path": "data/x"},
@@ -337,6 +402,8 @@ def test_listing(server, slip):
     found = hub.listing("o/d", "data", revision="refs/convert")
     assert found == [f"{server.url}/datasets/o/d/resolve/refs%2Fconvert/data/{x}.parquet" for x in "ab"]
     assert "could not list" in slip(hub.listing, "o/d", "other")
+    monkeypatch.setattr(hub, "LISTING", 100)
+    assert "more than 100 bytes" in slip(hub.listing, "o/d", "data", "refs/convert")
 
 
 # ----- layouts
@@ -557,6 +624,28 @@ def test_a_lightning_checkpoint(tmp_path, slip, averaged):
     assert not (tmp_path / "ran").exists()
     torch.save({"state_dict": {}, "x": Dictionary(a=1)}, folder / "last.ckpt")
     assert "dict" in slip(checkpoint.load, folder, "--init_from").lower()
+
+
+def test_a_small_file_does_not_become_large(tmp_path, slip, monkeypatch):
+    """Compressed zeros, and one number read as a gigabyte, are refused before the memory is asked for."""
+    folder = put(tmp_path / MIXTURE, {}, {**TINY, "x0_causal": True})
+    (folder / "model.safetensors").unlink()
+    refused = lambda: slip(checkpoint.load, folder, "--init_from")
+    weights = theirs(50258, "block-dit")
+    torch.save({"state_dict": weights}, folder / "last.ckpt")
+    squeeze(folder / "last.ckpt")
+    assert "is compressed" in refused()
+    flat = {k: torch.zeros(1).expand(10**6, 10**3) for k in weights}
+    torch.save({"state_dict": flat}, folder / "last.ckpt")
+    assert "its tensors are of" in refused()
+    torch.save({"state_dict": {}, "ema": {"shadow_params": list(flat.values())}}, folder / "last.ckpt")
+    assert "its tensors are of" in refused()
+    torch.save({"state_dict": weights, "x": bytearray(5)}, folder / "last.ckpt")
+    assert "bytearray" in refused()
+    torch.save({"state_dict": weights}, folder / "last.ckpt")
+    checkpoint.load(folder)
+    monkeypatch.setattr("hub.published.LARGEST", 10)
+    assert "bytes of settings" in refused()
 
 
 def test_the_shadow_list_must_fit(tmp_path, slip):

@@ -1066,7 +1066,9 @@ def test_settings_that_float32_cannot_hold_are_greedy_or_uniform(path, kind):
                 assert torch.equal(x, greedy), tiny
 
 
-@pytest.mark.parametrize("process", [d.Masked(2, 1), d.Uniform(1), d.Uniform(1, "loo")], ids=["masked", "denoiser", "loo"])
+@pytest.mark.parametrize(
+    "process", [d.Masked(2, 1), d.Uniform(1), d.Uniform(1, "loo")], ids=["masked", "denoiser", "loo"]
+)
 @PATHS
 def test_a_vocabulary_of_one(path, process):
     model, process = on(path, net(process), process)

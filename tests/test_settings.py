@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from options import SampleConfig
 from run.checkpoint import build
-from run.cli import load_config, parse_dict
+from run.cli import die, load_config, parse_dict, said, shown
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -178,3 +178,16 @@ def test_the_published_presets_cost_what_their_comments_say():
             and cfg.dropout == 0.1
         )
         assert cfg.random_ar == (cfg.process == "uniform" and 1 in cfg.block_sizes)
+
+
+HOSTILE = "\x1b]0;title\x07\x1b[2J\u202egnp\u2066\u200f\x9b3m\x00\x7f\b"
+
+
+def test_controls_of_others_are_spelt_out(slip):
+    """What would set the title, clear the screen or turn a line around is seen, and does nothing."""
+    want = r"\x1b]0;title\x07\x1b[2J\u202egnp\u2066\u200f\x9b3m\x00\x7f\x08"
+    assert shown(HOSTILE) == want and shown(want) == want and shown("\r") == r"\r"
+    kept = "tab\tnewline\nMῆνιν 日本 \U0001f4a5 \u00a0"
+    assert shown(kept) == kept
+    assert slip(die, f"no key named {HOSTILE}", HOSTILE) == f"error: no key named {want}\n  try: {want}\n"
+    assert want in said(ValueError(HOSTILE))
