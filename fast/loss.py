@@ -6,6 +6,9 @@ some at a time.
     through_head    any loss of logits from hidden states, without ever holding all logits
 """
 
+import functools
+import sys
+
 import torch
 
 import diffusion
@@ -109,13 +112,16 @@ def token_loss(
     parts = [part(prices["ce"], pays & ~taught("elbo") & ~taught("last"))]
     parts += [part(prices[name], pays & taught(name)) for name in ("elbo", "last") if name in names.values()]
 
+    # a compiled network ends here; without the compiler it is not asked, for it takes 2 seconds to load
+    priced = uncompiled() if "torch._dynamo" in sys.modules else through_head
+
     def readout(hidden, weight, bias):
         # of all tokens, or of those that pay
         total, each, hidden = 0.0, hidden.new_zeros(x.numel()), hidden.flatten(0, -2)
         for index, among, loss in parts:
             # a compiled forward makes all, whatever it is asked
             at = index if len(hidden) == x.numel() else among
-            more, each[index] = through_head(hidden.index_select(0, at), weight, bias, loss)
+            more, each[index] = priced(hidden.index_select(0, at), weight, bias, loss)
             total = total + more
         return total, each.view_as(x)
 
@@ -146,8 +152,10 @@ def through_head(hidden, weight, bias, loss, held=None):
     return _Head.apply(hidden, weight, bias, loss, max(1, held // len(weight)), wanted)
 
 
-# a compiled network ends here. torch.compiler.disable would load the compiler for everybody, 2 seconds long
-uncompiled = torch._disable_dynamo(through_head)
+@functools.cache
+def uncompiled():
+    """through_head, which the compiler leaves alone."""
+    return torch.compiler.disable(through_head)
 
 
 class _Head(torch.autograd.Function):
