@@ -6,6 +6,7 @@ CPU: what a GPU makes of it is not tested here.
 
 import pytest
 import torch
+from conftest import slow
 from exact import agree, noise, rounded, speed
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
@@ -148,7 +149,7 @@ def test_another_mixture_of_block_sizes_compiles_nothing_anew(monkeypatch, in_bl
         assert (logits - small()(clean, noisy, torch.tensor(sizes), sigma=sigma)).abs().max() < 1e-11
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("whole", slow([False, True], [False]))
 def test_a_training_step_in_blocks_is_the_lesson(monkeypatch, in_blocks, whole):
     """
     Loss and gradients are the lesson's, eager and under --compile. Here FlexAttention's backward exists in

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import copy_project
+from conftest import copy_project, slow
 
 import distill
 import eval as evaluation
@@ -432,7 +432,7 @@ METHODS = {  # name: flags of training, those of sampling, what eval.py calls it
 }
 
 
-@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("plain", slow([False, True], [False]))
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_trained_resumed_sampled_and_evaluated(home, capsys, monkeypatch, name, plain):
     """

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import copy_project
+from conftest import copy_project, slow
 
 from data.dataset import Dataset, Tokenizer
 
 ROOT = Path(__file__).parents[1]
+DATASETS = sorted(p.parent.name for p in (ROOT / "data").glob("*/prepare.py"))
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_sudoku(prepare, side, max_clues):
     assert check("." * side**2 + "1" * side**2) == (0, 1), "no valid grid"
 
 
-@pytest.mark.parametrize("name", sorted(p.parent.name for p in (ROOT / "data").glob("*/prepare.py")))
+@pytest.mark.parametrize("name", slow(DATASETS, ["sudoku", "gsm8k"]))
 def test_prepare_from_another_folder(prepare, tmp_path, monkeypatch, name):
     """A fresh copy of the project, called by its path from elsewhere: the files go beside the script."""
     (tmp_path / "elsewhere").mkdir()

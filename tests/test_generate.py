@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from conftest import slow
 from exact import (
     GENERATE,
     KINDS,
@@ -33,11 +34,12 @@ from samplers.guided import speculation
 from samplers.reverse import psi
 
 PATHS = pytest.mark.parametrize("path", GENERATE)
+KINDS_HERE = ["masked", "uniform loo", "uniform denoiser, timed"]
 CASES = [(2, 3, (), (1.0, 1.0)), (4, 4, (), (1.0, 1.0)), (2, 2, (2,), (1.0, 1.0)), (2, 2, (), (1.5, 0.9))]
 
 
 @pytest.mark.parametrize("b, steps, prompt, sharp", CASES)
-@pytest.mark.parametrize("kind", ["masked", "uniform loo", "uniform denoiser, timed"])
+@pytest.mark.parametrize("kind", slow(KINDS_HERE, KINDS_HERE[::2]))
 @PATHS
 def test_the_sampler_draws_the_enumerated_distribution(path, kind, b, steps, prompt, sharp):
     make, kw = KINDS[kind]

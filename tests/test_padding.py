@@ -539,6 +539,7 @@ def test_a_trained_network_is_not_below_the_entropy_and_its_texts_have_lengths(r
     assert apart(model, process) < 0.3
 
 
+@pytest.mark.slow  # networks are trained
 def test_a_network_that_sees_padding_is_below_the_entropy_and_writes_long_texts(runs, monkeypatch):
     """--clean_padding, as published: what the test above would not let pass."""
     monkeypatch.chdir(runs)

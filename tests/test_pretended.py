@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from conftest import slow
 from exact import GENERATE, net, noise, on, speed
 from pretended import AVAILABLE, Pretended, near
 from test_recorded import on_tape
@@ -113,7 +114,7 @@ def test_a_training_step_is_the_same_there_and_no_one_waits(kind, objective, how
 
 
 @pytest.mark.parametrize("path", ["lesson", "fast"])
-@pytest.mark.parametrize("kind", ["masked, timed", "uniform", "uniform loo"])
+@pytest.mark.parametrize("kind", slow(["masked, timed", "uniform", "uniform loo"], ["masked, timed"]))
 def test_every_sampler_writes_the_same_there_and_waits_seldom(kind, path):
     """Of the lesson: that it runs there. It may wait."""
     process, settings = KINDS[kind]
