@@ -191,7 +191,7 @@ def prices(process):
         process = type(process)(**dict(likeness(process, 1 << 12)))
     logits = torch.randn(3, 5, process.vocab_size, dtype=torch.float64, requires_grad=True)
     alpha, slope = torch.tensor([0.1, 0.5, 0.9]).double(), -torch.ones(3).double()
-    x0 = torch.randint(process.vocab_size - 1, (3, 5))
+    x0 = torch.randint(max(1, process.vocab_size - 1), (3, 5))
     x0 = x0 if process.mask_id is None else x0 + (x0 >= process.mask_id)  # text, and no mask
     xt = process.corrupt(x0, alpha, rng.Noise(0, torch.arange(3), torch.arange(5)))
     found = []

@@ -34,13 +34,14 @@ from samplers.guided import speculation
 from samplers.reverse import psi
 
 PATHS = pytest.mark.parametrize("path", GENERATE)
+LESSON_FIRST = pytest.mark.parametrize("path", slow(GENERATE, ["lesson"]))  # fast/ too: test_samplers.py
 KINDS_HERE = ["masked", "uniform loo", "uniform denoiser, timed"]
 CASES = [(2, 3, (), (1.0, 1.0)), (4, 4, (), (1.0, 1.0)), (2, 2, (2,), (1.0, 1.0)), (2, 2, (), (1.5, 0.9))]
 
 
 @pytest.mark.parametrize("b, steps, prompt, sharp", CASES)
 @pytest.mark.parametrize("kind", slow(KINDS_HERE, KINDS_HERE[::2]))
-@PATHS
+@LESSON_FIRST
 def test_the_sampler_draws_the_enumerated_distribution(path, kind, b, steps, prompt, sharp):
     make, kw = KINDS[kind]
     process, L, n = make(), 4, 40_000
@@ -65,7 +66,7 @@ def test_the_sampler_draws_the_enumerated_distribution(path, kind, b, steps, pro
 
 
 @pytest.mark.parametrize("kind", ["masked", "uniform denoiser, ar token"])
-@PATHS
+@LESSON_FIRST
 def test_ar_sampling_and_ar_then_block_draw_their_distributions(path, kind):
     make, kw = KINDS[kind]
     process, n, generate = make(), 40_000, GENERATE[path]

@@ -56,6 +56,7 @@ N = 60_000  # draws
 ALL = {name: f for name, f in SAMPLERS.items() if not f.__module__.startswith("methods.")}
 s = SimpleNamespace(**ALL)
 PATHS = pytest.mark.parametrize("path", GENERATE)
+FAST_FIRST = pytest.mark.parametrize("path", slow(GENERATE, ["fast"]))  # the lesson: in make test-all
 FLAGGED = [("uniform loo", 0, 1.5), ("uniform denoiser, timed", 18, 1.0)]
 COUPLED = [("uniform loo", 0, 1.5), ("uniform denoiser, timed", 18, 1.5)]
 GRID = {n: d.loglinear(torch.linspace(1, 0, n + 1, dtype=torch.float64))[0].tolist() for n in range(1, 9)}
@@ -97,7 +98,7 @@ SHARP = {
 
 
 @pytest.mark.parametrize("kind", slow(SHARP, ["masked"]))
-@PATHS
+@FAST_FIRST
 def test_psi_draws_its_kernel_and_kappa_1_is_ancestral(path, kind):
     model, process = setup(kind, *SHARP[kind], path)
     plain = chain(model, process, 3, GRID[3], reverse(process))
@@ -780,7 +781,7 @@ def by_the_rule(kind, seed, soft, rule, steps, b):
 
 
 @pytest.mark.parametrize("sampler, options, rule, steps", RULES, ids=lambda v: getattr(v, "__name__", None))
-@PATHS
+@FAST_FIRST
 def test_committing_samplers_follow_their_rule(path, sampler, options, rule, steps):
     """And the test tells every rule from every other."""
     net_of = ("masked", 18, 2.0)
@@ -811,7 +812,7 @@ def test_on_uniform_noise_they_keep_flags_and_refill_with_fresh_noise(
 
 
 @pytest.mark.parametrize("kind", slow(["masked", "uniform denoiser, ar token", "uniform loo"], ["masked"]))
-@PATHS
+@FAST_FIRST
 def test_edlm_chooses_by_p_ar_over_p(path, kind):
     """
     Two candidates, two steps on two tokens: every pair of candidates enumerated; the AR mode asked token by
@@ -906,7 +907,7 @@ KINDS_OF_DRAFTS = [(k, *how) for how in RULES_OF_DRAFTS for k in ("masked", "uni
     "kind, draft, rule",
     slow(KINDS_OF_DRAFTS, [k for k in KINDS_OF_DRAFTS if k[0] == "masked"] + KINDS_OF_DRAFTS[3:4]),
 )
-@PATHS
+@FAST_FIRST
 def test_speculation_draws_the_ar_distribution_of_whole_blocks(path, kind, draft, rule, monkeypatch):
     model, process = setup(kind, {"masked": 0, "uniform denoiser, ar token": 45}[kind], 0.5, path)
     p = ar_blocks(model, process, 3)
@@ -1001,7 +1002,7 @@ def test_there_are_22_samplers():
 
 
 @pytest.mark.parametrize("kind, sampler", SERVED, ids=lambda v: getattr(v, "__name__", v))
-@PATHS
+@FAST_FIRST
 def test_every_sampler_keeps_the_promises_of_the_loop(path, kind, sampler):
     make, kw = KINDS[kind]
     process, generate = make(), GENERATE[path]
@@ -1095,9 +1096,11 @@ LESS_SURE = {  # options under which the networks below do not always do the sam
 
 SOFT = [("masked", 18, 1.0), ("uniform loo", 0, 1.0), ("uniform denoiser, timed", 18, 0.5)]
 
+COMPARED = [(f.__name__, *n) for n in SOFT[::2] for f in (*served(n[0]), s.ar)]
+
 
 @pytest.mark.parametrize(
-    "name, kind, seed, soft", [(f.__name__, *n) for n in SOFT for f in (*served(n[0]), s.ar)]
+    "name, kind, seed, soft", slow([(f.__name__, *n) for n in SOFT for f in (*served(n[0]), s.ar)], COMPARED)
 )
 def test_the_lesson_and_the_fast_form_draw_from_one_distribution(name, kind, seed, soft):
     """
