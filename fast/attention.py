@@ -255,7 +255,7 @@ def attend(q, k, v, mask, skip):
     if isinstance(mask, Blocks):
         return flex()[0](q, k, v, block_mask=mask.noisy if skip else mask.all)
     if not isinstance(mask, list):
-        return softmax_attention(q, k, v, mask if mask is None else mask[:, :, skip:])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, :, skip:])
     P, cs, ns = len(mask), [c for c, *_ in mask], [n for _, n, _ in mask]
     # P pieces of the clean stream, then P of the noisy one
     k, v = (x.split_with_sizes(cs + ns, dim=2) for x in (k, v))
@@ -265,21 +265,7 @@ def attend(q, k, v, mask, skip):
         queries = torch.cat((q[p], q[P + p]), dim=2)
         # the clean tokens so far, and its own noisy ones
         read = (torch.cat((*x[: p + 1], x[P + p]), dim=2) for x in (k, v))
-        y = softmax_attention(queries, *read, plus[:, :, -queries.size(2) :] if queries.size(2) else None)
+        few = plus[:, :, -queries.size(2) :] if queries.size(2) else None
+        y = F.scaled_dot_product_attention(queries, *read, attn_mask=few)
         ys.append(y.split_with_sizes((q[p].size(2), q[P + p].size(2)), dim=2))
     return torch.cat([clean for clean, _ in ys] + [noisy for _, noisy in ys], dim=2)
-
-
-def softmax_attention(q, k, v, added):
-    """
-    softmax(q k' / sqrt(D/H) + added) v. Written out for many heads with few scores each: on a CPU SDPA takes
-    up to twice as long. With gradients the scores are kept, so the limit is lower.
-    """
-    B, H, S, width = q.shape
-    few = B * H >= 8 and S >= 4 and S * k.size(2) <= 1 << (13 if torch.is_grad_enabled() else 14)
-    if not few or not q.is_cpu or q.dtype != torch.float32 or torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=added)
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B H, S or keys, D/H)
-    scores = ((q * width**-0.5) @ k.mT).view(B, H, S, -1)
-    scores = scores if added is None else scores.add_(added)
-    return (scores.softmax(-1).flatten(0, 1) @ v).view(B, H, S, -1)

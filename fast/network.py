@@ -40,24 +40,9 @@ def rotate(x, cos, sin):
 
 def normed(x, norm, n_clean, m):
     """
-    norm(x), stretched and moved by m, two vectors (B, 1 or 2, D). One pair for all tokens, (D,), is the
-    norm's own: see fold.
+    norm(x), stretched and moved by m, two vectors (B, 1 or 2, D).
     """
-    if m is None:
-        return norm(x)
-    if m[0].dim() == 1:
-        return F.layer_norm(x, m[0].shape, *m)
-    return per_stream(modulate, n_clean, [norm(x)], m)
-
-
-def fold(norm, stretch, shift):
-    """
-    Where one stretch and one shift serve all tokens, the gain and bias (D,) of a LayerNorm that does both.
-    """
-    if shift.numel() > shift.size(-1):
-        return stretch, shift
-    # autocast converts them on a GPU only
-    return [x.flatten().to(norm.weight.dtype) for x in (norm.weight * stretch, shift)]
+    return norm(x) if m is None else per_stream(modulate, n_clean, [norm(x)], m)
 
 
 def per_stream(f, n_clean, xs, ms):
@@ -80,9 +65,9 @@ def written_out(m, n_clean, S):
 
 def each(m, ask):
     """
-    The noisy stream's vectors (B or 1, 1, D), or (D,), as those of the tokens asked for, (M or 1, 1, D).
+    The noisy stream's vectors (B or 1, 1, D) as those of the tokens asked for, (M or 1, 1, D).
     """
-    return m if m.dim() == 1 or len(m) == 1 else m[ask[0]]
+    return m if len(m) == 1 else m[ask[0]]
 
 
 def modulation(layer, cond, n):
@@ -99,9 +84,6 @@ def modulate(h, stretch, shift):
     return torch.addcmul(shift, h, stretch)
 
 
-# ids up to which a vocabulary is an alphabet, and the first layer is looked up while sampling on a CPU (see
-# qkv_from_table)
-ALPHABET = 256
 # numbers of a row up to which a cached level's vectors are written out, one a token: there an operation
 # costs, not its size
 FEW = 1 << 14
@@ -124,38 +106,14 @@ class FastLayer(Layer):
         shift1, stretch1, gate1, shift2, stretch2, gate2 = (
             vector(i, m) for i, m in enumerate(modulation(self.modulation, cond, 6))
         )
-        return fold(self.norm1, stretch1, shift1), gate1, fold(self.norm2, stretch2, shift2), gate2
+        return (stretch1, shift1), gate1, (stretch2, shift2), gate2
 
-    def qkv_from_table(self, token_table, n_clean, norm1, cache):
-        """
-        Queries, keys and values (B, S, 3 D) of the first layer from a table: they depend on a token and its
-        stream's noise level only.
-        token_table: ids (B, S), the vectors (V', D) of all ids, and a dict to keep the table in. norm1: of
-            adaln_of.
-        """
-        ids, embed, keep = token_table
-
-        def make():
-            if norm1 is None or norm1[0].dim() == 1:
-                return linear(normed(embed, self.norm1, 0, norm1), self.qkv, cache)
-            streams = [m[0, [0, -1], None] for m in norm1]  # a vector a stream, of those written out
-            # (2 V', 3 D): first the clean stream's
-            return linear(modulate(self.norm1(embed), *streams), self.qkv, cache).flatten(0, 1)
-
-        found = memoize(keep, "token_table", make)
-        if len(found) > len(embed):
-            ids = torch.cat((ids[:, :n_clean], ids[:, n_clean:] + len(embed)), dim=1)
-        return F.embedding(ids, found)
-
-    def forward(
-        self, x, n_clean, skip, rope, mask, cond, cache, index, ask=None, level=None, token_table=None
-    ):
+    def forward(self, x, n_clean, skip, rope, mask, cond, cache, index, ask=None, level=None):
         """
         x (B, C + N, D) -> (B, C + N - skip, D): keys and values from every token, an output for all but the
         first `skip`, 0 or C. With ask, rows (M,) and places (M,), for these tokens behind `skip` only:
         (M, 1, D). rope: cos and sin (S, D/H). mask: see attend. cond (B, 1 or 2, cond_dim), one vector a
-        stream (or 1 + N, see level_vectors); level: of cache.levels, where it is kept. token_table: see
-        qkv_from_table.
+        stream (or 1 + N, see level_vectors); level: of cache.levels, where it is kept.
         """
         B, S, D = x.shape
         norm1 = gate1 = norm2 = gate2 = None
@@ -169,19 +127,14 @@ class FastLayer(Layer):
         heads = lambda y: y.view(*y.shape[:2], y.size(2) // width, width).transpose(1, 2)
         cos, sin = rope
 
-        h = normed(x, self.norm1, n_clean, norm1) if token_table is None else None
+        h = normed(x, self.norm1, n_clean, norm1)
         if skip:
             q = rotate(heads(linear(h[:, skip:], self.qkv, cache, rows=slice(0, D))), cos[skip:], sin[skip:])
             k, v = heads(linear(h, self.qkv, cache, rows=slice(D, None))).chunk(2, dim=1)
             k = rotate(k, cos, sin)
-        else:  # queries and keys turn together
-            y = (
-                linear(h, self.qkv, cache)
-                if token_table is None
-                else self.qkv_from_table(token_table, n_clean, norm1, cache)
-            )
-            qk, v = heads(y).split_with_sizes((2 * self.n_heads, self.n_heads), dim=1)
-            q, k = rotate(qk, cos, sin).chunk(2, dim=1)
+        else:
+            q, k, v = heads(linear(h, self.qkv, cache)).chunk(3, dim=1)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(index, k, v)
         k, v = k.to(q.dtype), v.to(q.dtype)  # v is as it was multiplied, and both as the cache keeps them
@@ -271,41 +224,7 @@ class FastTransformer(Transformer):
             raise ValueError(
                 f"positions up to {max(n_past + C, end)}, but the model has seq_len {self.cfg.seq_len}"
             )
-        one_size = isinstance(block_size, int)
-        one_block = one_size and C == 0 and one_start and (end - 1) // block_size == int(start) // block_size
-
-        def rope_and_mask():
-            """
-            What a pass knows of its tokens before it has seen any: rotary angles, and who may read whom.
-            """
-            # (N,)
-            noisy_at = torch.arange(int(start), end, device=x.device) if one_start else send(start, x.device)
-            at = torch.cat((n_past + torch.arange(C, device=x.device), noisy_at))
-            angles = lambda: self.rope_table(torch.arange(self.cfg.seq_len, device=x.device))
-            rope = (
-                self.rope_table(at)
-                if cache is None
-                else [table[at] for table in memoize(cache.kept, "rope", angles)]
-            )
-            if one_block and n_past <= (end - 1) // block_size * block_size:
-                return rope, None  # one block, and all it reads lies before it
-            if cache is None and one_start and C == end:
-                return rope, training_mask(
-                    x, self.cfg.n_heads, block_size, C, N, int(start), self.cfg.clean_causal
-                )
-            width = cache.k.size(3) - N if recorded else None
-            if recorded:
-                cache.places = torch.cat((at[:C], width + torch.arange(N, device=x.device)))
-            return rope, added(
-                x, attention_mask(block_size, n_past, C, N, noisy_at, self.cfg.clean_causal, x.device, width)
-            )
-
-        if cache is not None and one_start and one_size and not recorded:
-            if cache.past != n_past:
-                cache.past, cache.rules = n_past, {}
-            rope, mask = memoize(cache.rules, (int(start), C, N, block_size), rope_and_mask)
-        else:
-            rope, mask = rope_and_mask()
+        rope, mask = self.rope_and_mask(x, cache, C, N, block_size, start, end)
         level = None
         if (
             self.time is not None
@@ -319,13 +238,6 @@ class FastTransformer(Transformer):
             level = cache.levels.setdefault((0.0 if sigma is None else float(sigma), C, N), {})
         cond = memoize(level, "cond", lambda: self.level_vectors(sigma, C)) if self.time is not None else None
 
-        token_table, keep = None, level if self.time is not None else cache and cache.kept
-        # a last layer takes its queries apart
-        alphabet = len(self.embed.weight) <= min(ALPHABET, B * S) and len(self.layers) > 1
-        if alphabet and keep is not None and ids is not None and by_onednn(x):
-            # a level that is met once needs no table
-            token_table = (ids, self.embed.weight, keep) if "used before" in keep else None
-            keep["used before"] = True
         per_token = sigma is not None and sigma.dim() == 2
         assert ask is None or not per_token, "ask is for one noise level a row"
         ask = None if ask is None else tuple(send(i, x.device) for i in ask.nonzero(as_tuple=True))
@@ -342,7 +254,6 @@ class FastTransformer(Transformer):
                 i,
                 ask if last else None,
                 level,
-                None if i else token_table,
             )
         if cache is not None:
             cache.commit(C)
@@ -353,6 +264,30 @@ class FastTransformer(Transformer):
         if ask is not None:
             x, m = x[:, 0], [each(z, ask)[:, 0] for z in m]
         return self.head_of(x, readout, cache, *m)
+
+    def rope_and_mask(self, x, cache, C, N, block_size, start, end):
+        """
+        What a pass knows of its tokens before it has seen any: rotary angles, and who may read whom. end: the
+        position behind the last noisy token, or None in a recording.
+        """
+        n_past, one_start = 0 if cache is None else cache.length, not getattr(start, "ndim", 0)
+        noisy_at = (
+            torch.arange(int(start), end, device=x.device) if one_start else send(start, x.device)
+        )  # (N,)
+        at = torch.cat((n_past + torch.arange(C, device=x.device), noisy_at))
+        rope, recorded = self.rope_table(at), torch.is_tensor(n_past)
+        if C == 0 and one_start and isinstance(block_size, int):
+            first = (end - 1) // block_size * block_size
+            if n_past <= first <= int(start):
+                return rope, None  # one block, and all it reads lies before it
+        if cache is None and one_start and C == end:
+            causal = self.cfg.clean_causal
+            return rope, training_mask(x, self.cfg.n_heads, block_size, C, N, int(start), causal)
+        width = cache.k.size(3) - N if recorded else None
+        if recorded:
+            cache.places = torch.cat((at[:C], width + torch.arange(N, device=x.device)))
+        mask = attention_mask(block_size, n_past, C, N, noisy_at, self.cfg.clean_causal, x.device, width)
+        return rope, added(x, mask)
 
     def next_token(self, clean, N, block_size, start, cache, readout, ask):
         """
@@ -497,8 +432,6 @@ class FastCache(KVCache):
         self.kept = {}  # weights and angles as a pass wants them
         # what adaLN makes of a noise level, of all layers: a block after the other goes through the same ones
         self.levels = {}
-        # angles and masks of passes over one context: each is asked many times
-        self.past, self.rules = None, {}
         self.recorder = None
 
     def passes(self, model):

@@ -688,11 +688,10 @@ def test_a_copy_is_looked_at_too():
 # ----- a fast form that is wrong
 
 
-@pytest.mark.parametrize("name", ["rotate", "modulate", "softmax_attention", "extend", "fails"])
+@pytest.mark.parametrize("name", ["rotate", "modulate", "attend", "extend", "fails"])
 def test_a_wrong_fast_network_steps_aside(monkeypatch, name):
     """Also one that fails, as with a compiler that is not there."""
     check.verdict.cache_clear()
-    module = fast.attention if name == "softmax_attention" else fast.network
     if name == "extend":
         extend = fast.network.FastCache.extend
         wrong = lambda self, i, k, v: [1.001 * x for x in extend(self, i, k, v)]
@@ -704,7 +703,7 @@ def test_a_wrong_fast_network_steps_aside(monkeypatch, name):
 
         monkeypatch.setattr(fast.network, "attend", fails)
     else:
-        monkeypatch.setattr(module, name, scaled(getattr(module, name), 1.001))
+        monkeypatch.setattr(fast.network, name, scaled(getattr(fast.network, name), 1.001))
     net, process, notes = fast.accelerate(network(), masked())
     monkeypatch.undo()
     check.verdict.cache_clear(), check.loss_verdict.cache_clear()
