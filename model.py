@@ -270,6 +270,8 @@ class Transformer(nn.Module):
             raise ValueError("a next-token network has block size 1 alone; its first token is given (bos_id)")
         if start + N > self.cfg.seq_len:
             raise ValueError(f"positions up to {start + N}, but the model has seq_len {self.cfg.seq_len}")
+        if N and start <= n_past:
+            raise ValueError(f"the token before position {int(start)} went by in an earlier pass")
         h, _ = self.hidden(clean, None, 1, cache=cache)
         first = start - 1 - n_past  # where in `clean` the token before `start` is
         return self.to_logits(h[:, first : first + N] if N else h[:, :0])

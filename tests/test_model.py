@@ -548,3 +548,12 @@ def test_attention_in_pieces_is_the_lesson(monkeypatch, sizes, start, causal, pi
 def test_golden_training_in_pieces(monkeypatch, name):
     monkeypatch.setattr(attention, "CHUNK_BOUNDS", (8, 8))
     test_golden_training_at_every_block_size.__wrapped__(fast_form, name)
+
+
+def test_a_plain_next_token_network_says_that_it_keeps_no_outputs():
+    net = small(next_token=True)
+    cache = net.new_cache(1, 24)
+    net(torch.tensor([[1, 2, 3]]), None, 1, cache=cache)
+    with pytest.raises(ValueError, match="token before position 3 went by"):
+        net(None, torch.tensor([[0]]), 1, 3, cache=cache)
+    assert net(torch.tensor([[4]]), torch.tensor([[0]]), 1, 4, cache=cache).shape == (1, 1, 11)
