@@ -266,12 +266,10 @@ class Transformer(nn.Module):
         """
         n_past, N = 0 if cache is None else cache.length, 0 if noisy is None else noisy.size(1)
         size, at = torch.as_tensor(block_size), torch.as_tensor(start)
-        if N and (size.dim() or at.dim() or size != 1 or at == 0):
-            raise ValueError("a next-token network has block size 1 alone; its first token is given (bos_id)")
+        if N and (size.dim() or at.dim() or size != 1 or at <= n_past):
+            raise ValueError("a next-token network has block size 1, and reads the token before (bos_id) too")
         if start + N > self.cfg.seq_len:
             raise ValueError(f"positions up to {start + N}, but the model has seq_len {self.cfg.seq_len}")
-        if N and start <= n_past:
-            raise ValueError(f"the token before position {int(start)} went by in an earlier pass")
         h, _ = self.hidden(clean, None, 1, cache=cache)
         first = start - 1 - n_past  # where in `clean` the token before `start` is
         return self.to_logits(h[:, first : first + N] if N else h[:, :0])

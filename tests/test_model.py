@@ -550,10 +550,10 @@ def test_golden_training_in_pieces(monkeypatch, name):
     test_golden_training_at_every_block_size.__wrapped__(fast_form, name)
 
 
-def test_a_plain_next_token_network_says_that_it_keeps_no_outputs():
+def test_a_plain_next_token_network_keeps_no_outputs():
     net = small(next_token=True)
     cache = net.new_cache(1, 24)
     net(torch.tensor([[1, 2, 3]]), None, 1, cache=cache)
-    with pytest.raises(ValueError, match="token before position 3 went by"):
+    with pytest.raises(ValueError, match="reads the token before"):
         net(None, torch.tensor([[0]]), 1, 3, cache=cache)
     assert net(torch.tensor([[4]]), torch.tensor([[0]]), 1, 4, cache=cache).shape == (1, 1, 11)
