@@ -282,8 +282,8 @@ def main():
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {least}")
     if cfg.json:
         writable(cfg.json, "json")
-    cfg.ckpt = cfg.init_from or cfg.ckpt
-    run, meta, step, model, process = restore(cfg.ckpt, cfg.device, cfg.plain)
+    cfg.ckpt, flag = cfg.init_from or cfg.ckpt, "--init_from" if cfg.init_from else "--ckpt"
+    run, meta, step, model, process = restore(cfg.ckpt, cfg.device, cfg.plain, flag)
     data, trained = dataset_for(cfg.ckpt, run, meta, model, cfg.dataset), sorted(run.block_sizes)
     if cfg.block_size and cfg.block_size not in trained:
         die(

@@ -72,8 +72,8 @@ def prompts_of(cfg, run, tokenizer):
 @machine.guard("a smaller --n_samples")
 def main():
     cfg, sampler, own = load_with_sampler(SampleConfig, sys.argv[1:])
-    cfg.ckpt = cfg.init_from or cfg.ckpt
-    run, meta, _, model, process = restore(cfg.ckpt, cfg.device, cfg.plain)
+    cfg.ckpt, flag = cfg.init_from or cfg.ckpt, "--init_from" if cfg.init_from else "--ckpt"
+    run, meta, _, model, process = restore(cfg.ckpt, cfg.device, cfg.plain, flag)
     tokenizer = tokenizer_or_numbers(meta, Path("data") / run.dataset, reads=cfg.prompt or cfg.prompt_file)
     trained = sorted(run.block_sizes)
     b, sampler, own = settled(cfg, sampler, own, trained)

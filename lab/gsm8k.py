@@ -165,11 +165,12 @@ def main():
     holds, what = sandbox.isolation()
     if not holds and not cfg.weak_sandbox:
         die(f"sandbox: {what}", "a Linux machine, or --weak_sandbox on a machine you can lose")
-    spec, asked = cfg.init_from or cfg.ckpt, questions(cfg.input, cfg.n)
+    spec, flag = cfg.init_from or cfg.ckpt, "--init_from" if cfg.init_from else "--ckpt"
+    asked = questions(cfg.input, cfg.n)
     out = cfg.out or where_to(spec)
     if Path(out).suffix != ".jsonl":
         die(f"--out {out}: lines go to a .jsonl file, and the summary beside it", "--out out/gsm8k.jsonl")
-    run, meta, step, model, process = restore(spec, cfg.device)
+    run, meta, step, model, process = restore(spec, cfg.device, flag=flag)
     writable(out, "out")  # now: the checkpoint is there, and nothing is made yet
     trained, tokenizer = sorted(run.block_sizes), Tokenizer(meta, Path("data") / run.dataset)
     unknown = tokenizer.kind == "char" and set("".join(text for text, _ in asked)) - set(tokenizer.chars)

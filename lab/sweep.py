@@ -268,7 +268,7 @@ def draw(cfg):
 @guard("a smaller --n_eval or --batch_size, or --device=cpu")
 def main():
     cfg = load_config(SweepConfig, sys.argv[1:])
-    cfg.ckpt = cfg.init_from or cfg.ckpt
+    cfg.ckpt, flag = cfg.init_from or cfg.ckpt, "--init_from" if cfg.init_from else "--ckpt"
     beside = f"{place(cfg.ckpt)}.sweep.jsonl" if is_published(cfg.ckpt) else f"{cfg.ckpt}/sweep.jsonl"
     cfg.out = cfg.out or beside
     if Path(cfg.out).suffix != ".jsonl":
@@ -283,7 +283,7 @@ def main():
     steps = numbers("steps", cfg.steps, int, 1)
     temperatures = numbers("temperatures", cfg.temperatures, float, 0)
     lines = read(cfg.out, mend=True)
-    run, meta, step, model, process = restore(cfg.ckpt, cfg.device)
+    run, meta, step, model, process = restore(cfg.ckpt, cfg.device, False, flag)
     trained, device = sorted(run.block_sizes), next(model.parameters()).device
     wanted = served(cfg, run, process, trained)
     writable(cfg.out, "out")  # now, not after hours

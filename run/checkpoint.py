@@ -148,6 +148,7 @@ def load(path, flag="--ckpt"):
     if not files:
         have = [p.parent for folder in (path.parent, Path("out")) for p in sorted(folder.glob("*/ckpt.pt"))]
         other = "python train.py config/sudoku.toml, or --init_from hf:OWNER/REPO/SUBFOLDER"
+        other = "--init_from hf:OWNER/REPO/SUBFOLDER, or a run's out_dir" if flag == "--init_from" else other
         die(f"no checkpoint {path / 'ckpt.pt'}", f"{flag} {have[0]}" if have else other)
     problems, seen = [], set()
     for file in files:

@@ -109,9 +109,9 @@ def check_parameters(source, cfg, vocab_size, weights, method=None, settings=Non
         )
 
 
-def restore(ckpt, device, plain=False):
-    """rebuild(ckpt, device) by the name of a device, which it prints first."""
-    state = checkpoint.load(ckpt)
+def restore(ckpt, device, plain=False, flag="--ckpt"):
+    """rebuild(ckpt, device) by the name of a device, which it prints first. flag: what named ckpt."""
+    state = checkpoint.load(ckpt, flag)
     device, why = pick_device(device)
     print(f"{device} ({why}), {runs_on(device)}{', as the lesson stands' * plain}")
     return rebuild(ckpt, device, state, plain)

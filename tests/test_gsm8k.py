@@ -604,7 +604,10 @@ def test_texts_are_made_in_the_dtype_that_was_asked_for(home, monkeypatch):
     watched = lambda *args, **how: (seen.add(torch.is_autocast_enabled("cpu")), forward(*args, **how))[1]
     for flags in ([], ["--dtype=bfloat16", "--out=half.jsonl"]):
         seen.clear()
-        watch = lambda *args: (restore(*args), monkeypatch.setattr(FastTransformer, "forward", watched))[0]
+        watch = lambda *args, **how: (
+            restore(*args, **how),
+            monkeypatch.setattr(FastTransformer, "forward", watched),
+        )[0]
         monkeypatch.setattr(gsm8k, "restore", watch)
         ask(*flags)
         monkeypatch.setattr(FastTransformer, "forward", forward)
