@@ -1,4 +1,4 @@
-# make demo    environment, data, training, tables, animated samples: 6 minutes on 2 CPU cores, no GPU
+# make demo    environment, data, training, tables, animated samples: 6 to 9 minutes on 2 CPU cores, no GPU
 # make paper   are BlockGen's claims true at this scale? 24 small networks, docs/paper.md: 36 minutes on the same machine
 # make test    one test of each kind, 6 minutes
 # make test-all    what CI runs: those, then the tests marked slow
@@ -19,12 +19,12 @@ demo: .venv/done
 	$(PY) -m lab.quality --ckpt out/sudoku
 	$(PY) -m lab.quality --ckpt out/sudoku_uniform
 	$(PY) -m lab.quality --ckpt out/sudoku --clues false
-	$(PY) sample.py --ckpt out/sudoku --animate --prompt_file data/sudoku/puzzles.txt --steps 8
+	$(PY) sample.py --ckpt out/sudoku --animate --prompt_file data/sudoku/puzzles.txt --sampler arpc --steps 8
 	@echo
 	@echo "What you saw: block size 1 (AR) takes 16 passes a grid. One parallel pass makes mistakes, more passes repair them,"
 	@echo "and ARPC repairs most: the AR mode of the same network marks the worst tokens."
 	@echo "Only 288 grids exist: this shows whether the tokens of a block fit each other, not generalisation."
-	@echo "Try next: $(PY) sample.py --ckpt out/sudoku --animate --prompt_file data/sudoku/puzzles.txt --sampler arpc --steps 8"
+	@echo "Try next: $(PY) sample.py --ckpt out/sudoku --animate --prompt_file data/sudoku/puzzles.txt --steps 8"
 
 paper: .venv/done
 	$(PY) data/digits/prepare.py

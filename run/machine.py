@@ -128,14 +128,19 @@ def peak_mb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
 
 
+def one_heap():
+    """
+    Before a run: one heap for all threads (M_ARENA_MAX). glibc gives each thread its own, and tensors whose
+    sizes change take them to pieces: a run would grow several-fold.
+    """
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(-8, 1)
+
+
 def trim():
-    """
-    Give what was freed back to the system. glibc keeps it in pieces: a run whose tensors change their sizes
-    would grow several-fold.
-    """
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
+    """Now and then: give what was freed back to the system, which glibc would keep."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def has_memory(device):

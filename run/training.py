@@ -55,6 +55,7 @@ class Run:
         bounds,
         show_bounds,
     ):
+        machine.one_heap()
         self.cfg, self.settings, self.data, self.device = cfg, settings, data, device
         self.rank, self.world, self.signals, self.facts = rank, world, signals, facts
         self.bounds, self.show_bounds = bounds, show_bounds
