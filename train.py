@@ -115,7 +115,8 @@ def take_step(run, step, loss_of, batches, n_tokens):
     optimizer.zero_grad()
     # short memory at first; a skipped step moves it on, towards weights that stayed
     decay = min(cfg.ema, (step + 1) / (step + 10))
-    torch._foreach_lerp_(list(run.ema.parameters()), list(run.model.parameters()), 1 - decay)
+    with torch.no_grad():  # a graph would grow from step to step
+        torch._foreach_lerp_(list(run.ema.parameters()), list(run.model.parameters()), 1 - decay)
     return loss, norm, bad
 
 

@@ -24,6 +24,7 @@ from diffusion import Masked, Uniform, loglinear
 from run import checkpoint
 from run.cli import load_config
 from run.restore import rebuild
+from run.training import Run
 from train import TrainConfig, learning_rate, step_batches
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +51,15 @@ def weights(out_dir):
 def same(a, b):
     a, b = weights(a), weights(b)
     return all(torch.equal(a[k], b[k]) for k in a | b)
+
+
+def test_the_average_of_the_weights_keeps_no_graph(project, monkeypatch):
+    """Every step would add to it, and a long run would fill the memory."""
+    seen, look = [], Run.look
+    graph = lambda run: [p.grad_fn or p.requires_grad for p in run.ema.parameters()]
+    monkeypatch.setattr(Run, "look", lambda run, *args: seen.append(any(graph(run))) or look(run, *args))
+    run()
+    assert seen == [False] * 6
 
 
 def test_the_first_loss_is_log_V_and_it_falls(project, float64):
