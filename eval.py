@@ -276,7 +276,7 @@ def main():
         ("n_eval", cfg.n_eval == 0 or cfg.n_eval >= 2, "2 or more, 0 for all"),
         ("n_mc", halves, "1, or an even number: half of the draws check the other half"),
         ("block_size", cfg.block_size >= 0, "1, 16, ... or 0 for all"),
-        ("seed", cfg.seed >= 0, "0 or more"),
+        ("seed", 0 <= cfg.seed < 2**62, "0 or more, below 2^62"),
     ):
         if not fine:
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {least}")

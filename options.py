@@ -250,9 +250,9 @@ class SampleConfig:
         """What is wrong whatever the checkpoint is: said before it is read."""
         for name, fine, fix in (
             ("n_samples", 1 <= self.n_samples <= 10**6, "1"),
-            ("steps", self.steps >= 0, "8"),
-            ("max_new_tokens", self.max_new_tokens >= 0, "16"),
-            ("ar_tokens", self.ar_tokens >= 0, "0"),
+            ("steps", 0 <= self.steps < 2**31, "8"),
+            ("max_new_tokens", 0 <= self.max_new_tokens < 2**31, "16"),
+            ("ar_tokens", 0 <= self.ar_tokens < 2**31, "0"),
             ("temperature", 0 <= self.temperature < math.inf, "1.0 (0 is greedy)"),
             ("top_p", 0 < self.top_p <= 1, "0.9"),
             ("fps", self.fps > 0, "8"),

@@ -157,7 +157,7 @@ def main():
         ("batch_size", cfg.batch_size >= 1, "32"),
         ("timeout", 0 < cfg.timeout <= 600, "5"),
         ("workers", 0 <= cfg.workers <= 1000, "0"),
-        ("seed", cfg.seed >= 0, "1"),
+        ("seed", 0 <= cfg.seed < 2**62, "1"),
         ("dtype", cfg.dtype in ("float32", "bfloat16"), "float32"),
     ):
         if not fine:

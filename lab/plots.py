@@ -286,7 +286,7 @@ def frontier(rows, path, setting, label):
 
 def main():
     cfg = load_config(PlotsConfig, sys.argv[1:])
-    if cfg.steps < 1 or cfg.max_new_tokens < 1 or cfg.seed < 0:
+    if cfg.steps < 1 or cfg.max_new_tokens < 1 or not 0 <= cfg.seed < 2**62:
         die(
             "steps and max_new_tokens must be at least 1, seed at least 0",
             "--steps 4 --max_new_tokens 48 --seed 1",

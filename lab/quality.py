@@ -455,7 +455,7 @@ def main():
         ("steps", cfg.steps >= 0, "0 or more"),
         ("max_new_tokens", cfg.max_new_tokens >= 0, "0 or more"),
         ("temperature", 0 <= cfg.temperature < math.inf, "0 or more"),
-        ("seed", cfg.seed >= 0, "0 or more"),
+        ("seed", 0 <= cfg.seed < 2**62, "0 or more, below 2^62"),
         ("dtype", cfg.dtype in ("float32", "bfloat16"), "float32"),
     ):
         if not fine:

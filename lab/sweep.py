@@ -278,7 +278,7 @@ def main():
     if cfg.report:
         return draw(cfg)
     for name, least in (("n_eval", 2), ("batch_size", 1), ("max_new_tokens", 0), ("seed", 0)):
-        if getattr(cfg, name) < least:
+        if not least <= getattr(cfg, name) < 2**62:
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {least} or more")
     steps = numbers("steps", cfg.steps, int, 1)
     temperatures = numbers("temperatures", cfg.temperatures, float, 0)

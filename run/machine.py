@@ -181,7 +181,9 @@ def guard(fix):
     except BrokenPipeError:
         cli.unheard(sys.stdout), cli.unheard(sys.stderr)
         raise SystemExit(128 + signal.SIGPIPE) from None
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError, OverflowError) as e:
+    except OverflowError as e:
+        die(f"a number is too large: {said(e)}", "a smaller one")
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
         # of many kinds, cuBLAS and the CPU's among them
         says = ("out of memory", "allocate memory", "bad_alloc", "alloc_failed")
         if (
