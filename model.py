@@ -266,7 +266,7 @@ class Transformer(nn.Module):
         """
         n_past, N = 0 if cache is None else cache.length, 0 if noisy is None else noisy.size(1)
         size, at = torch.as_tensor(block_size), torch.as_tensor(start)
-        if N and (size.dim() or at.dim() or size != 1 or at <= n_past):
+        if N and (size.dim() or at.dim() or size != 1 or at <= max(0, n_past)):
             raise ValueError("a next-token network has block size 1, and reads the token before (bos_id) too")
         if start + N > self.cfg.seq_len:
             raise ValueError(f"positions up to {start + N}, but the model has seq_len {self.cfg.seq_len}")
