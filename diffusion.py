@@ -340,7 +340,7 @@ class Uniform(NoiseProcess):
 def noisy_stream(process, x, ar, given, t, schedule, noise, corrupt):
     """
     x_t (B, L) of clean ids x, what the network is fed for it, and alpha, dalpha (B, L) float64.
-    ar (B, 1) bool: rows of block size 1. They are pure noise, alpha = 0. given (B, L) bool: shown clean.
+    ar (B, 1) bool: rows of block size 1: pure noise, and they read ar_input. given (B, L) bool: shown.
     corrupt: a method's own, (x, t, noise) -> (x_t, feed, alpha, dalpha); feed(ids, plain) is what the network
     reads: ids where `plain`, elsewhere what the method makes of them.
     """
@@ -376,24 +376,24 @@ def token_loss(
 
     x0 (B, L) clean ids; block_size (B,) int64, or an int; t (B,) float64 in (0, 1), or (B, L - start).
     objective: elbo, the bound (nll); ce, cross-entropy; ce_noisy, that where x_t != x_0; last (last_step).
-        One for all sizes, or {size: name}. Block size 1 is always ce on pure noise: the exact AR NLL.
+        One for all sizes, or {size: name}. Block size 1 is always ce on pure noise: the AR NLL.
     given (B, L) bool: prompts, shown clean. charged (B, L) bool: what carries loss; None: all but the given.
     start: the first position with a noisy copy, a multiple of every block size, nothing charged before it.
     noise: a Noise for (B, L - start). corrupt: see noisy_stream. device: the network's, if x0 is elsewhere.
     """
-    x0, noise, *masks = (y if y is None else y.to(device or x0.device) for y in (x0, noise, given, charged))
+    there = lambda y: None if y is None else y.to(device or x0.device)
+    x0, noise, given, charged = there(x0), there(noise), there(given), there(charged)
     x = x0[:, start:]
-    given, charged = (y if y is None else y[:, start:] for y in masks)
-    given = torch.zeros_like(x, dtype=torch.bool) if given is None else given
-    charged = ~given if charged is None else charged
+    given = torch.zeros_like(x, dtype=torch.bool) if given is None else given[:, start:]
+    charged = ~given if charged is None else charged[:, start:]
     sizes = torch.as_tensor(block_size).expand(len(x)).to(x.device)
     ar = (sizes == 1)[:, None]
     xt, fed, alpha, dalpha = noisy_stream(process, x, ar, given, t, schedule, noise or Noise.like(x), corrupt)
     logits = model(x0, fed, block_size, start, sigma_for(model, alpha[:, 0] if t.dim() == 1 else alpha))
-
     per_token = torch.zeros_like(x, dtype=wide(logits).dtype)
     for size in sizes.unique().tolist():
-        rows, name = sizes == size, objective if isinstance(objective, str) else objective.get(size)
+        rows = sizes == size
+        name = objective if isinstance(objective, str) else objective.get(size)
         tensors = (y[rows] for y in (logits, x, xt, alpha, dalpha))
         cost = nats(process, "ce" if size == 1 else name, *tensors)
         per_token[rows] = torch.where(charged[rows], cost, 0.0).to(per_token)

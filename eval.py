@@ -40,13 +40,12 @@ class Likelihood:
 
 def one_draw(loss, model, process, x0, given, charged, b, u, noise):
     """
-    (B, L - start) nats whose mean over u in (0, 1) and noise is, block size 1 aside, the upper bound
-        -log p(x_0) <= E_{t ~ U(a, 1)} (1 - a) nll(x_t, t)  +  E last_step(x_a),     a = process.t_min
-    without the last step, which a bound that ends at a > 0 needs once a half: down to t = 0 it may have no
-    finite mean. The integral is the same for every noise schedule, and at small t a draw costs 1 / t with
-    probability t: infinite variance. So time runs slowly there, t = u^2. Masked noise on a network that does
-    not see t needs no t at all: the bound is a mean over m = 1..n masks among the n charged tokens of a block
-    (LLaDA, arXiv 2502.09992),
+    (B, L - start) nats. Their mean over u in (0, 1) and noise is the first term of the upper bound
+        -log p(x_0) <= E_{t ~ U(s, 1)} (1 - s) nll(x_t, t)  +  E last_step(x_s),     s = process.t_min
+    The second is a function of its own. Block size 1 costs the NLL itself. The integral is the same for every
+    noise schedule, and at small t a draw costs 1 / t with probability t: infinite variance. So time runs
+    slowly there, t = (√s + (1 - √s) u)². Masked noise on a network that does not see t needs no t at all: the
+    bound is a mean over m = 1..n masks among the n charged tokens of a block (LLaDA, arXiv 2502.09992),
         E_m n / m sum over m masks at random places of -log p(x_0 | x_t)
     loss: token_loss, or a method's bound. u (B,) float64; noise for positions start, start + 1, ..., where
         start is first_charged.

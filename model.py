@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(D, cfg.vocab_size)
         nn.init.normal_(self.embed.weight, std=0.3)  # not the reference's +-D**-0.5: see docs/log.md
         for zero in [self.head, self.modulation] + [layer.modulation for layer in self.layers]:
-            if zero is not None:  # uniform logits, and every gate shut: the layers start as the identity
+            if zero is not None:  # uniform logits; with adaLN every gate is shut too
                 nn.init.zeros_(zero.weight), nn.init.zeros_(zero.bias)
 
     @property
@@ -163,15 +163,15 @@ class Transformer(nn.Module):
         return self.time is None or self.cfg.zero_sigma
 
     def new_cache(self, batch_size, max_len):
-        """An empty cache for batch_size texts of up to max_len tokens."""
+        """An empty cache, which grows. The arguments are for fast/, which allocates it whole."""
         return KVCache(len(self.layers))
 
     def forward(self, clean, noisy, block_size, start=0, sigma=None, cache=None, **extra):
         """
         clean (B, C) int64, or None   real tokens at positions cache.length, ... (0, 1, ... without a cache)
         noisy (B, N) int64, or None   at positions start, start + 1, ...; or soft tokens, see embed_tokens
-        block_size  int; or (B,), one a row; or (1 or B, N), one a noisy token: other sizes are not seen
-        start       in training 0, or a block behind prompts; else the context's length; or positions (N,)
+        block_size  int; or (B,), one a row; or (1 or B, N), one a noisy token. Sizes do not see each other
+        start       the position of the first noisy token, an int; or (N,), the position of each
         sigma (B,) or (1,), or (B, N)  noise level -log(alpha_t); zeros if None; unused without conditioning
         cache       a KVCache: the clean tokens before. `clean` is committed to it
         extra       for methods: goes to embed_noisy and condition
@@ -187,8 +187,8 @@ class Transformer(nn.Module):
     def hidden(self, clean, noisy, block_size, start=0, sigma=None, cache=None, **extra):
         """The stream before the final norm, (B, C + N, D), and its cond or None. Arguments as in forward."""
         C, n_past = 0 if clean is None else clean.size(1), 0 if cache is None else cache.length
-        x = [self.embed_tokens(clean)] if clean is not None else []
-        x = torch.cat(x + [self.embed_noisy(noisy, **extra)] if noisy is not None else x, dim=1)
+        streams = [] if clean is None else [self.embed_tokens(clean)]
+        x = torch.cat(streams if noisy is None else [*streams, self.embed_noisy(noisy, **extra)], dim=1)
         N = x.size(1) - C
         position, edge, group = self.layout(block_size, start, n_past, C, N, x.device)
         if position.numel() and position.max() >= self.cfg.seq_len:
@@ -210,7 +210,7 @@ class Transformer(nn.Module):
         b = b if b.dim() == 2 else b.view(-1, 1)  # (B or 1, N or 1)
         clean_edge = (clean + 1).expand(len(b), C) if self.cfg.clean_causal else (clean // b + 1) * b
         edge = (noisy // b * b).expand(len(b), N)
-        group = edge * 2**20 + b  # the same block, and the same block size
+        group = edge * 2**20 + b  # one number for each pair of block and block size
         groups = torch.cat((torch.full_like(clean_edge, -1), group), dim=1)
         return torch.cat((clean, noisy)), torch.cat((clean_edge, edge), dim=1), groups
 
@@ -232,7 +232,7 @@ class Transformer(nn.Module):
         return self.embed_tokens(tokens)
 
     def condition(self, sigma, C, N, **extra):
-        """(B or 1, C + N, cond_dim) of sigma, or None. Clean tokens see 0, so a cache holds at any level."""
+        """(B or 1, C + N, cond_dim) of sigma, or None. Clean tokens see 0, so a cache holds for any sigma."""
         if self.time is None:
             return None
         sigma = torch.zeros(1) if sigma is None else sigma

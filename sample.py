@@ -41,7 +41,8 @@ def settled(cfg, sampler, own, trained):
     for size in (b, 1) if cfg.ar_tokens else (b,):
         if size not in trained:
             problem = f"{cfg.ckpt} was trained on block sizes {', '.join(map(str, trained))}, not {size}"
-            die(problem, f"--block_size {trained[-1]}, or train with {size} in block_sizes")
+            other = f"--block_size {trained[-1]}" if size == b else "leave --ar_tokens out"
+            die(problem, f"{other}, or train with {size} in block_sizes")
     if b == 1 and (cfg.steps or cfg.ar_tokens):
         problem = "block size 1 takes one pass a token and is AR throughout"
         die(f"{problem}: --steps and --ar_tokens mean nothing", "leave them out")
@@ -90,7 +91,7 @@ def main():
     states = timed(states, spent)
     try:
         with machine.mixed(model.head.weight.device, getattr(torch, cfg.dtype)):
-            first = list(itertools.islice(states, 3))  # the sampler checks its options before a text is shown
+            first = list(itertools.islice(states, 3))  # a sampler checks its options in its first step
             states = itertools.chain(first, states)
             if cfg.animate and sys.stdout.isatty() and not screen.DUMB:
                 states = screen.animate(states, tokenizer, process.mask_id, meta, cfg.fps)

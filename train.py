@@ -57,9 +57,10 @@ def learning_rate(cfg, step):
 def step_batches(cfg, data, step, rank, world):
     """
     This process's part of optimizer step `step`: a list of `accumulation` micro-batches (x0, given, real,
-    block sizes, times, slots). The step has n = batch_size * accumulation * world slots. What a slot holds
-    depends on (seed, step, slot) alone, so the same n rows are trained on however they are split over
-    processes and accumulation, and a resumed run sees what it would have.
+    block sizes, times, slots), of shapes (B, T) int64, (B, T) bool, (B, T) bool, and (B,) each.
+    The step has n = batch_size * accumulation * world slots. What a slot holds depends on (seed, step, slot)
+    alone, so the same n rows are trained on however they are split over processes and accumulation, and a
+    resumed run sees what it would have.
     """
     n = cfg.batch_size * cfg.accumulation * world
     sizes, t = stratified_draw(cfg.block_sizes, n, cfg.seed, step)
@@ -116,7 +117,8 @@ def take_step(run, step, loss_of, batches, n_tokens):
     # short memory at first; a skipped step moves it on, towards weights that stayed
     decay = min(cfg.ema, (step + 1) / (step + 10))
     with torch.no_grad():  # a graph would grow from step to step
-        torch._foreach_lerp_(list(run.ema.parameters()), list(run.model.parameters()), 1 - decay)
+        for average, weight in zip(run.ema.parameters(), run.model.parameters(), strict=True):
+            average.lerp_(weight, 1 - decay)
     return loss, norm, bad
 
 
@@ -157,8 +159,10 @@ def learn(run):
             # not before a step has been taken: a run that cannot must not touch what is there
             if step == 0 and run.rank == 0:
                 checkpoint.keep_earlier_run(cfg.out_dir)
-            done, since, last = step + 1, since + 1, step + 1 == cfg.max_steps
-            look, run.owed = done % cfg.log_every == 0 or last, run.owed or done % cfg.eval_every == 0 or last
+            done, since = step + 1, since + 1
+            last = done == cfg.max_steps
+            look = last or done % cfg.log_every == 0
+            run.owed = run.owed or last or done % cfg.eval_every == 0
             if not look and not run.owed:
                 continue
             n_skipped, in_a_row = run.skipped.int().tolist()  # waits for the device
@@ -167,7 +171,7 @@ def learn(run):
                 ms, since, clock = 1000 * (time.time() - clock) / since, 0, time.time()
                 run.look(done, loss, learning_rate(cfg, step), norm, n_skipped, ms, bar)
             if run.owed and in_a_row and run.rank == 0:
-                waits = ": the checkpoint waits" * (not last)
+                waits = "" if last else ": the checkpoint waits"
                 warn(f"step {done} was skipped, its gradient was not finite{waits}")
             # the weights may be ruined: a step they can take comes first
             if run.owed and (in_a_row == 0 or last):
@@ -186,7 +190,7 @@ def learn(run):
 
 def train(cfg, settings=None, method=None, weights=None, facts=None):
     """
-    Learn what cfg says. The data is looked at first, then come the other processes and the folder, and the
+    Learn what cfg says: read the data, meet the other processes, hold the folder, run the loop. Then come the
     ways in which it may end. settings, method: a method's Settings and its module. weights: to begin with.
     facts: what a checkpoint keeps of them.
     """
