@@ -79,9 +79,8 @@ class Dataset:
         except (OSError, ValueError) as e:
             die(f"cannot read {path}: {e}", fix)
         low, high = tokens[: 1 << 16 : 2], tokens[1 : 1 << 16 : 2]
-        if (
-            dtype == np.uint16 and not high.any() and len(np.unique(low)) > 2
-        ):  # the upper half of each id is 0
+        doubled = not high.any() and len(np.unique(low)) > 2  # the upper half of each id is 0
+        if dtype == np.uint16 and doubled:
             cast = f"np.fromfile('{path}', 'u4').astype('u2').tofile('{path}')"
             fix = fix if "prepare.py" in fix else f'python -c "import numpy as np; {cast}"'
             die(f"{path} holds uint32; ids below {self.meta['vocab_size']} are uint16 here", fix)
@@ -198,6 +197,14 @@ def charged_tokens(given, real, block_size, clean_padding=False):
     return given, ~given & (at <= -(-length // b) * b)
 
 
+def first_charged(charged, unit):
+    """
+    The first position, a multiple of `unit`, from which on a noisy copy is needed: all before is prompt in
+    every row.
+    """
+    return int(charged.any(0).int().argmax()) // unit * unit
+
+
 def checker(folder):
     """
     folder/prepare.py as a module if it knows what is correct, else None. Such a file has check(text) ->
@@ -210,14 +217,6 @@ def checker(folder):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module if hasattr(module, "check") else None
-
-
-def first_charged(charged, unit):
-    """
-    The first position, a multiple of `unit`, from which on a noisy copy is needed: all before is prompt in
-    every row.
-    """
-    return int(charged.any(0).int().argmax()) // unit * unit
 
 
 def read_meta(path):

@@ -39,9 +39,7 @@ def rotate(x, cos, sin):
 
 
 def normed(x, norm, n_clean, m):
-    """
-    norm(x), stretched and moved by m, two vectors (B, 1 or 2, D).
-    """
+    """norm(x), stretched and moved by m, two vectors (B, 1 or 2, D), or None."""
     return norm(x) if m is None else per_stream(modulate, n_clean, [norm(x)], m)
 
 
@@ -207,17 +205,7 @@ class FastTransformer(Transformer):
         if cache is None and isinstance(block_size, int) and N and end <= block_size:
             clean = None  # every noisy token is in the first block: no one would read the clean stream
         streams = [s for s in (clean, noisy) if s is not None]
-        ids = (
-            None
-            if any(isinstance(s, tuple) or s.is_floating_point() for s in streams)
-            else torch.cat(streams, dim=1)
-        )
-        # (B, S, D)
-        x = (
-            self.embed_tokens(ids)
-            if ids is not None
-            else torch.cat([self.embed_tokens(s) for s in streams], dim=1)
-        )
+        x = torch.cat([self.embed_tokens(s) for s in streams], dim=1)  # (B, S, D)
         B, S, _ = x.shape
         C = S - N
         if not recorded and max(n_past + C, end) > self.cfg.seq_len:
@@ -271,9 +259,7 @@ class FastTransformer(Transformer):
         position behind the last noisy token, or None in a recording.
         """
         n_past, one_start = 0 if cache is None else cache.length, not getattr(start, "ndim", 0)
-        noisy_at = (
-            torch.arange(int(start), end, device=x.device) if one_start else send(start, x.device)
-        )  # (N,)
+        noisy_at = torch.arange(int(start), end, device=x.device) if one_start else send(start, x.device)
         at = torch.cat((n_past + torch.arange(C, device=x.device), noisy_at))
         rope, recorded = self.rope_table(at), torch.is_tensor(n_past)
         if C == 0 and one_start and isinstance(block_size, int):

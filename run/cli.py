@@ -71,8 +71,8 @@ def show_anything():
 
 def unheard(stream):
     """The reader of a stream has gone: what is written from now on goes nowhere."""
-    with suppress(OSError, ValueError):  # ValueError: it has no number
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # ValueError: it has no number
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 class Unbroken:
@@ -90,8 +90,10 @@ class Unbroken:
     def attempt(self, do, *args):
         try:
             return do(*args)
-        except OSError:  # the reader has gone, or the disk is full
+        except BrokenPipeError:
             unheard(self.stream)
+        except OSError:  # a full disk may have room for the next line
+            pass
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

@@ -799,9 +799,9 @@ def test_next_token_training_is_cross_entropy_and_samples_begin_with_bos(rows, s
         logits = plain_gpt(model, x0)[:, :-1]
         logits[..., process.mask_id] = -torch.inf
         want = -logits.log_softmax(-1).gather(-1, x0[:, 1:, None])[..., 0]
-    want = (want * answer[:, 1:]).sum(1)
-    agree(found.nats[1][0], want)
-    assert want.sum() / found.tokens.sum() < 1.2, "and it has learned: log 5 is 1.61"
+    agree(found.nats[1][0], (want * answer[:, 1:]).sum(1))
+    letters = (x0 != 4)[:, 1:] & answer[:, 1:]  # without the padding that ends a text
+    assert want[letters].mean() < 1.0, "and it has learned"
     assert (answer == ((x0.roll(1, 1) != 4) & (torch.arange(16) > 0))).all(), "the first padding ends a text"
     assert "nothing stands before" in slip(
         train, TrainConfig(dataset="toy", seq_len=8, block_sizes={1: 1.0}, next_token=True, **SMALL)

@@ -1064,7 +1064,7 @@ def test_settings_that_float32_cannot_hold_are_greedy_or_uniform(path, kind):
         for tiny in ({"top_p": 1e-50}, {"temperature": 1e-50}, {"temperature": 1e39, "top_p": 1e-320}):
             x = run(**tiny)
             assert ((x >= 0) == (greedy >= 0)).all() and (x < V3).all(), "nothing is missing"
-            if sampler in (s.ar, s.ancestral) and "top_p" not in tiny:
+            if sampler in (s.ar, s.ancestral):  # at 1e39 too, for top_p leaves one token
                 assert torch.equal(x, greedy), tiny
 
 
