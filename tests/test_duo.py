@@ -392,3 +392,9 @@ def test_slips(project, slip):
         (["--block_sizes=1:1"], "nothing to soften"),
     ):
         assert says in slip(run, "--method=duo", *flags), flags
+
+
+def test_a_vocabulary_of_one_has_nothing_to_soften(slip):
+    cfg, settings = TrainConfig(process="uniform"), duo.Settings(curriculum=1)
+    learner = duo.Learner(cfg, settings, None, d.Uniform(1), None)
+    assert "--process uniform" in slip(learner.loss, 0)
