@@ -177,7 +177,7 @@ class Blocks(NamedTuple):
 
 
 def flex():
-    """flex_attention and create_block_mask. Not on a CPU: they load the compiler, 2 seconds and 60 MB."""
+    """flex_attention and create_block_mask, imported when they are wanted: they load the compiler."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     return (flex_attention, create_block_mask) if torch.compiler.is_compiling() else compiled()

@@ -323,7 +323,7 @@ def called(name):
 
 
 class Undrawn(TorchFunctionMode):
-    """Weights keep what they are: drawing on the meta device would load the compiler, 2 seconds long."""
+    """Weights keep what they are: drawing on the meta device would load the compiler."""
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         if getattr(f, "__module__", "") == "torch.nn.init":

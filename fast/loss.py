@@ -112,7 +112,7 @@ def token_loss(
     parts = [part(prices["ce"], pays & ~taught("elbo") & ~taught("last"))]
     parts += [part(prices[name], pays & taught(name)) for name in ("elbo", "last") if name in names.values()]
 
-    # a compiled network ends here; without the compiler it is not asked, for it takes 2 seconds to load
+    # a compiled network ends here; where nothing is compiled, nobody loads the compiler
     priced = uncompiled() if "torch._dynamo" in sys.modules else through_head
 
     def readout(hidden, weight, bias):
