@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -126,21 +126,6 @@ def peak_mb(device):
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
-
-
-def one_heap():
-    """
-    Before a run: one heap for all threads (M_ARENA_MAX). glibc gives each thread its own, and tensors whose
-    sizes change take them to pieces: a run would grow several-fold.
-    """
-    with suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(-8, 1)
-
-
-def trim():
-    """Now and then: give what was freed back to the system, which glibc would keep."""
-    with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def has_memory(device):

@@ -55,7 +55,6 @@ class Run:
         bounds,
         show_bounds,
     ):
-        machine.one_heap()
         self.cfg, self.settings, self.data, self.device = cfg, settings, data, device
         self.rank, self.world, self.signals, self.facts = rank, world, signals, facts
         self.bounds, self.show_bounds = bounds, show_bounds
@@ -265,7 +264,6 @@ class Run:
             "skipped": n_skipped,
             "ms": ms,
         }
-        machine.trim()
         record["peak_mb"] = machine.total(machine.peak_mb(self.device), op="MAX")[0]
         record |= self.learner.record()
         rate = f"{ms:.0f} ms {1000 * self.rows * self.cfg.seq_len / ms:,.0f} tok/s" + (
