@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python lab/gsm8k.py works too
 from data.tokens import Tokenizer
 from diffusion import SCHEDULES
 from fast.block import generate

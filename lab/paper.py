@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python lab/paper.py works too
 import methods
 from data.dataset import Dataset
 from diffusion import SCHEDULES

@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python lab/quality.py works too
 import hub.published  # noqa: F401  --init_from hf:...
 from data.dataset import checker
 from data.tokens import Tokenizer, gpt2

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python lab/sweep.py works too
 import methods
 from diffusion import SCHEDULES
 from hub.published import is_published, place

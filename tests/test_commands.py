@@ -254,6 +254,12 @@ def test_scripts_print_their_settings(home, here):
         assert max(map(len, out.splitlines())) <= 80 and "\n    --" in out, command
 
 
+@pytest.mark.slow  # a process each
+@pytest.mark.parametrize("name", ["quality", "sweep", "bench", "gsm8k", "paper"])
+def test_a_command_of_lab_runs_as_a_file_too(home, name):
+    assert "\n    --" in call(home, ROOT / f"lab/{name}.py", "--help")
+
+
 def test_sweeping_samplers(home, here):
     flags = (
         "--n_eval=4",
