@@ -896,6 +896,11 @@ def test_one_row_of_the_paper_is_made_again_and_no_other(toys, monkeypatch, caps
     torch.save({**state, "step": 1}, "out/paper/masked_ar/1/ckpt.pt")
     go()
     assert runs == [("rows/masked_ar.toml", True)]
+    torch.save({**state, "step": 1}, "out/paper/masked_ar/1/ckpt.pt")
+    argv.append("--only=masked_mixture")
+    assert "| `masked_ar` |" in go() and not runs, "the other row is shown as it is"
+    assert "is no row of rows" in slip(paper.main, argv=[*argv[1:-1], "--only=masked_mix"])
+    argv.pop()
     (toys / "pages/paper.md").write_text("# By hand\n")
     assert "not a page of ours" in slip(paper.main, argv=argv[1:])
     assert "no TOML" in slip(paper.main, argv=["--rows=nowhere"])
