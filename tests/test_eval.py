@@ -857,7 +857,7 @@ def test_one_row_of_the_paper_is_made_again_and_no_other(toys, monkeypatch, caps
         train(load_config(TrainConfig, command[2:]))
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(paper.subprocess, "run", in_process)
+    monkeypatch.setattr(paper, "subprocess", SimpleNamespace(run=in_process))  # matplotlib has its own
     argv = [
         "paper.py",
         "--rows=rows",
