@@ -185,10 +185,11 @@ def train_row(argv, toml, out_dir, resume):
         raise SystemExit(code)
 
 
-def measured(name, seed, out_dir, cfg, lines, seconds):
+def measured(name, seed, out_dir, cfg, lines, seconds, asked=None):
     """
     The results of a checkpoint as a dict: from out/results.jsonl, or measured now and put there. seconds:
-    what its training took.
+    what its training took. asked: [(sampler, its options, block size, steps or None)]; None: those of the
+    paper. Without options a sampler's key in "correct" is "NAME STEPS".
     """
     device = pick_device(cfg.device)[0]
     run, meta, _, model, process = rebuild(out_dir, device)
@@ -199,6 +200,7 @@ def measured(name, seed, out_dir, cfg, lines, seconds):
         "n_eval": cfg.n_eval,
         "n_mc": cfg.n_mc,
     }
+    what |= {"asked": [list(line) for line in asked]} if asked is not None else {}
     for line in lines:
         if all(line.get(k) == v for k, v in what.items()):
             return line
@@ -211,18 +213,21 @@ def measured(name, seed, out_dir, cfg, lines, seconds):
         "nats": {str(b): estimate(halves, found.tokens) for b, halves in found.nats.items()},
         "correct": {},
     }
-    asked = [("ar", 1, None)] * (1 in sizes)
-    if len(sizes) <= 2 and sizes[-1] > 1:
-        asked += [("ancestral", sizes[-1], n) for n in STEPS]
-        asked += [("arpc", sizes[-1], n) for n in STEPS[1:]] * (1 in sizes)  # of one step ARPC guides none
+    if asked is None:
+        asked = [("ar", {}, 1, None)] * (1 in sizes)
+        if len(sizes) <= 2 and sizes[-1] > 1:
+            asked += [("ancestral", {}, sizes[-1], n) for n in STEPS]
+            # of one step ARPC guides none
+            asked += [("arpc", {}, sizes[-1], n) for n in STEPS[1:]] * (1 in sizes)
     prompts = prompts_of(data, cfg.n_eval)
-    for sampler, b, steps in tqdm(asked, desc=f"{name}, seed {seed}", leave=False, disable=None):
+    for sampler, own, b, steps in tqdm(asked, desc=f"{name}, seed {seed}", leave=False, disable=None):
         how = {
             "block_size": b,
             "sampler": SAMPLERS[sampler],
             "steps": steps,
             "trained": sizes,
             "schedule": SCHEDULES[run.schedule],
+            **own,
         }
         rows, cost = generated(model, process, data, prompts, seed + 1, **how)
         texts = [data.tokenizer.decode(row) for row in rows]

@@ -17,6 +17,7 @@ the paper. It may define
     bound         (model, process, x0, block_size, t, ...) -> (total, per_token), what eval.py takes for
                   token_loss
     samplers      decorated with generate.sampler, as in samplers/
+    ROWS          what lab/zoo.py trains and compares: the claim, and the control
 
 The checkpoint remembers the name and the settings; sample.py and eval.py find them there.
 """

@@ -196,3 +196,26 @@ class Learner(methods.Learner):
     def load_state_dict(self, state):
         self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.teacher.load_state_dict(state["teacher"])
+
+
+STUDENT = (
+    "--method distill --ckpt {control} --max_steps 1000 --eval_every 1000 --lr 3e-4 --lr_schedule constant"
+)
+ROWS = [
+    {
+        "system": "SDTT",
+        "paper": "2410.21035",
+        "claim": "the student has more right in 4 steps than its teacher",
+        "train": STUDENT,
+        "control": "",
+        "by": "right 4",
+    },
+    {
+        "system": "DCD",
+        "paper": "2506.10892",
+        "claim": "the student has more right in 4 steps than its teacher",
+        "train": STUDENT,
+        "control": "--process uniform",
+        "by": "right 4",
+    },
+]

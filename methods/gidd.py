@@ -88,3 +88,17 @@ def self_correction(block, *, rounds=16, correction_temperature=0.1, level=0.99)
         yield
         if not block.live.any():
             return
+
+
+ROWS = [
+    {
+        "system": "GIDD",
+        "paper": "2503.04482",
+        "claim": "having seen wrong words, it corrects its own",
+        "train": "--method gidd --p_uniform 0.2",
+        "control": "--method gidd --p_uniform 0",
+        "sampler": "self_correction",
+        "control_sampler": "self_correction",
+        "by": "right 8",
+    }
+]

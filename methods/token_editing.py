@@ -57,3 +57,18 @@ def token_editing(block, *, fill=0.7, edit=0.9, post=16, hold=0.9):
         done = done | (written.all(1) & ((edit > 1) | (post == 0)))
         block.live, k = block.live & ~done, k + 1
         yield
+
+
+ROWS = [
+    {
+        "system": "Token editing",
+        "paper": "2602.08676",
+        "claim": "more right than keeping what is sure (threshold), on uniform noise",
+        "train": "--process uniform",
+        "control": "--process uniform",
+        "sampler": "token_editing",
+        "control_sampler": "threshold",
+        "by": "right pace",
+        "control_by": "right 16",
+    }
+]

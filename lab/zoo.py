@@ -1,0 +1,295 @@
+"""
+Do the field's systems do what they say, side by side? Trains each one and its control with the same network,
+data, rows and number of steps, measures both, and writes docs/zoo.md.
+
+    python -m lab.zoo                                    everything, as far as the minutes go; again: go on
+    python -m lab.zoo --methods loopholing,gidd --seeds 1    two of them, a first look
+    python -m lab.zoo --minutes 0                        only write the page, from what was measured
+
+A row of the table is an entry of ROWS in a file of methods/:
+
+    ROWS = [{
+        "system": "Loopholing",              what the table calls it
+        "paper": "2510.19304",               its arXiv id
+        "claim": "more right in 4 steps",    what it says that can be seen here
+        "train": "--method loopholing",      flags of train.py, behind config/zoo/TASK.toml
+        "control": "",                       the control's; in "train", {control} is its folder
+        "sampler": "loopholing",             with options as in "psi kappa=pc"; default ancestral
+        "control_sampler": "ancestral",      default ancestral
+        "by": "right 4",                     what decides: percent right in so many steps ("right pace": at
+                                             its own pace), or "nats 16", the bound
+        "control_by": "right 4",             the same of the control; default "by"
+        "tasks": ["sudoku", "digits"],       default both
+    }]
+
+Rows that share a control share its training. A method whose code changed is trained again, and nothing else.
+"""
+
+import ast
+import hashlib
+import re
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python lab/zoo.py works too
+import methods
+from lab import plots
+from lab.paper import T_975, measured, over_seeds, train_row, verdict
+from lab.sweep import asked_for, read
+from run import checkpoint
+from run.cli import die, load_config, writable
+from run.machine import guard
+from samplers import SAMPLERS
+
+HEAD = "# The zoo"
+TASKS = ("sudoku", "digits")
+STEPS = (1, 2, 4, 8, 16)
+BLOCK = 16  # the larger block size of config/zoo
+
+
+@dataclass
+class ZooConfig:
+    methods: str = ""  # as in gidd,loopholing; empty: every file of methods/ that has rows
+    tasks: str = "sudoku,digits"
+    seeds: int = 3  # trainings of a system, and of its control
+    minutes: float = 240.0  # no training begins that would end later, by the longest so far
+    out: str = "out/zoo"  # checkpoints go to out/TASK/FLAGS/SEED, measurements to out/results.jsonl
+    page: str = "docs/zoo"  # this path with .md and .png
+    n_eval: int = 256  # windows and texts a measurement
+    n_mc: int = 8  # draws of noise a window
+    device: str = "auto"
+
+
+# ----- what is trained
+
+
+def entries(names):
+    """[(method's name, its row with every key there)] of the files that have ROWS."""
+    found = []
+    for name in names:
+        for row in getattr(methods.load(name), "ROWS", []):
+            defaults = {"sampler": "ancestral", "control_sampler": "ancestral", "tasks": list(TASKS)}
+            found.append((name, {**defaults, "control_by": row["by"], **row}))
+    return found
+
+
+def code_of(flags):
+    """A short hash of the method's code that flags name; comments, docstring and ROWS do not count."""
+    name = re.search(r"--method[ =](\w+)", flags)
+    if name is None:
+        return ""
+    tree = ast.parse(Path(methods.load(name[1]).__file__).read_text(encoding="utf-8"))
+    is_rows = lambda node: isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "ROWS"
+    tree.body = [node for node in tree.body[1:] if not is_rows(node)]
+    return "-" + hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:8]
+
+
+def folder(cfg, task, flags, seed, control=""):
+    """Where a network lies. Another recipe, control, or code of its method, is another place."""
+    whole = flags.replace("{control}", control or "masked")
+    words = re.sub(r"[^A-Za-z0-9.]+", "_", whole).strip("_") or "masked"
+    recipe = hashlib.sha256(Path(f"config/zoo/{task}.toml").read_bytes()).hexdigest()[:4]
+    return f"{cfg.out}/{task}-{recipe}/{words}{code_of(flags)}/{seed}"
+
+
+def steps_of(sampler):
+    """The numbers of steps to measure at; None: at its own pace."""
+    if "own pace" in SAMPLERS[sampler].needs:
+        return [None]
+    return [n for n in STEPS if n > 1 or sampler != "arpc"]  # of one step ARPC guides none
+
+
+def trained(cfg, task, flags, seed, control, may_begin):
+    """(the folder of a network, seconds), trained now if need be and if may_begin(); else (None, 0)."""
+    out_dir, began = Path(folder(cfg, task, flags, seed, control)), time.time()
+    beside = folder(cfg, task, control, seed)
+    argv = [*flags.replace("{control}", beside).split(), f"--seed={seed}", f"--out_dir={out_dir}"]
+    state = checkpoint.load(out_dir) if (out_dir / "ckpt.pt").exists() else None
+    if state is None or state["step"] < state["config"]["max_steps"]:
+        if not may_begin():
+            return None, 0.0
+        toml = f"config/zoo/{task}.toml"
+        train_row([*argv, f"--device={cfg.device}"], toml, out_dir, resume=state is not None)
+    return out_dir, time.time() - began
+
+
+def compared(cfg, task, row, seed, lines, may_begin):
+    """{"system": results, "control": results} of a row, task and seed; None: there was no time."""
+    control, took = trained(cfg, task, row["control"], seed, "", may_begin)
+    if control is None:
+        return None
+    system, took_too = control, took
+    if row["train"] != row["control"]:
+        system, took_too = trained(cfg, task, row["train"], seed, row["control"], may_begin)
+        if system is None:
+            return None
+    found = {}
+    asked = [("control", control, row["control_sampler"], took), ("system", system, row["sampler"], took_too)]
+    for side, out_dir, sampler, seconds in asked:
+        name, own = asked_for([sampler])[0]
+        plan = [[name, own, BLOCK, n] for n in steps_of(name)]
+        label = str(out_dir.relative_to(cfg.out))
+        found[side] = measured(label, seed, out_dir, cfg, lines, seconds, plan)
+    return found
+
+
+# ----- the page
+
+
+def number(results, sampler, by):
+    """What decides, for one side: percent right, or nats."""
+    what, at = by.split()
+    if what == "nats":
+        return results["nats"][at][0]
+    key = sampler.split()[0] + ("" if at == "pace" else f" {at}")
+    return 100 * results["correct"][key]["accuracy"]
+
+
+def gain(found, row):
+    """How much better the system is than its control: points, or nats saved."""
+    ours = number(found["system"], row["sampler"], row["by"])
+    theirs = number(found["control"], row["control_sampler"], row["control_by"])
+    return theirs - ours if row["by"].startswith("nats") else ours - theirs
+
+
+def at_steps(several, side, sampler):
+    """'percent right · token-forwards a token · distinct answers' for each number of steps, over seeds."""
+    name, cells = sampler.split()[0], []
+    for n in (*STEPS, None):
+        key = f"{name} {n}" if n else name
+        some = [found[side]["correct"][key] for found in several if key in found[side]["correct"]]
+        if not some:
+            cells.append("")
+            continue
+        right = over_seeds([100 * one["accuracy"] for one in some], 0)
+        forwards = statistics.mean(one["token_forwards"] for one in some)
+        distinct = statistics.mean(one["distinct"] for one in some)
+        cells.append(f"{right} · {forwards:.1f} · {distinct:.0f}")
+    return " | ".join(cells)
+
+
+def write(cfg, table):
+    """The page and the plot. table: [(method, row, task, [found for each seed])]."""
+    out = [
+        HEAD,
+        f"""
+Do the field's systems do what they say? Each one is trained beside its control: the same network, data, rows
+and number of steps, on the lesson as it stands (`--plain`). Made by `python -m lab.zoo`. The tasks are 4x4
+sudoku with clues, and sums of two digits. {cfg.n_eval} windows and texts a measurement, {cfg.n_mc} draws of
+noise a window. The recipes are `config/zoo/TASK.toml`; the flags of a row come behind them.
+
+A claim is one number a seed that should be above 0: percent right minus the control's, or nats of the
+control's bound minus the system's. **Confirmed**: the 95 % interval of its mean by Student's t lies above 0.
+**Not confirmed**: it lies below. Else undecided. The options of a row were not tuned on these puzzles: they
+are the defaults of its file.
+
+| system | paper | its claim | task | better by (95 %) | seeds | verdict | lines | flags, sampler | control |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |""",
+    ]
+    marks = []
+    for name, row, task, several in table:
+        said, mean, low, high = verdict([gain(found, row) for found in several])
+        nats = row["by"].startswith("nats")
+        digits, unit = (3, "nats") if nats else (1, "points")
+        interval = f" ({low:+.{digits}f} to {high:+.{digits}f})" if len(several) > 1 else ""
+        lines = len(Path(methods.load(name).__file__).read_text(encoding="utf-8").splitlines())
+        paper = f"[{row['paper']}](https://arxiv.org/abs/{row['paper']})"
+        ours = f"`{row['train'] or 'none'}`, `{row['sampler']}`, {row['by']}"
+        theirs = f"`{row['control'] or 'none'}`, `{row['control_sampler']}`, {row['control_by']}"
+        out.append(
+            f"| [{row['system']}](../methods/{name}.py) | {paper} | {row['claim']} | {task} | "
+            f"{mean:+.{digits}f}{interval} {unit} | {len(several)} | {said} | {lines} | {ours} | {theirs} |"
+        )
+        marks.append((f"{row['system']}, {task}", nats, mean, low, high))
+    head = " | ".join(f"{n} step" + "s" * (n > 1) for n in STEPS)
+    out.append(f"""
+![how much better than the control, with 95 % intervals]({Path(cfg.page).name}.png)
+
+## What was measured
+
+Nats per token of blocks of {BLOCK} and of block size 1. Then, for each number of steps a block: percent
+right, token-forwards a token, and different right answers. Means over seeds, in brackets the smallest and the
+largest.
+
+| row | task | sampler | seconds of training | nats {BLOCK} | nats 1 | {head} | own pace |
+| --- | --- | --- | --- | --- | --- |{" --- |" * (len(STEPS) + 1)}""")
+    for name, row, task, several in table:
+        for side, sampler in (("system", row["sampler"]), ("control", row["control_sampler"])):
+            bound = [over_seeds([f[side]["nats"][b][0] for f in several if b in f[side]["nats"]], 3)
+                     for b in (str(BLOCK), "1")]  # fmt: skip
+            seconds = statistics.mean(found[side]["train_seconds"] for found in several)
+            label = row["system"] + (", control" if side == "control" else "")
+            cells = " | ".join(bound) + " | " + at_steps(several, side, sampler)
+            out.append(f"| {label} | {task} | `{sampler}` | {seconds:.0f} | {cells} |")
+    text = "\n".join(out) + "\n"
+    Path(f"{cfg.page}.md").write_text(text, encoding="utf-8")
+    picture(marks, f"{cfg.page}.png")
+    return text
+
+
+def picture(marks, path):
+    """A line a row: the mean and its interval; points to the left panel, nats to the right."""
+    plt = plots.pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.28 * max(1, len(marks))))
+    for axis, nats in zip(axes, (False, True), strict=True):
+        some = [mark for mark in marks if mark[1] == nats][::-1]
+        for y, (_, _, mean, low, high) in enumerate(some):
+            spread = [[max(mean - low, 0)], [max(high - mean, 0)]] if abs(low) < 1e9 else None
+            axis.errorbar(mean, y, xerr=spread, marker="o", color=plots.ACCENT, capsize=2)
+        axis.set_yticks(range(len(some)), [mark[0] for mark in some])
+        axis.axvline(0, color=plots.GREY)
+        axis.set_xlabel("nats saved" if nats else "points of percent right")
+    figure.suptitle("better than the control by")
+    figure.tight_layout()
+    plots.save(figure, path)
+
+
+@guard("a smaller --n_eval")
+def main():
+    cfg, start = load_config(ZooConfig, sys.argv[1:]), time.time()
+    if not 1 <= cfg.seeds <= max(T_975) or cfg.minutes < 0 or cfg.n_eval < 2 or cfg.n_mc < 2 or cfg.n_mc % 2:
+        problem = f"seeds must be 1 to {max(T_975)}, minutes at least 0, n_eval at least 2, n_mc even"
+        die(problem, "--seeds 3 --minutes 240 --n_eval 256 --n_mc 8")
+    tasks = cfg.tasks.split(",")
+    if unknown := set(tasks) - set(TASKS):
+        die(f"no task {', '.join(sorted(unknown))}, only {', '.join(TASKS)}", "--tasks sudoku")
+    rows = entries(cfg.methods.split(",") if cfg.methods else methods.names())
+    if not rows:
+        die(f"{cfg.methods or 'methods/'} has no ROWS to train", "see python -m lab.zoo --help")
+    page = Path(f"{cfg.page}.md")
+    if page.exists() and not page.read_text(encoding="utf-8").startswith(HEAD + "\n"):
+        die(f"{page} is not a page of ours, and would be written over", "--page docs/my_zoo")
+    # complain now, not after an hour
+    writable(f"{cfg.page}.md", "page"), writable(f"{cfg.out}/results.jsonl", "out"), plots.pyplot()
+    lines, longest, found = read(f"{cfg.out}/results.jsonl", mend=True), 0.0, {}
+    jobs = [
+        (seed, i, task)
+        for seed in range(cfg.seeds)
+        for i, (_, row) in enumerate(rows)
+        for task in tasks
+        if task in row["tasks"]
+    ]
+    may_begin = lambda: time.time() - start + longest < 60 * cfg.minutes
+    for seed, i, task in tqdm(jobs, desc="systems", disable=None):
+        began = time.time()
+        pair = compared(cfg, task, rows[i][1], seed, lines, may_begin)
+        if pair is None:
+            tqdm.write(f"no time left for {rows[i][1]['system']}, {task}, seed {seed}", file=sys.stdout)
+            continue
+        lines += [line for line in pair.values() if line not in lines]  # the next row may share its control
+        found.setdefault((i, task), []).append(pair)
+        longest = max(longest, time.time() - began)
+    table = [(*rows[i], task, several) for (i, task), several in sorted(found.items())]
+    if not table:
+        die("nothing was measured", "--minutes 240")
+    print(write(cfg, table))
+    print(f"{cfg.page}.md, {cfg.page}.png: {(time.time() - start) / 60:.0f} minutes")
+
+
+if __name__ == "__main__":
+    main()

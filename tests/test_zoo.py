@@ -1,0 +1,94 @@
+"""lab/zoo.py: rows of methods' files, trained beside their controls. Toy networks of two steps."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import methods
+import train
+from lab import paper, zoo
+from tests.conftest import TINY
+
+
+def test_every_row_is_complete():
+    rows = zoo.entries(methods.names())
+    assert len(rows) >= 7
+    for name, row in rows:
+        what, at = row["by"].split()
+        assert what in ("nats", "right") and row["control_by"].split()[0] == what, name
+        assert set(row) == {"system", "paper", "claim", "train", "control", "sampler", "control_sampler",
+                            "by", "control_by", "tasks"}  # fmt: skip
+        for side, by in (("sampler", "by"), ("control_sampler", "control_by")):
+            sampler = zoo.asked_for([row[side]])[0][0]
+            at = row[by].split()[1]
+            possible = [str(n or "pace") for n in zoo.steps_of(sampler)]
+            assert what == "nats" or at in possible, f"{row['system']}: {sampler} has {possible}, not {at}"
+
+
+def test_another_control_or_other_code_is_another_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config/zoo").mkdir(parents=True)
+    (tmp_path / "config/zoo/sudoku.toml").write_text("")
+    code, cfg = tmp_path / "mine.py", zoo.ZooConfig()
+    monkeypatch.setattr(methods, "load", lambda name: SimpleNamespace(__file__=str(code)))
+    code.write_text('"""Words."""\nx = 1\nROWS = []\n')
+    at = lambda flags, control="": zoo.folder(cfg, "sudoku", flags, 0, control)
+    first = at("--method mine --ckpt {control}")
+    assert first != at("--method mine --ckpt {control}", "--process uniform") and first.startswith("out/zoo/")
+    assert at("") != at("--process uniform")
+    code.write_text('"""Other words."""\nx = 1  # a comment\nROWS = [1]\n')
+    assert at("--method mine --ckpt {control}") == first
+    code.write_text('"""Words."""\nx = 2\nROWS = []\n')
+    assert at("--method mine --ckpt {control}") != first
+    code.write_text('"""Words."""\nx = 1\nROWS = []\n')
+    (tmp_path / "config/zoo/sudoku.toml").write_text("lr = 1\n")
+    assert at("--method mine --ckpt {control}") != first
+
+
+@pytest.mark.slow  # a dozen small trainings
+def test_a_zoo_is_made_once_and_goes_on(project, monkeypatch, slip):
+    (project / "config/zoo").mkdir(parents=True)
+    (project / "data/toy/prepare.py").write_text(
+        "def check(text):\n    return text.count('abc'), len(text) // 3\n"
+    )
+    flags = [f.removeprefix("--").split("=") for f in TINY if "device" not in f]
+    lines = [f"{k} = {v}" for k, v in flags]
+    lines += [
+        'dataset = "toy"',
+        "seq_len = 16",
+        'block_sizes = "1:0.5,16:0.5"',
+        "max_steps = 2",
+        "plain = true",
+    ]
+    (project / "config/zoo/sudoku.toml").write_text("\n".join(lines))
+    (project / "config/zoo/digits.toml").write_text("\n".join(lines))
+    runs = []
+
+    def in_process(command, stdout):
+        runs.append(" ".join(command[3:-3]))
+        monkeypatch.setattr(sys, "argv", command[1:])
+        train.main()
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(paper, "subprocess", SimpleNamespace(run=in_process))
+    argv = ["zoo.py", "--seeds=2", "--n_eval=4", "--n_mc=2", "--device=cpu", "--page=pages/zoo",
+            "--methods=loopholing,token_editing", "--tasks=sudoku"]  # fmt: skip
+
+    def go(*more):
+        runs.clear()
+        monkeypatch.setattr(sys, "argv", [*argv, *more])
+        zoo.main()
+        return (project / "pages/zoo.md").read_text()
+
+    page = go()
+    assert sorted(set(runs)) == sorted({"", "--method loopholing", "--process uniform"}) and len(runs) == 6
+    assert page.count("2510.19304](") == 2 and page.count(" | 2 | undecided") + page.count("confirmed**") >= 3
+    assert (project / "pages/zoo.png").exists()
+    go(), go("--minutes=0")
+    assert not runs
+    results = [json.loads(line) for line in (project / "out/zoo/results.jsonl").read_text().splitlines()]
+    assert len(results) == 12 - 2  # a control measured alike is measured once
+    (project / "pages/zoo.md").write_text("# By hand\n")
+    assert "not a page of ours" in slip(zoo.main, argv=argv[1:])
