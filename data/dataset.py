@@ -35,7 +35,7 @@ from run.cli import die
 
 IDS = ("bos_id", "eos_id", "pad_id", "separator")
 NUMBERS = {"vocab_size", "row_len", "prompt_len", "prompt_lens", "width", *IDS}
-KEYS = {"tokenizer", "chars", "prompt_end", *NUMBERS}
+KEYS = {"tokenizer", "chars", "prompt_end", "file", *NUMBERS}  # file: where the tokenizer lies
 
 
 class Dataset:

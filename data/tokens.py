@@ -56,7 +56,10 @@ class Tokenizer:
         elif self.kind == "gpt2":
             self.pieces = BytePairs(gpt2(file(FILES["gpt2"], folder)))
         elif self.kind == "smollm":
-            self.pieces = smollm(file(FILES["smollm"], folder, "HuggingFaceTB/SmolLM-135M", "tokenizer.json"))
+            path = meta.get("file") or file(
+                FILES["smollm"], folder, "HuggingFaceTB/SmolLM-135M", "tokenizer.json"
+            )
+            self.pieces = smollm(path)
         elif self.kind == "bert":
             self.pieces = WordPieces(
                 file(FILES["bert"], folder, "google-bert/bert-base-uncased", "vocab.txt")
@@ -202,42 +205,21 @@ def gpt2(path):
 
 def smollm(path):
     """
-    SmolLM's tokenizer.json for tiktoken, which joins any two neighbours that are a token together, lowest id
-    first, where the file means the pairs of a list, in its order. When both come to the same is checked: ids
-    that are a little wrong would be noticed by nobody.
+    SmolLM's byte pairs, of its tokenizer.json or of a .gguf file that holds them, for tiktoken, which joins
+    any two neighbours that are a token together, lowest id first, where the file means the pairs of a list,
+    in its order. When both come to the same is checked: ids that are a little wrong would be noticed by
+    nobody.
     """
     import tiktoken
 
     try:
-        about = json.loads(Path(path).read_text(encoding="utf-8"))
-        model, (digits, letters) = about["model"], about["pre_tokenizer"]["pretokenizers"]
-        plain = (
-            "normalizer",
-            "dropout",
-            "unk_token",
-            "continuing_subword_prefix",
-            "end_of_word_suffix",
-            "byte_fallback",
-            "ignore_merges",
-        )
-        unlike = [key for key in plain if {**about, **model}.get(key)]
-        special = {token["content"]: token["id"] for token in about["added_tokens"]}
+        vocab, merges, special, wrong = (of_gguf if str(path).endswith(".gguf") else of_json)(path)
         spelt = lambda token: bytes(LETTERS[c] for c in token)
-        ranks = {spelt(token): i for token, i in model["vocab"].items() if token not in special}
-        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        n_merges = len(merges)
+        ranks = {spelt(token): i for token, i in vocab.items() if token not in special}
         merges = {spelt(left + right): [spelt(left), spelt(right)] for left, right in merges}
-        wrong = {
-            f"plain BPE is what we have, not {', '.join(unlike) or model['type']}": unlike
-            or model["type"] != "BPE",
-            "the first pre_tokenizer is not Digits, one by one": digits
-            != {"type": "Digits", "individual_digits": True},
-            "the second is not ByteLevel with its pattern, without a space before": {
-                "use_regex": True,
-                **letters,
-                "trim_offsets": 0,
-            }
-            != {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": 0, "use_regex": True},
-            "two merges make one token": len(merges) < len(model["merges"]),
+        wrong |= {
+            "two merges make one token": len(merges) < n_merges,
             "a merge makes no token": merges.keys() - ranks.keys(),
             "a token is neither a byte, nor made by a merge, nor special": set(
                 map(len, ranks.keys() - merges.keys())
@@ -263,6 +245,49 @@ def smollm(path):
             f"{path}: {said(e)}",
             "--bpe tokenizer.json, of HuggingFaceTB/SmolLM-135M: a .tiktoken file of GPT-2 will not do",
         )
+
+
+def of_json(path):
+    """A tokenizer.json: {token: id}, the list of merges, {special token: id}, {what may be wrong: is it?}"""
+    about = json.loads(Path(path).read_text(encoding="utf-8"))
+    model, (digits, letters) = about["model"], about["pre_tokenizer"]["pretokenizers"]
+    plain = (
+        "normalizer",
+        "dropout",
+        "unk_token",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "byte_fallback",
+        "ignore_merges",
+    )
+    unlike = [key for key in plain if {**about, **model}.get(key)]
+    wrong = {
+        f"plain BPE is what we have, not {', '.join(unlike) or model['type']}": unlike
+        or model["type"] != "BPE",
+        "the first pre_tokenizer is not Digits, one by one": digits
+        != {"type": "Digits", "individual_digits": True},
+        "the second is not ByteLevel with its pattern, without a space before": {
+            "use_regex": True,
+            **letters,
+            "trim_offsets": 0,
+        }
+        != {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": 0, "use_regex": True},
+    }
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    return model["vocab"], merges, {token["content"]: token["id"] for token in about["added_tokens"]}, wrong
+
+
+def of_gguf(path):
+    """The same of a .gguf file."""
+    from hub import gguf
+
+    about, _ = gguf.read(path)
+    kind = about.get("tokenizer.ggml.model"), about.get("tokenizer.ggml.pre")
+    tokens = about["tokenizer.ggml.tokens"]
+    special = {t: i for i, t in enumerate(tokens) if about["tokenizer.ggml.token_type"][i] != 1}
+    merges = [merge.split(" ") for merge in about["tokenizer.ggml.merges"]]
+    wrong = {f"its tokenizer is {' '.join(map(str, kind))}, not SmolLM's": kind != ("gpt2", "smollm")}
+    return {token: i for i, token in enumerate(tokens)}, merges, special, wrong
 
 
 def merged(data, ranks, end):

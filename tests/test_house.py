@@ -32,11 +32,11 @@ BELOW = {  # what a file may import, by where it lies
     "commands": {"lesson", "samplers", "methods", "fast", "run", "hub", "data"},
 }
 ALSO = {  # file, or folder -> single files it may import besides
-    "data": {"rng", "hub.download"},
+    "data": {"rng", "hub.download", "hub.gguf"},
     "train": {"eval"},
     "distill": {"train"},  # the old command, which calls the new one
 }
-ALONE = {"hub.download": {"run.cli"}, "run.cli": set()}  # all they may import, as others below them need them
+ALONE = {"hub.download": {"run.cli"}, "hub.gguf": {"run.cli"}, "run.cli": set()}  # all they may import, as others below them need them
 PLAIN = ("rng", "model", "diffusion", "kernels")  # what runs without any machinery
 
 

