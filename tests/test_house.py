@@ -36,7 +36,8 @@ ALSO = {  # file, or folder -> single files it may import besides
     "train": {"eval"},
     "distill": {"train"},  # the old command, which calls the new one
 }
-ALONE = {"hub.download": {"run.cli"}, "hub.gguf": {"run.cli"}, "run.cli": set()}  # all they may import, as others below them need them
+# all they may import, as others below them need them
+ALONE = {"hub.download": {"run.cli"}, "hub.gguf": {"run.cli"}, "run.cli": set()}
 PLAIN = ("rng", "model", "diffusion", "kernels")  # what runs without any machinery
 
 
