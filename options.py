@@ -236,6 +236,9 @@ class SampleConfig:
     n_samples: int = 1
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0  # nucleus
+    regex: str = ""  # only texts that match it, prompt included; see docs/constraints.md
+    constraint: str = ""  # or FILE.py:name, a language of your own
+    exact: int = 1  # weighted copies of each text under a constraint: more is closer to exact over all steps
     seed: int = 1
     animate: bool = False  # redraw the block at work in place; plain text where output is not a terminal
     fps: float = 8.0  # frames a second of --animate, at most
@@ -256,6 +259,7 @@ class SampleConfig:
             ("temperature", 0 <= self.temperature < math.inf, "1.0 (0 is greedy)"),
             ("top_p", 0 < self.top_p <= 1, "0.9"),
             ("fps", self.fps > 0, "8"),
+            ("exact", 1 <= self.exact <= 10**6, "16"),
             ("seed", 0 <= self.seed < 2**62, "1"),
             ("dtype", self.dtype in ("float32", "bfloat16"), "float32"),
         ):
@@ -263,6 +267,10 @@ class SampleConfig:
                 die(f"{name} cannot be {getattr(self, name)}", f"--{name} {fix}")
         if self.prompt and self.prompt_file:
             die("--prompt and --prompt_file together", "--prompt_file FILE, one prompt a line")
+        if self.regex and self.constraint:
+            die("--regex and --constraint together", "one of them")
+        if self.exact > 1 and not (self.regex or self.constraint):
+            die("--exact weighs copies of a text under a constraint, and there is none", "--regex '...'")
         if self.graphs and self.plain:
             die("--graphs records the passes of fast/, and --plain runs none", "leave one of them out")
 

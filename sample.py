@@ -30,6 +30,7 @@ from run.cli import die
 from run.flags import load_with_sampler, options
 from run.restore import restore
 from samplers import SAMPLERS
+from samplers.constraint import writer
 
 
 def settled(cfg, sampler, own, trained):
@@ -75,14 +76,16 @@ def main():
     cfg, sampler, own = load_with_sampler(SampleConfig, sys.argv[1:])
     cfg.ckpt, flag = cfg.init_from or cfg.ckpt, "--init_from" if cfg.init_from else "--ckpt"
     run, meta, _, model, process = restore(cfg.ckpt, cfg.device, cfg.plain, flag)
-    tokenizer = tokenizer_or_numbers(meta, Path("data") / run.dataset, reads=cfg.prompt or cfg.prompt_file)
+    reads = cfg.prompt or cfg.prompt_file or cfg.regex or cfg.constraint
+    tokenizer = tokenizer_or_numbers(meta, Path("data") / run.dataset, reads=reads)
     trained = sorted(run.block_sizes)
     b, sampler, own = settled(cfg, sampler, own, trained)
     prompts = prompts_of(cfg, run, tokenizer)
     if cfg.graphs:
         model.graphs = True
     spent = [0.0]
-    states = generate(
+    write = writer(generate, cfg.regex, cfg.constraint, tokenizer, meta["vocab_size"], exact=cfg.exact)
+    states = write(
         model, process, prompts, block_size=b, sampler=sampler, steps=cfg.steps or None,
         max_new_tokens=cfg.max_new_tokens or None, ar_tokens=cfg.ar_tokens, temperature=cfg.temperature,
         top_p=cfg.top_p, seed=cfg.seed, eos_id=meta.get("eos_id"), schedule=SCHEDULES[run.schedule],
@@ -102,7 +105,8 @@ def main():
     except ValueError as e:
         cannot = "AR mode" in str(e) or "not defined" in str(e)
         fix = f"python sample.py --sampler {cfg.sampler} --help"
-        die(str(e), "--sampler ancestral, which every checkpoint serves" if cannot else fix)
+        fix = "--sampler ancestral, which every checkpoint serves" if cannot else fix
+        die(str(e), getattr(e, "fix", fix))
     if module := checker(Path("data") / run.dataset):
         texts = (tokenizer.decode([i for i in row if i != NOTHING]) for row in last.x.tolist())
         right = [correct == asked for correct, asked in map(module.check, texts)]

@@ -44,6 +44,7 @@ from run.flags import load_with_sampler
 from run.machine import guard, mixed
 from run.restore import dataset_for, noise_name, rebuild, restore
 from samplers import SAMPLERS
+from samplers.constraint import writer
 
 
 @dataclass
@@ -61,6 +62,11 @@ class QualityConfig:
     clues: bool = True  # prompts from the validation split; false: nothing but blanks (sudoku)
     max_new_tokens: int = 0  # per text; 0: up to the end of the context
     temperature: float = 1.0
+    regex: str = ""  # only texts that match it, prompt included; see docs/constraints.md
+    constraint: str = ""  # or FILE.py:name, a language of your own
+    exact: int = 1  # weighted copies of each text under a constraint
+    # the control of a constraint: forbid what leads out of the language, however unlikely the rest becomes
+    myopic: bool = False
     seed: int = 1
     json: str = ""  # the same numbers, in this file
     device: str = "auto"
@@ -96,10 +102,12 @@ def real_rows(data, prompts, max_new_tokens=None):
     return rows
 
 
-def generated(model, process, data, prompts, seed, batch_size=256, dtype=torch.float32, **how):
+def generated(
+    model, process, data, prompts, seed, batch_size=256, dtype=torch.float32, write=generate, **how
+):  # fmt: skip
     """
-    Texts behind `prompts` (how: arguments of generate; dtype: of machine.mixed), prompts included, as lists
-    of ids, and their cost:
+    Texts behind `prompts` (write: generate or one like it; how: its arguments; dtype: of machine.mixed),
+    prompts included, as lists of ids, and their cost:
         nfe   passes per batch; nfe_row the mean a row needed; nfe_token that over the tokens of a row
         token_forwards  per token; tokens_per_s
     """
@@ -107,9 +115,7 @@ def generated(model, process, data, prompts, seed, batch_size=256, dtype=torch.f
     for i in range(0, len(prompts), batch_size):
         batch = prompts[i : i + batch_size]
         with mixed(model.head.weight.device, dtype):
-            for state in generate(
-                model, process, batch, seed=seed + i, eos_id=data.meta.get("eos_id"), **how
-            ):
+            for state in write(model, process, batch, seed=seed + i, eos_id=data.meta.get("eos_id"), **how):
                 pass
         tokens += int((state.x != NOTHING).sum()) - sum(map(len, batch))
         nfe, nfe_rows, forwards = (
@@ -393,7 +399,9 @@ def table(cfg, sampler, own, run, data, model, process, trained):
     """The table, as a list of dicts; the first line is real text."""
     prompts = prompts_of(data, cfg.n_eval or len(data.spread("val", 0)), cfg.clues)
     module, tokenizer, device = checker(data.folder), data.tokenizer, next(model.parameters()).device
-    asked = lines_asked(cfg, sampler, trained)
+    asked, size = lines_asked(cfg, sampler, trained), max(1, 256 // cfg.exact)
+    weighing = {"exact": cfg.exact, "myopic": cfg.myopic}
+    write = writer(generate, cfg.regex, cfg.constraint, tokenizer, data.meta["vocab_size"], **weighing)
     who, score = (
         None if cfg.judge == "none" else judge(cfg.judge, (model, process, trained), tokenizer, device)
     ) or (None, None)
@@ -423,12 +431,11 @@ def table(cfg, sampler, own, run, data, model, process, trained):
         }
         how |= {"schedule": SCHEDULES[run.schedule], "max_new_tokens": cfg.max_new_tokens or None, **own}
         try:
-            rows, cost = generated(
-                model, process, data, prompts, cfg.seed, dtype=getattr(torch, cfg.dtype), **how
-            )
+            again = prompts, cfg.seed, size, getattr(torch, cfg.dtype), write
+            rows, cost = generated(model, process, data, *again, **how)
         except ValueError as e:
             bar.close()
-            die(str(e), f"python -m lab.quality --sampler {name} --help")
+            die(str(e), getattr(e, "fix", f"python -m lab.quality --sampler {name} --help"))
         r = {"sampler": name, "block_size": b, "steps": steps, "n": len(rows), "judge": who, **cost}
         r |= quality(rows, starts, tokenizer, module, score)
         tqdm.write(
@@ -458,6 +465,8 @@ def main():
         ("temperature", 0 <= cfg.temperature < math.inf, "0 or more"),
         ("seed", 0 <= cfg.seed < 2**62, "0 or more, below 2^62"),
         ("dtype", cfg.dtype in ("float32", "bfloat16"), "float32"),
+        ("exact", 1 <= cfg.exact <= 10**6, "1 or more"),
+        ("constraint", not (cfg.regex and cfg.constraint), "or --regex, one of them"),
     ):
         if not fine:
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {least}")
@@ -483,6 +492,7 @@ def main():
             "dtype": cfg.dtype,
             "clues": cfg.clues,
         }
+        facts |= {"regex": cfg.regex, "constraint": cfg.constraint, "exact": cfg.exact, "myopic": cfg.myopic}
         facts |= {"max_new_tokens": cfg.max_new_tokens, "options": own, "lines": lines}
         Path(cfg.json).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 

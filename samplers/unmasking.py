@@ -28,7 +28,7 @@ def unmask(block, choose):
         done = (committed & block.open).sum(1) / block.open.sum(1).clamp(min=1)
         alpha = torch.where(left.any(1), done, 0.0).double()  # 1 in rows that are finished: not asked
         logp = block.process.loo_logits(block.predict(alpha), block.x, alpha).log_softmax(-1)
-        y = torch.where(left, block.draw(block.sharpen(logp), noise), block.x)
+        y, logp = propose(block, logp, left, noise)
         keep, y = choose(k, left, y, logp)
         committed = keep | ~block.open
         if k + 1 == block.steps:
@@ -38,6 +38,13 @@ def unmask(block, choose):
         yield
         if not block.live.any():
             return
+
+
+def propose(block, logp, left, noise):
+    """y ~ l where `left`, and log l. A constrained block (samplers/constraint.py) has its own of both."""
+    if hasattr(block, "propose"):
+        return block.propose(logp, left, noise)
+    return torch.where(left, block.draw(block.sharpen(logp), noise), block.x), logp
 
 
 def quota(block, k):
