@@ -28,6 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python lab/sweep.py works too
 import methods
 from diffusion import SCHEDULES
+from fast.block import generate
 from hub.published import is_published, place
 from lab import plots
 from lab.quality import (
@@ -47,6 +48,7 @@ from run.flags import options
 from run.machine import guard
 from run.restore import dataset_for, noise_name, restore
 from samplers import SAMPLERS
+from samplers.constraint import REFUSED, WEIGHTED, writer
 
 LINES = (  # where no --samplers are named: a sampler, and what differs from its default options
     "ar",
@@ -89,6 +91,9 @@ class SweepConfig:
     batch_size: int = 256  # texts at a time; 1 is what a person who waits for an answer sees
     clues: bool = True  # false: blank prompts (sudoku)
     max_new_tokens: int = 0  # per text; 0: up to the end of the context
+    regex: str = ""  # only texts that match it, prompt included; see docs/constraints.md
+    constraint: str = ""  # or FILE.py:name, a language of your own
+    exact: int = 1  # weighted copies of each text under a constraint
     # self (its AR mode), a run's out_dir, gpt2, gpt2-large, none; auto: self where no answer can be checked
     judge: str = "auto"
     seed: int = 1
@@ -109,6 +114,7 @@ def setting(row, with_ckpt=True):
     parts += [{True: "with clues", False: "without clues"}[row["clues"]]] if row["clues"] is not None else []
     parts += [f"temperature {row['temperature']:g}"] if row["temperature"] != 1 else []
     parts += [f"batches of {row['batch_size']}"] if row["batch_size"] != 256 else []
+    parts += [f"of {row['constraint']}, {row['exact']} copies"] if row.get("constraint") else []
     return f"{row['ckpt']}: " * with_ckpt + ", ".join(parts)
 
 
@@ -231,12 +237,17 @@ def served(cfg, run, process, trained):
     cannot = wants("redraws" if process.absorbing else "absorbing")
     cannot |= {"ar"} | wants("AR mode") if trained[0] != 1 else set()
     cannot |= set(SAMPLERS) - {"ar"} if trained == [1] else set()
+    if cfg.regex or cfg.constraint:
+        cannot |= set(REFUSED) if cfg.exact == 1 else set(SAMPLERS) - set(WEIGHTED.split())
     if refused := [name for name, _ in named if name in cannot]:
-        sizes = ", ".join(map(str, trained))
+        sizes = ", ".join(map(str, trained)) + (", under a constraint" if cfg.regex or cfg.constraint else "")
         problem = f"{cfg.ckpt}, {run.process}, block sizes {sizes}: it cannot serve {refused[0]}"
         die(problem, "--samplers ancestral")
     own = [name for name, f in SAMPLERS.items() if f.__module__ == f"methods.{run.method}"]
-    return named or [(name, how) for name, how in asked_for([*LINES, *own]) if name not in cannot]
+    every = asked_for([*LINES, *own])
+    if cfg.regex or cfg.constraint:  # the last step of a greedy tail knows no language
+        every = [(name, how) for name, how in every if not how.get("greedy_tail")]
+    return named or [(name, how) for name, how in every if name not in cannot]
 
 
 def show(rows):
@@ -278,7 +289,9 @@ def main():
         die(f"panels {cfg.panels!r}: checkpoints or samplers", "--panels samplers")
     if cfg.report:
         return draw(cfg)
-    for name, least in (("n_eval", 2), ("batch_size", 1), ("max_new_tokens", 0), ("seed", 0)):
+    if cfg.regex and cfg.constraint:
+        die("--regex and --constraint together", "one of them")
+    for name, least in (("n_eval", 2), ("batch_size", 1), ("max_new_tokens", 0), ("seed", 0), ("exact", 1)):
         if not least <= getattr(cfg, name) < 2**62:
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {least} or more")
     steps = numbers("steps", cfg.steps, int, 1)
@@ -303,6 +316,9 @@ def main():
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
+    language = cfg.regex or cfg.constraint or None
+    what |= {"constraint": language, "exact": cfg.exact if language else None}
+    write = writer(generate, cfg.regex, cfg.constraint, tokenizer, meta["vocab_size"], exact=cfg.exact)
     rows = []
     for temperature in temperatures:
         for name, own in [("real text", {}), *wanted]:
@@ -324,10 +340,10 @@ def main():
             }  # fmt: skip
             again = prompts, cfg.seed, cfg.batch_size
             try:
-                texts, cost = generated(model, process, data, *again, **how, **row["options"])
+                texts, cost = generated(model, process, data, *again, write=write, **how, **row["options"])
             except ValueError as e:
                 bar.close()
-                die(str(e), f"python sample.py --sampler {row['sampler']} --help")
+                die(str(e), getattr(e, "fix", f"python sample.py --sampler {row['sampler']} --help"))
             result = cost | quality(texts, starts, tokenizer, module, score)
         with open(cfg.out, "a", encoding="utf-8") as f:
             f.write(json.dumps(row | result) + "\n")
