@@ -9,11 +9,13 @@ import functools
 import itertools
 import math
 import re
+import sys
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import ROOT, slow
+from conftest import ROOT, TINY, slow
 from exact import (
     GENERATE,
     KINDS,
@@ -31,7 +33,10 @@ from exact import (
     states,
 )
 
+import sample
+import train as training
 from generate import NOTHING
+from lab import quality, sweep
 from samplers import SAMPLERS, constraint, language
 from samplers.constraint import WEIGHTED, Rule
 from samplers.language import DFA, Asked, Language, Refused, compiled, load, regex, texts_of
@@ -485,3 +490,61 @@ def test_rows_of_a_sudoku():
 
 def digits_of(text):
     return [".1234".index(c) for c in text]
+
+
+def test_special_tokens_are_skipped_in_a_prompt_and_never_written():
+    model, process = setup("masked", path="lesson")
+    dfa = DFA(EVEN.next, 0, EVEN.accept, silent=[2])
+    prompts = [(2, 0), (0, 2, 2), (2,)] * 20
+    made = texts(written("lesson", dfa, model, process, prompts, 4, steps=2, max_new_tokens=4))
+    assert all(map(dfa.accepts, made))
+    assert not any(2 in text[len(prompt) :] for text, prompt in zip(made, prompts, strict=True))
+
+
+def test_the_example_of_the_page():
+    page = (ROOT / "docs/constraints.md").read_text(encoding="utf-8")
+    names = {}
+    exec(re.search(r"```python\n(SUMS.*?)```", page, re.S)[1], names)
+    digits = SimpleNamespace(kind="char", chars="0123456789+=;", decode=lambda ids: "")
+    dfa = Asked(names["right"], digits, 13).dfas([[]])[0]
+    read = lambda text: dfa.accepts([digits.chars.index(c) for c in text])
+    assert read("3+8=11;4+4=08;") and read("") and not read("3+8=12;") and not read("3+8=1")
+
+
+def run(main, *argv):
+    with patch.object(sys, "argv", ["script.py", *argv]):
+        main()
+
+
+@pytest.mark.slow
+def test_the_commands_take_constraints(project, slip, capsys):
+    run(
+        training.main, *TINY, "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--max_steps=1", "--out_dir=b"
+    )
+    (project / "mine.py").write_text("answer = lambda prompt: 'b*[ac]{2}'\n", encoding="utf-8")
+    ask = ["--ckpt=b", "--device=cpu", "--prompt=ab.", "--n_samples=3"]
+    for more, want in (
+        (["--regex=ab\\.[ab]*"], r"ab\.[ab]{9}"),
+        (["--regex=ab\\.[ab]*", "--sampler=ar", "--exact=4"], r"ab\.[ab]{9}"),
+        (["--constraint=mine.py:answer", "--sampler=arpc", "--plain"], r"ab\.b{7}[ac]{2}"),
+        (["--constraint=mine.py:answer", "--sampler=confidence", "--temperature=0"], r"ab\.b{7}[ac]{2}"),
+    ):
+        capsys.readouterr()
+        run(sample.main, *ask, *more)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ab.")]
+        assert len(lines) == 3 and all(re.fullmatch(want, line) for line in lines), lines
+    for more, says in (
+        (["--regex=(a"], "is missing"),
+        (["--regex=b.*"], "the prompt of row 0 leaves the language"),
+        (["--regex=ab\\.a{4}"], "no text of the language has 9 tokens"),
+        (["--regex=.*", "--constraint=mine.py:answer"], "together"),
+        (["--exact=4"], "there is none"),
+        (["--constraint=mine.py:nothing"], "has no nothing"),
+        (["--regex=.*", "--sampler=prophet"], "cannot be constrained"),
+    ):
+        assert says in slip(sample.main, argv=[*ask, *more])
+    capsys.readouterr()
+    lab = ["--ckpt=b", "--device=cpu", "--judge=none", "--n_eval=4", "--regex=[abc]+\\.[ab]*"]
+    run(quality.main, *lab, "--sampler=ancestral", "--steps=2", "--exact=2")
+    run(sweep.main, *lab, "--steps=2", "--samplers=ancestral,arpc")
+    assert "arpc" in capsys.readouterr().out
