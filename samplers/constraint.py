@@ -165,7 +165,7 @@ class Rule:
     def __init__(self, dfas, prompt, end, process, eos_id=None, behind=False, copies=1, seed=0):
         B, W, each = len(prompt), int(end.max()), list({id(dfa): dfa for dfa in dfas}.values())
         V, mask_id = process.vocab_size, process.mask_id
-        self.end, self.copies, self.seed, self.eos_id = end, copies, seed, eos_id
+        self.end, self.copies, self.seed = end, copies, seed
         Q = max(len(dfa.accept) for dfa in each) + 2
         dead, self.ended = Q - 2, Q - 1
         read, accept = torch.full((len(each), Q, V), dead), torch.zeros(len(each), Q, dtype=torch.bool)
@@ -229,7 +229,7 @@ class Rule:
         if not stuck.any():
             return
         row = int(stuck.nonzero()[0, 0])
-        q, d, at = int(self.first[row]), int(self.which[row]), 0
+        q, d = int(self.first[row]), int(self.which[row])
         n = int((self.given[row] != NOTHING).int().cumprod(0).sum())
         for at in range(n):
             q = int(self.jump(torch.tensor([row]), at)[0, q])
@@ -240,8 +240,10 @@ class Rule:
             lengths += [k] * bool((now & self.accept[row]).any())
             now = torch.zeros_like(now).index_fill_(0, self.next[d, now].unique(), True)
         if not lengths:
-            raise Refused(f"the prompt of row {row} leaves the language", "another --prompt or --regex")
+            problem = f"the prompt of row {row // self.copies} leaves the language"
+            raise Refused(problem, "another --prompt or --regex")
         near = min(lengths, key=lambda k: (k > room, abs(k - room)))
+        row = row // self.copies
         problem = f"no text of the language has {room} tokens behind the prompt of row {row}"
         raise Refused(problem, f"--max_new_tokens {near}" if near else "a shorter prompt")
 

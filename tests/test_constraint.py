@@ -10,6 +10,7 @@ import itertools
 import math
 import re
 import sys
+from collections import Counter
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -274,6 +275,26 @@ def test_weights_repair_block_size_1(path):
     free = counted(written(path, EVEN, model, process, [()] * 500, 1, **how), 3)
     assert chi_squared(free, want) < P_VALUE, "block size 1 alone looks one token ahead"
     draws(counted(written(path, EVEN, model, process, [()] * 300, 1, exact=24, **how), 3), want)
+
+
+@pytest.mark.slow
+def test_weights_hold_where_copies_end_at_different_places():
+    """Three blocks, an end at any place: what an unconstrained sampler writes, without what is no text."""
+    model, process = setup("masked", seed=0, soft=1.0)
+    dfa, how = (
+        DFA([[1, 0, -1], [1, 2, -1], [0, 2, -1]], 0, [1, 0, 1]),
+        {"steps": 2, "eos_id": 2, "max_new_tokens": 6},
+    )
+    good = lambda text: dfa.accepts(text) or text[-1] == 2 and dfa.accepts(text[:-1])
+    free = Counter(
+        tuple(text) for text in texts(written("fast", ANY, model, process, [()] * 20000, 2, **how))
+    )
+    free = Counter({text: n for text, n in free.items() if good(text)})
+    ours = Counter(map(tuple, texts(written("fast", dfa, model, process, [()] * 1000, 2, exact=32, **how))))
+    alone = Counter(map(tuple, texts(written("fast", dfa, model, process, [()] * 1000, 2, **how))))
+    every = sorted({*free, *ours, *alone})
+    free, ours, alone = (torch.tensor([found[text] for text in every]) for found in (free, ours, alone))
+    assert two_samples(ours, free) > P_VALUE > two_samples(alone, free)
 
 
 @pytest.mark.parametrize("name", slow(WEIGHTED.split(), []))
