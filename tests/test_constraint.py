@@ -277,6 +277,25 @@ def test_weights_repair_block_size_1(path):
     draws(counted(written(path, EVEN, model, process, [()] * 300, 1, exact=24, **how), 3), want)
 
 
+def test_copies_are_drawn_anew_by_their_weights():
+    """Systematically, with text, state and cache; the sum of the weights stays; ended copies are left alone."""
+    process, n = SimpleNamespace(vocab_size=V3, mask_id=None), 8
+    rule = Rule([EVEN] * 16, [[]] * 16, torch.tensor([4] * 16), process, copies=n)
+    rows = torch.tensor([*range(6), *range(8, 16)])  # two copies of the first text have ended
+    w = torch.tensor([8.0, 4, 2, 1, 0.5, 0.5, 9, 9, 1, 1, 1, 1, 1, 1, 2, 2])
+    rule.logw, rule.state, rule.at = w.double().log(), torch.arange(16) % 3, 2
+    text, moved = torch.arange(16)[:, None].repeat(1, 4), []
+    rule.resample(text, SimpleNamespace(keep=moved.append), rows)
+    assert (
+        text[6:, 0].tolist() == list(range(6, 16))
+        and moved[0].tolist() == text[rows, 0].where(rows < 6, rows - 2).tolist()
+    )
+    assert rule.state.tolist() == (text[:, 0] % 3).tolist()
+    assert (rule.logw[:6].exp() - 16 / 6).abs().max() < 1e-12 and rule.logw[6:].equal(w[6:].double().log())
+    counts, share = text[:6, 0].bincount(minlength=6), w[:6] / 16 * 6
+    assert ((counts - share).abs() < 1).all(), counts
+
+
 @pytest.mark.slow
 def test_weights_hold_where_copies_end_at_different_places():
     """Three blocks, an end at any place: what an unconstrained sampler writes, without what is no text."""
@@ -309,10 +328,10 @@ def test_every_weighted_sampler_is_its_unconstrained_one_given_the_language(kind
         {"steps": 3} if "own pace" not in needs else {}
     )
     b = 1 if name == "ar" else 3
-    free = written("fast", ANY, model, process, [()] * 20000, b, **how)
+    free = written("fast", ANY, model, process, [()] * 10000, b, **how)
     keep = torch.tensor([EVEN.accepts(x) for x in states(V3, 3).tolist()])
     free = torch.where(keep, counted(free, 3), 0)
-    ours = counted(written("fast", EVEN, model, process, [()] * 2000, b, exact=32, **how), 3)
+    ours = counted(written("fast", EVEN, model, process, [()] * 600, b, exact=24, **how), 3)
     assert two_samples(ours, free) > P_VALUE
 
 
@@ -375,6 +394,14 @@ def test_no_text_in_ten_thousand_leaves_a_random_language(kind):
             continue
         assert all(map(dfa.accepts, texts(state)))
         n += len(state.x)
+
+
+def test_psi_does_not_mix_two_texts():
+    """Its two kinds of steps take one text: of texts of equal letters a mixture is none."""
+    model, process = random_network("masked", path="lesson")
+    same = DFA([[1, 2, 3], [1, -1, -1], [-1, 2, -1], [-1, -1, 3]], 0, [1] * 4)
+    made = texts(written("lesson", same, model, process, [()] * 100, 4, "psi", steps=3, max_new_tokens=4))
+    assert {len(set(text)) for text in made} == {1} and len({text[0] for text in made}) > 1
 
 
 def test_an_end_may_belong_to_the_language_or_stand_behind_it():
