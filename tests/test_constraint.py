@@ -7,6 +7,7 @@ language, whatever the sampler, the prompts, the lengths and the ends.
 
 import functools
 import itertools
+import json
 import math
 import re
 import sys
@@ -34,6 +35,7 @@ from exact import (
     states,
 )
 
+import diffusion as d
 import sample
 import train as training
 from generate import NOTHING
@@ -557,6 +559,18 @@ def test_the_example_of_the_page():
     dfa = Asked(names["right"], digits, 13).dfas([[]])[0]
     read = lambda text: dfa.accepts([digits.chars.index(c) for c in text])
     assert read("3+8=11;4+4=08;") and read("") and not read("3+8=12;") and not read("3+8=1")
+
+
+def test_every_text_is_json():
+    """The page's expression, with a random network that would write noise, in blocks and by eos."""
+    page = (ROOT / "docs/constraints.md").read_text(encoding="utf-8")
+    pattern, chars = re.search(r"--regex '(\\\{.*?)'", page)[1], '{}[]":, abc019\n'
+    tokenizer = SimpleNamespace(kind="char", chars=chars, decode=lambda ids: "".join(chars[i] for i in ids))
+    process = d.Masked(len(chars) + 1, len(chars))
+    model, asked = net(process, seq_len=32).double(), Asked(pattern, tokenizer, len(chars))
+    made = texts(written("lesson", asked, model, process, [()] * 40, 8, steps=3, eos_id=len(chars) - 1))
+    found = [json.loads(tokenizer.decode(text)) for text in made]
+    assert all(set(one) == {"a", "b"} for one in found) and len({len(text) for text in made}) > 1
 
 
 def run(main, *argv):
