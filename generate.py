@@ -18,7 +18,7 @@ from diffusion import loglinear, sigma_for
 from options import check_request
 from rng import Noise, draw, sharpen
 
-NOTHING = -1  # in State.x: not written yet, or behind the end of a row
+NOTHING, HOLE = -1, -2  # in State.x: not written, or behind the end of a row; in a prompt: to be written
 SAMPLERS = {}  # name -> function
 
 
@@ -51,8 +51,8 @@ class Block:
     """
     The block at work, as a sampler sees it.
 
-    x (R, b) int64       its tokens, prompts inside it among them. `write` changes it
-    open (R, b) bool     positions to generate
+    x (R, b) int64       its tokens, given ones among them. `write` changes it
+    open (R, b) bool     positions to generate; given tokens may stand on both sides of them
     live (R,) bool       rows that need more passes; a sampler takes rows out
     alpha                steps + 1 noise levels from 0 (pure noise) to 1 (clean), on a linear grid of times
     state                a method's own tensors (R, b, ...), carried from step to step
@@ -229,21 +229,21 @@ def generate(
     """
     Block-by-block sampling (BD3-LM, arXiv 2503.09573; BlockGen, arXiv 2606.02241): an iterator of States.
 
-    prompt          (B, P) int64, or a list of B id sequences; they may be empty and may end inside a block
+    prompt          (B, P) int64, or a list of B id sequences; may be empty, end inside a block, have HOLEs
     block_size      tokens denoised together; 1 is autoregressive: one pass a token
     sampler         a function of SAMPLERS; **options are its own
     steps           per block; default block_size; not for block size 1
-    max_new_tokens  per row, default up to seq_len. Blocks are whole; a surplus is cut off
+    max_new_tokens  behind a prompt; default up to seq_len, none behind holes. A block's surplus is cut off
     ar_tokens       so many tokens first by block size 1, then blocks (AR-then-block)
     temperature, top_p   sharpen the predicted p(x_0), for uniform noise its leave-one-out form; 0 is greedy
-    eos_id          a row ends at its first generated eos_id; ended rows leave the batch
+    eos_id          a row ends at its first eos_id behind all given tokens; ended rows leave the batch
     seed            same seed, row number and prompt: same text, whatever else is in the batch
     trained         the block sizes the network was trained with, to refuse others; None: anything goes
     use_cache       False recomputes everything at every pass: slow, equal, for tests
     block_class     Block, or another like it; None: what the model brings (fast/), else Block
 
-    A prompt that ends inside a block is read as part of that block. A time-conditioned uniform model that was
-    trained without prompts takes it for noise at first: end it at a block, or use ar_tokens.
+    Given tokens are read with their block, and not before: see methods/infilling.py. A time-conditioned
+    uniform model that was trained without prompts takes them for noise at first: ar_tokens go around it.
     Raises ValueError for what options.check_request refuses, and for a sampler's options out of range.
     """
     device, block_class = model.embed.weight.device, block_class or getattr(model, "block_class", Block)
@@ -251,8 +251,9 @@ def generate(
     prompt = [torch.as_tensor(p, dtype=torch.long) for p in prompt]
     if any(p.dim() != 1 for p in prompt):
         raise ValueError("a prompt is a sequence of ids, and they come in a list")
-    first = torch.tensor([len(p) for p in prompt])  # (B,) first generated position
-    end = first + max_new_tokens if max_new_tokens is not None else first.clamp(min=model.cfg.seq_len)  # (B,)
+    rest = [0 if HOLE in p else max(0, model.cfg.seq_len - len(p)) for p in prompt]  # by default
+    new = torch.tensor(rest) if max_new_tokens is None else max_new_tokens
+    end = torch.tensor([len(p) for p in prompt]) + new  # (B,)
     longest = int(end.max()) if len(end) else 0
     numbers = (steps, max_new_tokens, ar_tokens)
     check_request(model, process, prompt, block_size, sampler, options, longest, *numbers, trained)
@@ -263,8 +264,10 @@ def generate(
 
     x = torch.full((B, W), NOTHING, device=home)
     for row, p in enumerate(prompt):
-        x[row, : len(p)] = p.to(home)
-    rows, written, done = torch.arange(B), first.clone(), first >= end  # rows in the batch; written up to
+        x[row, : len(p)] = p.clamp(min=NOTHING).to(home)
+    filled = (x >= 0).cpu()  # (B, W)
+    rows, written = torch.arange(B), filled.int().cumprod(1).sum(1)  # rows in the batch; written up to (B,)
+    given_end, done = W - (~filled).flip(1).int().cumprod(1).sum(1), written >= end  # (B,)
     counts = {"nfe": 0, "nfe_rows": torch.zeros(B, dtype=torch.long), "token_forwards": 0}
     cache = model.new_cache(B, W + 2 * block_size) if use_cache else None
 
@@ -282,7 +285,7 @@ def generate(
 
     yield state((0, -1), 0, True)
     drop_done_rows()
-    ar_end = torch.minimum(first + ar_tokens, end)
+    ar_end = torch.minimum(written + ar_tokens, end)
     phases = (1, ar_end, ar, {}), (block_size, end, ar if block_size == 1 else sampler, options)
     for b, stop, inside, settings in phases:
         if len(rows) == 0:
@@ -293,7 +296,7 @@ def generate(
         while len(rows) and begin < int(stop[rows].max()):
             span = torch.arange(begin, begin + b)
             begin += b
-            open = (span >= written[rows, None]) & (written[rows] < stop[rows])[:, None]  # (R, b)
+            open = ~filled[rows, begin - b : begin] & (written[rows] < stop[rows])[:, None]  # (R, b)
             if not open.any():
                 continue  # prompt in every row: the next pass reads it
             block = block_class(model, process, x, cache, counts, rows, span, open, how)
@@ -307,10 +310,12 @@ def generate(
                 block.show()
                 step += 1
                 latest = state(span, step)
-            written[rows] = torch.where(open.any(1), span[-1] + 1, written[rows])
+            filled[rows, begin - b : begin] |= open
+            written[rows] = filled[rows].int().cumprod(1).sum(1)
             cut = end[rows]  # (R,) where each row ends
             if eos_id is not None:
-                hit = open & (span < cut[:, None]) & (process.tokens(block.x) == eos_id).cpu()
+                hit = open & (span < cut[:, None]) & (span >= given_end[rows, None])
+                hit = hit & (process.tokens(block.x) == eos_id).cpu()
                 cut = torch.where(hit.any(1), span[hit.int().argmax(1)] + 1, cut)
             over = written[rows] >= cut
             done[rows[over]] = True

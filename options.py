@@ -227,6 +227,9 @@ class SampleConfig:
     init_from: str = ""  # or published weights: hf:OWNER/REPO/SUBFOLDER, or a folder (hub/published.py)
     prompt: str = ""  # the text to go on from; for rows like sudoku's nothing means blanks
     prompt_file: str = ""  # or one prompt a line, of any lengths, each with n_samples
+    hole: str = ""  # what stands for a token to fill in, in a prompt: with --hole _, "3+_=07;" has one hole
+    # draw so many fillings and choose one by how well the text behind it follows (methods/infilling.py)
+    gaps: int = 1
     # or ar, arpc, psi, confidence, speculation, ...; --sampler NAME --help explains one and lists all
     sampler: str = "ancestral"
     block_size: int = 0  # tokens denoised together; 0: the largest that was trained. 1 is autoregressive
@@ -253,6 +256,7 @@ class SampleConfig:
         """What is wrong whatever the checkpoint is: said before it is read."""
         for name, fine, fix in (
             ("n_samples", 1 <= self.n_samples <= 10**6, "1"),
+            ("gaps", 1 <= self.gaps <= 10**6, "16"),
             ("steps", 0 <= self.steps < 2**31, "8"),
             ("max_new_tokens", 0 <= self.max_new_tokens < 2**31, "16"),
             ("ar_tokens", 0 <= self.ar_tokens < 2**31, "0"),
@@ -305,7 +309,8 @@ def check_request(
     ).items():
         if value is not None and value < low:
             raise ValueError(f"{what} must be at least {low}, not {value}")
-    if any(((p < 0) | (p >= process.vocab_size) | (p == process.mask_id)).any() for p in prompt):
+    # -2: a hole, generate.HOLE
+    if any(((p < 0) & (p != -2) | (p >= process.vocab_size) | (p == process.mask_id)).any() for p in prompt):
         raise ValueError(f"a prompt is a sequence of ids below {process.vocab_size}, and no mask")
     width = -(-end // block_size) * block_size
     if width > model.cfg.seq_len:

@@ -3,6 +3,7 @@ How does it write? Text from a checkpoint, block by block.
 
     python sample.py --ckpt out/sudoku --prompt "..3.1.........4." --block_size 16 --steps 8 --n_samples 4
     python sample.py --ckpt out/sudoku --animate                       watch noise become text
+    python sample.py --ckpt out/digits --prompt "_+8=11;" --hole _     fill in what is missing
     python sample.py --ckpt out/sudoku --sampler arpc --guide_every 2  a sampler with an option of its own
     python sample.py --sampler arpc --help                             what it does, its options, its paper
     python sample.py --init_from hf:jdeschena/blockgen/baselines/owt/mdlm --max_new_tokens 64 --steps 32
@@ -11,6 +12,7 @@ The last takes published weights. Block size 1 is autoregressive. Tokenizer, noi
 checkpoint. At the end, NFE counts passes through the network, and token-forwards the tokens in them.
 """
 
+import functools
 import itertools
 import sys
 import time
@@ -23,7 +25,8 @@ from data.dataset import checker
 from data.tokens import read_prompts, tokenizer_or_numbers
 from diffusion import SCHEDULES
 from fast.block import generate
-from generate import NOTHING
+from generate import HOLE, NOTHING
+from methods import infilling
 from options import SampleConfig
 from run import machine, screen
 from run.cli import die
@@ -60,12 +63,12 @@ def settled(cfg, sampler, own, trained):
 def prompts_of(cfg, run, tokenizer):
     """The ids of each prompt, n_samples times; two lines for those that leave no room."""
     texts = read_prompts(cfg.prompt_file) if cfg.prompt_file else [cfg.prompt]
-    prompts = [tokenizer.prompt(text) for text in texts]
+    prompts = [tokenizer.prompt(text, cfg.hole, HOLE) for text in texts]
     longest = max(map(len, prompts))
-    if longest + max(1, cfg.max_new_tokens) > run.seq_len:
+    if max(len(ids) + max(HOLE not in ids, cfg.max_new_tokens) for ids in prompts) > run.seq_len:
         asked = f"a prompt of {longest} tokens and {cfg.max_new_tokens or 'some'} more"
         die(f"{asked}: the context has {run.seq_len}", "a shorter --prompt or fewer --max_new_tokens")
-    room = [cfg.max_new_tokens or run.seq_len - len(ids) for ids in prompts]
+    room = [cfg.max_new_tokens or run.seq_len - len(ids) + ids.count(HOLE) for ids in prompts]
     if cfg.ar_tokens >= max(room):
         die(f"--ar_tokens {cfg.ar_tokens} leaves nothing for the blocks", "--sampler ar, or fewer of them")
     return [ids for ids in prompts for _ in range(cfg.n_samples)]
@@ -85,6 +88,13 @@ def main():
         model.graphs = True
     spent = [0.0]
     write = writer(generate, cfg.regex, cfg.constraint, tokenizer, meta["vocab_size"], exact=cfg.exact)
+    holes = any(HOLE in ids for ids in prompts)
+    if holes and (cfg.regex or cfg.constraint):
+        die("a constraint reads text from left to right, and a prompt has holes", "leave --hole out")
+    if cfg.gaps > 1:
+        write = functools.partial(infilling.fill, gaps=cfg.gaps, generate=generate)
+    elif holes and sampler.__name__ in infilling.BLIND:
+        print(f"{sampler.__name__} reads nothing behind a hole: --gaps 16 would weigh fillings by it")
     states = write(
         model, process, prompts, block_size=b, sampler=sampler, steps=cfg.steps or None,
         max_new_tokens=cfg.max_new_tokens or None, ar_tokens=cfg.ar_tokens, temperature=cfg.temperature,
@@ -99,7 +109,8 @@ def main():
             if cfg.animate and sys.stdout.isatty() and not screen.DUMB:
                 states = screen.animate(states, tokenizer, process.mask_id, meta, cfg.fps)
             else:
-                states = screen.stream(states, tokenizer, screen.text_of(prompts[0], tokenizer))
+                before = itertools.takewhile(lambda i: i != HOLE, prompts[0])
+                states = screen.stream(states, tokenizer, screen.text_of(before, tokenizer))
             for last in states:
                 pass
     except ValueError as e:
@@ -111,7 +122,9 @@ def main():
         texts = (tokenizer.decode([i for i in row if i != NOTHING]) for row in last.x.tolist())
         right = [correct == asked for correct, asked in map(module.check, texts)]
         print(*("right" if r else "wrong" for r in right), f"({sum(right)} of {len(right)})")
-    n = int((last.x != NOTHING).sum()) - sum(map(len, prompts))
+    n = int((last.x != NOTHING).sum()) - sum(len(ids) - ids.count(HOLE) for ids in prompts)
+    if cfg.gaps > 1:
+        print(f"of {cfg.gaps} fillings, {last.effective.mean():.1f} in effect")
     a_row = f"{last.nfe_rows.float().mean():.1f} a row"
     passes = f"{last.nfe} NFE ({a_row}, {last.token_forwards:,} token-forwards)"
     print(f"{n} tokens, {n / spent[0]:,.0f} tokens/s, {passes}, block size {b}, seed {cfg.seed}")

@@ -76,11 +76,14 @@ class Tokenizer:
             die("this dataset has no tokenizer: a prompt is a list of ids", "--prompt '17 4 256'")
         return [int(w) for w in text.split()]
 
-    def prompt(self, text):
+    def prompt(self, text, mark="", hole=None):
         """
         The ids before an answer. Each piece is encoded by itself, as the rows of the published training data
         were. Where all prompts are of one length, no text means blanks, id 0. Exits if it cannot be a prompt.
+        mark: stands in the text for a token to fill in, which becomes the id `hole`.
         """
+        if mark and mark in text:
+            return self.with_holes(text.split(mark), mark, hole)
         n, V = self.meta.get("prompt_len", 0), self.meta.get("vocab_size")
         if n and not text:
             return [0] * n
@@ -91,6 +94,22 @@ class Tokenizer:
             die(f"a prompt of {self.name} has {n} tokens, {text!r} has {len(ids)}", fix)
         if V and ids and max(ids) >= V:
             die(f"{text!r}: an id is not below vocab_size {V}", "--prompt with smaller ids")
+        return ids
+
+    def with_holes(self, pieces, mark, hole):
+        """
+        The ids of pieces of text with a hole between each two. Where all prompts are of one length, the text
+        is a prompt and its answer, and the holes are in the answer: no network has learned to write prompts.
+        """
+        n, most = self.meta.get("prompt_len", 0), self.meta.get("row_len", 0)
+        ids = [self.meta["bos_id"]] if "bos_id" in self.meta else []
+        for i, piece in enumerate(pieces):
+            ids += [hole] * (i > 0) + self.encode(piece)
+        if hole in ids[:n]:
+            problem = f"{mark!r} at token {ids.index(hole) + 1}: a prompt of {self.name} has {n} tokens"
+            die(f"{problem}, and holes come behind it", f"--prompt '{self.decode([0] * n)}{mark}'")
+        if most and len(ids) > most:
+            die(f"a row of {self.name} has {most} tokens, this one has {len(ids)}", "a shorter --prompt")
         return ids
 
     def decode(self, ids):

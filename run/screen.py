@@ -95,7 +95,7 @@ def stream(states, tokenizer, prompt):
     for state in states:
         row = [i for i in state.x[0].tolist() if i != NOTHING]
         if state.finished or state.done[0]:
-            text = text_of(row[: state.span[1]], tokenizer)
+            text = text_of(row if state.done[0] else row[: state.span[1]], tokenizer)
             if not state.done[0]:
                 text = text.rstrip("\ufffd")  # half a character: its other bytes come with the next block
             sys.stdout.write(text[max(written, len(prompt)) :])

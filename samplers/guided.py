@@ -178,7 +178,7 @@ def edlm(block, *, candidates=4, start=1.0, stop=0.0):
     and take the reverse step towards it. With many candidates y comes from the AR mode's own posterior given
     x_t. For masked noise q(x_t | y) is the same for all candidates; p_AR(y) counts visible tokens too, since
     their probability depends on the others (EDLM's code leaves them out). Temperature and top_p sharpen both,
-    D and p_AR. One pass a candidate, and one to propose.
+    D and p_AR, but for given tokens behind open ones. One pass a candidate, and one to propose.
 
     candidates: how many, at least 2
     start: only at times from here, ancestral before
@@ -188,7 +188,7 @@ def edlm(block, *, candidates=4, start=1.0, stop=0.0):
     need(0 < start <= 1, "start", start, "a time above 0, at most 1")
     need(0 <= stop < start, "stop", stop, "a time from 0, below start")
     block.need_ar_mode()
-    process = block.process
+    process, later = block.process, block.open.int().cumsum(1) > 0  # a given token counts behind an open one
     for k in range(block.steps):
         (a_t, a_s), noise, t = block.alpha[k : k + 2], block.noise(k), 1 - k / block.steps
         logits = block.predict(a_t)
@@ -201,14 +201,12 @@ def edlm(block, *, candidates=4, start=1.0, stop=0.0):
         q = process.posterior_probs(logits, x_t, a_t, 1.0, block.temperature, block.top_p)
         for _ in range(candidates):
             y = torch.where(block.open, block.posterior(logits, a_t, 1.0, noise), x_t)
-            ar = pick(
-                block.sharpen(process.loo_logits(block.verify(y), x_t, 0.0)).log_softmax(-1).double(), y
-            )
-            noisy = process.log_q(x_t, y, a_t)
-            ys, weights = (
-                ys + [y],
-                weights + [torch.where(block.open, ar + noisy - pick(q, y).log(), 0.0).sum(1)],
-            )
+            ar = process.loo_logits(block.verify(y), x_t, 0.0)
+            given = torch.where(later, pick(ar.log_softmax(-1).double(), y), 0.0)
+            drawn = pick(block.sharpen(ar).log_softmax(-1).double(), y)
+            weight = drawn + process.log_q(x_t, y, a_t) - pick(q, y).log()
+            ys.append(y)
+            weights.append(torch.where(block.open, weight, given).sum(1))
         u = noise.uniform(1)[:, 0, 0]  # one choice a row
         # -1e30: if top_p rules out all of them, any
         cdf = torch.stack(weights, 1).clamp(min=-1e30).softmax(1).cumsum(1)
@@ -320,7 +318,7 @@ def speculation(block, *, draft="merged", rule="coupled"):
         prefix = (valid | known).int().cumprod(1).bool()
         # the first that is not valid, if any, gets the AR mode's own token
         first = here == prefix.sum(1, keepdim=True)
-        known = prefix | first
+        known = prefix | first | ~block.open  # given tokens may stand behind open ones
         block.write(torch.where(known, torch.where(first, own, y), block.prior(noise)))
         block.live, step = block.live & ~known.all(1), step + 1
         yield
