@@ -11,7 +11,23 @@ import pytest
 import torch
 from conftest import slow
 from exact import (
-    GENERATE, KINDS, V3, Bayes, agree, ar_probs, chi_squared, code, dense, draws, kernel, last, net, on, quick, setup, states,
+    GENERATE,
+    KINDS,
+    V3,
+    Bayes,
+    agree,
+    ar_probs,
+    chi_squared,
+    code,
+    dense,
+    draws,
+    kernel,
+    last,
+    net,
+    on,
+    quick,
+    setup,
+    states,
 )  # fmt: skip
 
 import diffusion as d
