@@ -96,7 +96,7 @@ def times(n, k, seed, b, half):
 
 @torch.no_grad()
 def likelihood(model, process, data, block_sizes, n_eval=512, n_mc=8, seed=0, progress=False, share=(0, 1),
-               clean_padding=False, method=None):  # fmt: skip
+               clean_padding=False, method=None, skip=0):  # fmt: skip
     """
     A Likelihood of the validation split, whatever loss the model was trained with. Block size 1: the exact
     NLL (a bound with random_ar). Larger: an upper bound by n_mc draws a window, in two independent halves;
@@ -104,11 +104,12 @@ def likelihood(model, process, data, block_sizes, n_eval=512, n_mc=8, seed=0, pr
     share (rank, world): as one of several processes that all call this, do a share of the work; the result is
     the same for all.
     clean_padding: show padding clean and never charge it, as published: no bound then. method: a module with
-        a `bound` of its own.
+        a `bound` of its own. skip: the first tokens of a window are read and not counted.
     """
     device, index = next(model.parameters()).device, data.spread("val", n_eval)
     loss = getattr(method, "bound", None) or getattr(model, "token_loss", token_loss)
     x0, given, real = data.windows("val", index)
+    given = given | (torch.arange(data.seq_len) < skip)
     if not data.row_len:  # n_eval 0: of the last window, what the one before has not had
         seen = (index[:-1] + data.seq_len - index[1:]).clamp(min=0)
         given = given | (torch.arange(data.seq_len) < torch.cat((seen.new_zeros(1), seen))[:, None])
@@ -282,7 +283,10 @@ def main():
     if cfg.json:
         writable(cfg.json, "json")
     cfg.ckpt, flag = cfg.init_from or cfg.ckpt, "--init_from" if cfg.init_from else "--ckpt"
-    run, meta, step, model, process = restore(cfg.ckpt, cfg.device, cfg.plain, flag)
+    changes = cfg.weights, cfg.rope_factor, cfg.seq_len
+    run, meta, step, model, process = restore(cfg.ckpt, cfg.device, cfg.plain, flag, *changes)
+    if not 0 <= cfg.skip < run.seq_len:
+        die(f"skip cannot be {cfg.skip}: a window has {run.seq_len} tokens", f"--skip {run.seq_len // 2}")
     data, trained = dataset_for(cfg.ckpt, run, meta, model, cfg.dataset), sorted(run.block_sizes)
     if cfg.block_size and cfg.block_size not in trained:
         die(
@@ -296,6 +300,7 @@ def main():
         print("its figures for blocks above 1 are no bounds")
     weights = {b: run.block_sizes[b] for b in trained if cfg.block_size in (0, b)}
     how = {"progress": True, "clean_padding": run.clean_padding, "method": methods.load(run.method)}
+    how["skip"] = cfg.skip
     found = likelihood(model, process, data, list(weights), cfg.n_eval, cfg.n_mc, cfg.seed, **how)
     try:
         n_bytes = data.tokenizer.n_bytes(meta["vocab_size"])

@@ -247,6 +247,9 @@ class SampleConfig:
     fps: float = 8.0  # frames a second of --animate, at most
     device: str = "auto"
     plain: bool = False  # run the lesson as it stands, not fast/: slower, the same distribution
+    weights: str = ""  # int8 or int4: the layers' matrices rounded (run/rounding.py); empty: as they are
+    seq_len: int = 0  # a longer context than the trained one; 0: the trained one
+    rope_factor: float = 1.0  # with it: multiplies the base of the rotary positions
     # bfloat16: the layers' products in it, faster where the hardware has it; logits and draws stay float32
     dtype: str = "float32"
     # record passes as CUDA graphs and play them: for few rows on a GPU (fast/graphs.py); not tried on one yet
@@ -293,6 +296,10 @@ class EvalConfig:
     json: str = ""  # the same numbers, in this file
     device: str = "auto"
     plain: bool = False  # run the lesson as it stands, not fast/: slower, the same numbers
+    weights: str = ""  # int8 or int4: the layers' matrices rounded (run/rounding.py); empty: as they are
+    seq_len: int = 0  # windows longer than the trained context; 0: the trained one
+    rope_factor: float = 1.0  # with it: multiplies the base of the rotary positions
+    skip: int = 0  # the first tokens of a window are read and not counted
 
 
 def check_request(

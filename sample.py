@@ -78,7 +78,8 @@ def prompts_of(cfg, run, tokenizer):
 def main():
     cfg, sampler, own = load_with_sampler(SampleConfig, sys.argv[1:])
     cfg.ckpt, flag = cfg.init_from or cfg.ckpt, "--init_from" if cfg.init_from else "--ckpt"
-    run, meta, _, model, process = restore(cfg.ckpt, cfg.device, cfg.plain, flag)
+    changes = cfg.weights, cfg.rope_factor, cfg.seq_len
+    run, meta, _, model, process = restore(cfg.ckpt, cfg.device, cfg.plain, flag, *changes)
     reads = cfg.prompt or cfg.prompt_file or cfg.regex or cfg.constraint
     tokenizer = tokenizer_or_numbers(meta, Path("data") / run.dataset, reads=reads)
     trained = sorted(run.block_sizes)

@@ -95,7 +95,7 @@ def fill(
     for last in generate(model, process, several, block_size=block_size, sampler=sampler, **how):
         pass
     counted = torch.zeros(last.x.shape, dtype=torch.bool)
-    for row, p in enumerate(several):
+    for row, p in enumerate(several if gaps > 1 else ()):
         counted[row, : len(p)] = unseen(p, 1 if sampler.__name__ in BLIND else block_size)
     log_w, n_tokens = weigh(model, process, last.x, counted, seed)
     w = log_w.view(-1, gaps).clamp(min=-1e30).softmax(1)  # all impossible: any

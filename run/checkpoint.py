@@ -37,6 +37,7 @@ from diffusion import Masked, NoiseProcess, Uniform
 from fast.processes import plain
 from model import ModelConfig, Transformer
 from rng import Noise
+from run import rounding
 from run.cli import die, said
 from run.machine import has_memory
 from run.migrate import migrate
@@ -195,7 +196,7 @@ def read(file):
         if not isinstance(state[k], kind) or kind is int and not 0 <= state[k] < 1 << 62
     ):
         raise ValueError(f"its {odd[0]} is a {type(state[odd[0]]).__name__}: {str(state[odd[0]])[:40]}")
-    state = migrate(state)
+    state = migrate({**state, "ema": rounding.unpacked(state["ema"])})
     check_sizes(state)
     return state
 

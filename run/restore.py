@@ -8,6 +8,7 @@ evaluated, gone on with or begun from.
     compare, load_state    train.py --resume: what changed since, and everything in its place
 """
 
+import math
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from data.dataset import Dataset, check_meta, read_meta
 from diffusion import Masked
 from model import Transformer
 from options import TrainConfig
-from run import checkpoint, machine
+from run import checkpoint, machine, rounding
 from run.cli import die, said, shown
 from run.machine import pick_device, runs_on
 
@@ -109,22 +110,26 @@ def check_parameters(source, cfg, vocab_size, weights, method=None, settings=Non
         )
 
 
-def restore(ckpt, device, plain=False, flag="--ckpt"):
+def restore(ckpt, device, plain=False, flag="--ckpt", *changes):
     """rebuild(ckpt, device) by the name of a device, which it prints first. flag: what named ckpt."""
     state = checkpoint.load(ckpt, flag)
     device, why = pick_device(device)
     print(f"{device} ({why}), {runs_on(device)}{', as the lesson stands' * plain}")
-    return rebuild(ckpt, device, state, plain)
+    return rebuild(ckpt, device, state, plain, *changes)
 
 
-def rebuild(ckpt, device, state=None, plain=False):
+def rebuild(ckpt, device, state=None, plain=False, weights="", rope_factor=1.0, seq_len=0):
     """
     (settings, dataset facts, step, model with EMA weights on the device, process) of a run's out_dir, ready
     to sample. plain: the lesson as it stands; else what fast/ gives for it, and a line where that is the
-    lesson after all.
+    lesson after all. weights: int8 or int4, see run/rounding.py. rope_factor, seq_len: see stretch.
     """
     state = state or checkpoint.load(ckpt)
     run = trained_with(state)
+    if weights:
+        if weights not in rounding.BITS:
+            die(f"weights {weights!r} are none of {', '.join(rounding.BITS)}", "--weights int8")
+        state = {**state, "ema": rounding.rounded(state["ema"], rounding.BITS[weights])}
     method, settings = method_of(state)
     vocab_size = check_meta(state["meta"], ckpt)["vocab_size"]
     if "network" not in state:
@@ -134,6 +139,7 @@ def rebuild(ckpt, device, state=None, plain=False):
     )
     load_state(ckpt, {"weights": state["ema"]}, weights=model)
     model.eval()
+    stretch(model, run, rope_factor, seq_len)
     if not plain:
         model, process, notes = fast.accelerate(model, process)
         for note in notes:
@@ -146,6 +152,22 @@ def rebuild(ckpt, device, state=None, plain=False):
                 f"--ckpt {Path(ckpt) / 'best.pt'}, or train with a lower --lr",
             )
     return run, state["meta"], state["step"], model.to(device), process
+
+
+def stretch(model, run, rope_factor, seq_len):
+    """
+    A longer context than a network was trained with: seq_len tokens, 0 for as many as before. rope_factor
+    multiplies the base of its rotary positions (NTK-aware scaling; LongLLaDA, arXiv 2506.14429): the slow
+    angles turn slower, so that far tokens look as near ones did in training; the fast ones hardly change.
+    """
+    if not 0 < rope_factor < math.inf:
+        die(f"rope_factor cannot be {rope_factor:g}", "--rope_factor 2")
+    if seq_len and (seq_len < run.seq_len or any(seq_len % b for b in run.block_sizes)):
+        sizes = ", ".join(map(str, sorted(run.block_sizes)))
+        problem = f"seq_len {seq_len} is not above the trained {run.seq_len} and made of blocks of {sizes}"
+        die(problem, f"--seq_len {2 * run.seq_len}")
+    run.seq_len = seq_len or run.seq_len
+    model.cfg = replace(model.cfg, rope_base=model.cfg.rope_base * rope_factor, seq_len=run.seq_len)
 
 
 def dataset_for(ckpt, run, meta, model, name=""):
