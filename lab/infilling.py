@@ -35,6 +35,7 @@ class InfillingConfig:
     n_eval: int = 512  # texts a line
     at: int = 36  # digits: the position of the hole
     visible: int = 3  # sudoku: cells of the solution that are given, at random places
+    gaps: int = 64  # of 1, 4, 16 and 64 fillings those up to so many
     seed: int = 1
     device: str = "auto"
     plain: bool = False  # run the lesson as it stands, not fast/
@@ -58,7 +59,7 @@ def grids(data, n, visible, seed):
     return rows
 
 
-def lines_asked(trained, prompt):
+def lines_asked(trained, prompt, most):
     """[(sampler, block size, steps, temperature, gaps)]: weights only where something is left to weigh."""
     b = trained[-1]
     lines = [("ar", 1, None, 1.0, gaps) for gaps in (1, 4, 16, 64)]
@@ -66,7 +67,8 @@ def lines_asked(trained, prompt):
     lines += [("confidence", b, b, 0.0, 1), ("confidence", b, b, 1.0, 1)]
     if infilling.unseen(prompt, b).any():
         lines += [("confidence", b, b, 1.0, gaps) for gaps in (4, 16, 64)]
-    return [line for line in lines if line[1] in trained and (line[4] == 1 or 1 in trained)]
+    fits = lambda b, gaps: b in trained and gaps <= most and (gaps == 1 or 1 in trained)
+    return [line for line in lines if fits(line[1], line[4])]
 
 
 @guard("a smaller --n_eval, or --device=cpu")
@@ -85,7 +87,7 @@ def main():
     print(f"{len(prompts)} texts, {int((prompts[0] == HOLE).sum())} holes each, seed {cfg.seed}")
     heads = f"{'sampler':>12} {'block':>6} {'T':>4} {'gaps':>5} {'in effect':>9}"
     print(f"{heads} {'right, 95 %':>18} {'a row':>6} {'token-forwards':>15}")
-    for name, b, steps, temperature, gaps in lines_asked(trained, prompts[0]):
+    for name, b, steps, temperature, gaps in lines_asked(trained, prompts[0], cfg.gaps):
         rows, cost, effective = [], torch.zeros(2), 0.0
         for some in prompts.split(max(1, 512 // gaps)):
             how = {"block_size": b, "sampler": SAMPLERS[name], "steps": steps, "temperature": temperature}
