@@ -32,3 +32,14 @@ def margin(logits):
 def kl(p, q):
     """KL(p || q) of log-probabilities (..., V)."""
     return torch.where(p > -math.inf, p.exp() * (p - q), 0.0).sum(-1)
+
+
+def another(block, rows, positions, open, cache):
+    """
+    A Block of the same text over other rows (R,) and positions (n,); open (R, n). Row i of the cache must be
+    row i of it. Passes are counted where those of `block` are.
+    """
+    names = ("steps", "temperature", "top_p", "schedule", "seed", "trained")
+    how = {name: getattr(block, name) for name in names}
+    where = (y.cpu() for y in (rows, positions, open))
+    return type(block)(block.model, block.process, block.text, cache, block.counts, *where, how)
