@@ -34,12 +34,12 @@ def kl(p, q):
     return torch.where(p > -math.inf, p.exp() * (p - q), 0.0).sum(-1)
 
 
-def another(block, rows, positions, open, cache):
+def another(block, rows, positions, open, cache, steps=None):
     """
     A Block of the same text over other rows (R,) and positions (n,); open (R, n). Row i of the cache must be
-    row i of it. Passes are counted where those of `block` are.
+    row i of it. Passes are counted where those of `block` are. steps: its own, if not those of `block`.
     """
-    names = ("steps", "temperature", "top_p", "schedule", "seed", "trained")
-    how = {name: getattr(block, name) for name in names}
+    names = ("temperature", "top_p", "schedule", "seed", "trained")
+    how = {name: getattr(block, name) for name in names} | {"steps": steps or block.steps}
     where = (y.cpu() for y in (rows, positions, open))
     return type(block)(block.model, block.process, block.text, cache, block.counts, *where, how)
