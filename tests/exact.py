@@ -361,6 +361,28 @@ def ar_probs(model, process, y):
     return torch.stack(out, dim=1)
 
 
+class Couplings(torch.nn.Module):
+    """
+    A network whose tokens depend strongly on each other: every visible token votes on every position. For
+    masked noise, one block, and generate without a cache.
+    """
+
+    timeless = True
+
+    def __init__(self, process, n, seed):
+        super().__init__()
+        self.cfg, self.embed = ModelConfig(process.vocab_size, n), torch.nn.Embedding(1, 1)
+        noise = torch.Generator().manual_seed(seed)
+        V = process.vocab_size
+        self.votes = 4 * torch.randn(n, V, n, V, generator=noise, dtype=torch.float64)
+        self.votes[:, process.mask_id] = 0.0
+        self.own = 2 * torch.randn(n, V, generator=noise, dtype=torch.float64)
+
+    def forward(self, clean, noisy, block_size, start=0, sigma=None, cache=None):
+        seen = torch.nn.functional.one_hot(noisy, self.cfg.vocab_size).double()
+        return self.own + torch.einsum("rja,jaiv->riv", seen, self.votes)
+
+
 # ----- the perfect network of a law over rows
 
 

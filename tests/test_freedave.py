@@ -9,10 +9,9 @@ import math
 import pytest
 import torch
 from conftest import slow
-from exact import GENERATE, KINDS, last, net, on
+from exact import GENERATE, KINDS, Couplings, last, net, on
 
 from generate import NOTHING
-from model import ModelConfig
 from rng import Noise
 from samplers import SAMPLERS, freedave
 
@@ -93,25 +92,6 @@ def by_visible_tokens(block, choose, guesses, logits):
         if not better:
             return after, logits[:, best]
         best = better[-1]
-
-
-class Couplings(torch.nn.Module):
-    """A network whose tokens depend strongly on each other: every visible token votes on every position."""
-
-    timeless = True
-
-    def __init__(self, process, n, seed):
-        super().__init__()
-        self.cfg, self.embed = ModelConfig(process.vocab_size, n), torch.nn.Embedding(1, 1)
-        noise = torch.Generator().manual_seed(seed)
-        V = process.vocab_size
-        self.votes = 4 * torch.randn(n, V, n, V, generator=noise, dtype=torch.float64)
-        self.votes[:, process.mask_id] = 0.0
-        self.own = 2 * torch.randn(n, V, generator=noise, dtype=torch.float64)
-
-    def forward(self, clean, noisy, block_size, start=0, sigma=None, cache=None):
-        seen = torch.nn.functional.one_hot(noisy, self.cfg.vocab_size).double()
-        return self.own + torch.einsum("rja,jaiv->riv", seen, self.votes)
 
 
 def test_comparing_visible_tokens_alone_is_not_lossless(monkeypatch):
