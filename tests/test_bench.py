@@ -61,7 +61,7 @@ def test_the_growing_cache_is_a_cache(kind):
             assert torch.allclose(a, b, rtol=1e-10, atol=1e-10) and ours.length == growing.length == i
 
 
-@pytest.mark.slow  # 22 samplers are compared in test_samplers.py
+@pytest.mark.slow  # all samplers are compared in test_samplers.py
 @pytest.mark.parametrize("sampler", ["ancestral", "arpc"])
 @pytest.mark.parametrize("kind", ["masked", "uniform"])
 def test_both_samplers_draw_the_same_distribution(kind, sampler):

@@ -13,6 +13,9 @@ import torch
 from conftest import slow
 from exact import GENERATE, KINDS, last, net, on
 
+from diffusion import Masked
+from generate import generate as lesson
+from model import ModelConfig, Transformer
 from samplers import SAMPLERS, diffuspec
 
 RAGGED = [(), (1,), (0, 2, 1), (2, 2, 2, 2, 0), (1, 0)]
@@ -169,3 +172,29 @@ def test_options_out_of_range_are_refused():
     ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             text("fast", model, process, [()], "diffuspec", **bad)
+
+
+@pytest.mark.slow
+def test_a_vocabulary_of_50_000(capsys):
+    """On a random network: the text is AR's, and how many tokens a round accepts is printed (-s)."""
+    torch.manual_seed(0)
+    process = Masked(50_001, 50_000)
+    model = Transformer(ModelConfig(50_001, 32, n_layers=2, n_heads=2, d_model=32)).double().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.5)
+    torch.nn.init.zeros_(model.head.bias)  # or one token is the best of all, everywhere
+    how = {"max_new_tokens": 16, "seed": 0, "trained": [1, 16]}
+    for temperature in (0.0, 1.0):
+        how["temperature"] = temperature
+
+        def run(name, b, **own):
+            prompts = [(i,) for i in range(8)]
+            return last(lesson(model, process, prompts, block_size=b, sampler=SAMPLERS[name], **how, **own))
+
+        ar = run("ar", 1)
+        for own in ({"search": "none"}, {"weight": 0.0}, {"weight": 0.5}):
+            ours = run("diffuspec", 16, adaptive=False, **own)
+            assert torch.equal(ours.x, ar.x)
+            rounds = ours.nfe_rows.sum().item() / 2
+            with capsys.disabled():
+                print(f"temperature {temperature:g}, {own}: {8 * 16 / rounds:.2f} tokens a round")

@@ -997,8 +997,8 @@ def served(kind):
 SERVED = [(k, f) for k in KINDS for f in served(k)]
 
 
-def test_there_are_22_samplers():
-    assert len(ALL) == 22 and {f for _, f in SERVED} | {s.ar} == set(ALL.values())
+def test_every_sampler_is_served_by_some_noise():
+    assert len(ALL) >= 22 and {f for _, f in SERVED} | {s.ar} == set(ALL.values())
 
 
 @pytest.mark.parametrize("kind, sampler", SERVED, ids=lambda v: getattr(v, "__name__", v))
@@ -1091,6 +1091,7 @@ LESS_SURE = {  # options under which the networks below do not always do the sam
     "remdm_rescale": {"eta": 0.5},
     "remdm_loop": {"alpha_on": 0.6, "eta": 0.3},
     "gibbs": {"resample": 1},
+    "dynamic_blocks": {"choose": "random"},
 }
 
 
@@ -1104,7 +1105,7 @@ COMPARED = [(f.__name__, *n) for n in SOFT[::2] for f in (*served(n[0]), s.ar)]
 )
 def test_the_lesson_and_the_fast_form_draw_from_one_distribution(name, kind, seed, soft):
     """
-    All 22 samplers. If the two are equal the test fails for one seed in 10,000 (P_VALUE). It sees a total
+    All samplers. If the two are equal the test fails for one seed in 10,000 (P_VALUE). It sees a total
     variation of 6 %.
     """
     found = []
