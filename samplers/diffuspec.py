@@ -22,12 +22,13 @@ def diffuspec(block, *, search="path", adaptive=True, corpus="", beam=3, mass=0.
     search, and the AR mode checks its first k tokens:
 
         path     argmax_y sum_i (1 - weight) log q_i(y_i) + weight log p_3(y_i | y_i-2, y_i-1)
-        k        floor(G) + b/4 where A >= G, in [b/4, b]; G and A are running means, with rate 1/2, of the
-                 tokens drafted and accepted
+        k        b/2 at first, then floor(G), and b/4 more where A >= G, in [b/4, b]. G and A are running
+                 means, with rate 1/2 and from 0, of the tokens drafted and accepted in this block
 
-    p_3 is made of counts of three tokens in a row. A token is valid if it is the one that --sampler ar writes
-    with this seed. So every token is AR's own, whatever the draft: a path has no probability to be rejected
-    by (with min(1, p/q) it would not be lossless). A round takes two passes.
+    p_3 is made of counts of three tokens in a row. (The paper's k runs over the whole text and begins at its
+    largest. Here a block would be over by then.) A token is valid if it is the one that --sampler ar writes
+    with this seed. So every token is AR's own, whatever the draft. The standard test, min(1, p/q), would not
+    be lossless: a path is no draw of q. A round takes two passes.
 
     search: path | none: the independent draws of `speculation --draft diffusion`
     adaptive: false checks the whole block
@@ -50,7 +51,8 @@ def diffuspec(block, *, search="path", adaptive=True, corpus="", beam=3, mass=0.
     process, b = block.process, block.x.size(1)
     here, known, quarter = torch.arange(b, device=block.x.device), ~block.open, max(1, b // 4)
     grams = NGrams(*texts(block, corpus), process.vocab_size) if search == "path" and weight else None
-    length = torch.full((len(block.x),), b, device=block.x.device)  # k
+    half = max(1, b // 2) if adaptive else b
+    length = torch.full((len(block.x),), half, device=block.x.device)  # k
     drafted, accepted = torch.zeros(2, len(block.x), dtype=torch.float64, device=block.x.device)  # G, A
     rounds = 0
     while block.live.any():

@@ -119,17 +119,23 @@ def test_candidates_are_the_fewest_that_reach_the_mass():
     assert ids[0, 0, 0] == 3 and logq[0, 0].tolist() == [0.0, -math.inf, -math.inf, -math.inf]
 
 
-@pytest.mark.parametrize("right", [0, 3, 8])
+RIGHT = [[0], [3], [16], [0, 16], [16, 0, 16], [16, 2, 2, 16]]  # the last number goes on
+
+
+@pytest.mark.parametrize("right", RIGHT)
 def test_drafts_are_as_long_as_the_formula_says(right, monkeypatch):
-    """Drafts of which the first `right` tokens of each are AR's: the ends that are checked, by hand."""
-    model, process = small("lesson", "masked")
-    b, how = 8, {"block_size": 8, "max_new_tokens": 8, "temperature": 0.0}
-    ar = text("lesson", model, process, [()], "ar", max_new_tokens=8, temperature=0.0).x
+    """Drafts of which so many tokens are AR's, round after round: the ends that are checked, by hand."""
+    make, _ = KINDS["masked"]
+    model, process = on("lesson", net(make(), seed=5, seq_len=16).double(), make())
+    b, how = 16, {"max_new_tokens": 16, "temperature": 0.0, "seed": 7, "trained": [1, 16]}
+    n_right = lambda n: right[min(n, len(right) - 1)]
+    ar = last(GENERATE["lesson"](model, process, [()], block_size=1, sampler=SAMPLERS["ar"], **how)).x
     start, ends, verify = [0], [], diffuspec.verify
 
     def draft(*_):
         y = (ar + 1) % 3
-        y[:, : start[0] + right] = ar[:, : start[0] + right]
+        upto = start[0] + n_right(len(ends))
+        y[:, :upto] = ar[:, :upto]
         return y
 
     def spied(block, y, end):
@@ -138,24 +144,23 @@ def test_drafts_are_as_long_as_the_formula_says(right, monkeypatch):
 
     monkeypatch.setattr(diffuspec, "best_path", draft)
     monkeypatch.setattr(diffuspec, "verify", spied)
-    step = SAMPLERS["diffuspec"]
 
     def follow(block):
-        for _ in step(block):
+        for _ in SAMPLERS["diffuspec"](block):
             start[0] = int((block.x != process.mask_id).sum())
             yield
 
-    follow.needs = step.needs
-    state = last(GENERATE["lesson"](model, process, [()], sampler=follow, **how))
+    follow.needs = ("AR mode", "own pace")
+    state = last(GENERATE["lesson"](model, process, [()], block_size=16, sampler=follow, **how))
     assert torch.equal(state.x, ar)
-    want, at, k, G, A = [], 0, b, 0.0, 0.0
+    want, at, k, G, A = [], 0, b // 2, 0.0, 0.0
     while at < b:
         end = min(at + k, b)
+        n = min(n_right(len(want)), end - at)
         want.append(end)
-        n = min(right, end - at)
         G, A = (G + end - at) / 2, (A + n) / 2
-        k = min(max(math.floor(G) + (2 if A >= G else 0), 2), b)
-        at = min(at + n + (at + n < end), b)
+        k = min(max(math.floor(G) + (4 if A >= G else 0), 4), b)
+        at += n + (at + n < end)
     assert ends == want
 
 
