@@ -22,7 +22,7 @@ def dynamic_blocks(block, *, choose="entropy", bound=0.5):
         entropy   taken if the mean entropy of l over its open positions <= bound
         random    taken with probability bound: the control
         policy    taken with a probability that was learned, see methods/ctrldiff.py
-        4         parts of size 4 are taken and larger ones are not looked at: as a fixed block size
+        a size    parts of that size are taken, and larger ones are not looked at: a fixed block size
 
     A part of s tokens that is taken makes min(--steps, s) ancestral steps; the look is the pass of the first.
     A look at a part that splits is a pass for nothing. Parts of the smallest size are taken unseen.

@@ -29,7 +29,10 @@ def text(path, model, process, prompts, b=4, sampler="dynamic_blocks", **how):
     return last(run)
 
 
-@pytest.mark.parametrize("path, kind", slow([(p, k) for p in GENERATE for k in KINDS], [("fast", "masked")]))
+QUICK = [("fast", "masked"), ("fast", "uniform denoiser, timed")]
+
+
+@pytest.mark.parametrize("path, kind", slow([(p, k) for p in GENERATE for k in KINDS], QUICK))
 def test_a_constant_choice_is_the_fixed_block_size(path, kind):
     model, process = small(path, kind)
     for how in ({}, {"temperature": 0.0}, {"steps": 2, "top_p": 0.8}, {"eos_id": 1}, {"use_cache": False}):
@@ -148,5 +151,7 @@ def test_what_cannot_be_is_refused():
     for bad in ({"choose": "random", "bound": 1.5}, {"choose": "4", "bound": 0.1}):
         with pytest.raises(ValueError, match="bound"):
             text("fast", model, process, [()], **bad)
+    with pytest.raises(ValueError, match="one of entropy, random, policy, 4, 1,"):
+        text("fast", model, process, [()], trained=[1, 3, 4], choose="3")
     with pytest.raises(ValueError, match="one block size"):
         text("fast", model, process, [()], trained=[4])
