@@ -5,6 +5,7 @@ is that of the expected reward. A policy of great odds is the fixed block size. 
 
 import itertools
 import json
+import math
 import sys
 
 import pytest
@@ -58,6 +59,23 @@ def test_the_gradient_is_that_of_the_expected_reward():
     ours = torch.autograd.grad(-surrogate, parameters)
     for a, b in zip(ours, want, strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12) and b.abs().max() > 1e-3
+
+
+def test_what_the_policy_reads_and_what_a_look_is_charged():
+    """By hand: mean, largest and first entropy of the open positions, log2 of the size; one block's reward."""
+    model, _ = small()
+    w, c = [0.3, -0.7, 1.1, 0.2], 0.05
+    model.policy.weight.data[0], model.policy.bias.data[0] = torch.tensor(w), c
+    seen = torch.tensor([[0.0, 0.5, 0.2, 0.3], [0.1, 0.4, 0.0, 0.0]], dtype=torch.float64)
+    open = torch.tensor([[False, True, True, True], [True, True, False, False]])
+    read = [[1.0 / 3, 0.5, 0.5, 2.0], [0.25, 0.4, 0.1, 2.0]]
+    z = [sum(a * b for a, b in zip(w, row, strict=True)) + c for row in read]
+    assert torch.allclose(model.log_odds(seen, open), torch.tensor(z, dtype=torch.float64))
+    takes, asked, rows = torch.tensor([True, False]), torch.tensor([True, True]), torch.tensor([1, 0])
+    advantage = torch.tensor([[1.0, 2.0], [3.0, 5.0]], dtype=torch.float64)
+    loss = ctrldiff.policy_loss(model, [(1, rows, seen, open, takes, asked)], advantage)
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))
+    assert loss.item() == pytest.approx(-(5 * math.log(sigmoid(z[0])) + 2 * math.log(sigmoid(-z[1]))))
 
 
 def test_great_odds_are_a_fixed_size():
