@@ -31,7 +31,7 @@ from samplers.dynamic_blocks import coin, in_sizes, sizes_of, surprise
 @dataclass
 class Settings:
     ckpt: str = "out/run"  # the network that the policy is for: a run's out_dir, of several block sizes
-    price: float = 0.5  # nats that a pass must save
+    price: float = 1.0  # nats that a pass must save
     rollout_steps: int = 2  # --steps of dynamic_blocks while it learns
 
 
