@@ -1,6 +1,6 @@
 """
-Is a position surer when it is judged by several predictions? A sampler that averages the last ones. A
-negative result here: docs/samplers.md. See generate.py for letters.
+Is a position judged better by several predictions? A sampler that averages the last ones. A negative result
+here: docs/samplers.md. See generate.py for letters.
 """
 
 import math
@@ -20,8 +20,8 @@ def ccd(block, *, history=2, bound=0.0):
 
         pbar_i = mean of l_i over the last `history` steps,   order by H(pbar_i) >= mean of H(l_i)
 
-    On the small networks here it is worse than `confidence`: an old prediction has seen fewer tokens. The
-    paper keeps the means of some positions alone; its published code averages nothing.
+    On the small networks here the mean gains nothing over the last prediction alone: an old prediction has
+    seen fewer tokens. The paper keeps the means of some positions; its published code averages nothing.
 
     history: steps in the mean, 1 is the last alone
     bound: commit all with H(pbar) <= bound nats too, and at least one (CCD-DS); --steps is then a limit
