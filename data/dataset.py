@@ -65,6 +65,10 @@ class Dataset:
     def tokenizer(self):
         return Tokenizer(self.meta, self.folder)  # only when text is asked for: training needs none
 
+    @cached_property
+    def checker(self):
+        return checker(self.folder)
+
     def open(self, split, fix):
         path = self.folder / f"{split}.bin"
         if not path.exists():

@@ -57,7 +57,10 @@ class Learner:
     What a method may change of training. This one changes nothing: it is training without a method.
     cfg: a TrainConfig. settings: the method's own, or None. token_loss: diffusion.token_loss, or the fast
         one, which is called alike.
+    data: the Dataset, from the first step on; its `checker` says what is right, or is None
     """
+
+    data = None
 
     def __init__(self, cfg, settings, model, process, token_loss):
         self.cfg, self.settings, self.model, self.process, self.token_loss = (

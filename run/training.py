@@ -91,6 +91,7 @@ class Run:
         if state:
             load_state(cfg.out_dir, state, ema=self.ema)
         self.learner = make_learner(cfg, settings, self.model, self.process)
+        self.learner.data = data
         if state:
             if kept := state.get("method", {}).get("state"):
                 load_state(cfg.out_dir, {"method": kept}, method=self.learner)
