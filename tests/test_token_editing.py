@@ -1,20 +1,28 @@
 """
 Why believe methods/token_editing.py? Without edits it is the sampler `threshold` with a capped noise level.
 With edits it follows its rule, written out in plain loops. It never touches what was given, and takes at most
-b + post passes.
+b + post passes. The training of masked networks: what they read has the law that it should have, and the loss
+is recomputed token by token.
 """
 
 import itertools
 import math
+import sys
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
+from conftest import TINY
 from exact import (
     GENERATE,
     KINDS,
+    P_VALUE,
     V3,
+    agree,
     blocks,
     by_hand,
+    chi_squared,
     dense,
     draws,
     last,
@@ -25,8 +33,13 @@ from exact import (
     tree,
 )
 
+import diffusion as d
+import train as training
 from generate import NOTHING
+from methods import token_editing as method
 from methods.token_editing import token_editing
+from rng import Noise
+from run import checkpoint
 from samplers import SAMPLERS
 
 PATHS = pytest.mark.parametrize("path", GENERATE)
@@ -180,3 +193,76 @@ def test_options_out_of_range_are_refused():
             last(GENERATE["fast"](model, process, [()], block_size=4, sampler=token_editing, **bad))
     with pytest.raises(ValueError, match="steps mean nothing"):
         last(GENERATE["fast"](model, process, [()], block_size=4, sampler=token_editing, steps=3))
+
+
+# ----- training masked networks for it
+
+
+class Asked:
+    """A network that answers by a table, and remembers what it was asked."""
+
+    module = SimpleNamespace(timeless=True)
+
+    def __init__(self, L):
+        g = torch.Generator().manual_seed(1)
+        self.table = torch.randn(V3 + 1, L, V3 + 1, generator=g, dtype=torch.float64)
+
+    def __call__(self, clean, noisy, block_size, start=0, sigma=None):
+        self.read = noisy
+        return self.table[noisy, torch.arange(noisy.size(1))]
+
+
+@pytest.mark.parametrize("wrong, mask_id", [(0.3, V3), (0.0, V3), (0.3, 1)])
+def test_it_reads_masks_and_wrong_tokens_and_pays_for_all(wrong, mask_id):
+    process, B, L, start = d.Masked(V3 + 1, mask_id), 6000, 6, 2
+    g = torch.Generator().manual_seed(0)
+    real = torch.tensor([v for v in range(V3 + 1) if v != mask_id])
+    x0 = real[torch.randint(V3, (B, L + start), generator=g)]
+    given = torch.rand(B, L + start, generator=g) < 0.2
+    charged = ~given & (torch.rand(B, L + start, generator=g) < 0.8)
+    sizes, t = torch.tensor([1, 2, 2] * (B // 3)), torch.full((B,), 0.4).double()
+    ask, noise = Asked(L), Noise(3, torch.arange(B), torch.arange(start, L + start))
+    total, each = method.editing_loss(
+        ask, process, x0, sizes, t, "ce", given, charged, d.loglinear, start, noise, wrong=wrong
+    )
+    x, given, charged, ar = x0[:, start:], given[:, start:], charged[:, start:], sizes == 1
+    assert torch.equal(ask.read[ar], torch.where(given, x, mask_id)[ar])
+    free = ~given & ~ar[:, None]
+    assert torch.equal(ask.read[given], x[given])
+    masked = (ask.read == mask_id)[free]
+    p = torch.tensor([0.4, 0.6]).double()
+    assert chi_squared(torch.tensor([masked.sum(), (~masked).sum()]), p) > P_VALUE
+    # of the visible ones, by how far the token is from the right one: none, or a random one, itself among them
+    index = torch.full((V3 + 1,), -1)
+    index[real] = torch.arange(V3)
+    step = (index[ask.read] - index[x])[free][~masked] % V3
+    law = torch.full((V3,), wrong / V3).double()
+    law[0] += 1 - wrong
+    assert (step == 0).all() if wrong == 0 else chi_squared(step.bincount(minlength=V3), law) > P_VALUE
+    logits = ask.table[ask.read, torch.arange(L)].index_fill(-1, torch.tensor(mask_id), -math.inf)
+    want = -logits.log_softmax(-1).gather(-1, x[..., None])[..., 0] * charged
+    agree(each, want)
+    agree(total, want.sum())
+    assert (want[free & charged & (ask.read == x)] > 0).all(), "right tokens pay too"
+
+
+def test_training_is_resumed_and_refused(project, slip):
+    def go(*argv):
+        with patch.object(sys, "argv", ["train.py", *argv]):
+            training.main()
+
+    base = [*TINY, "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--lr=0.05", "--max_steps=4"]
+    go(*base, "--out_dir=net", "--warmup=1")
+    flags = ["--method=token_editing", "--ckpt=net", "--device=cpu", "--lr=0.01"]
+    go(*flags, "--max_steps=4", "--out_dir=whole")
+    go(*flags, "--max_steps=2")
+    go(*flags, "--max_steps=4", "--resume")
+    weights = [checkpoint.load(name)["model"] for name in ("whole", "net_editing", "net")]
+    same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+    assert same(weights[0], weights[1]) and not same(weights[0], weights[2])
+    go(*base, "--out_dir=uniform", "--process=uniform")
+    for bad, says in (
+        (["--ckpt=uniform"], "wrong tokens already"),
+        (["--ckpt=net", "--wrong=1"], "wrong is 1"),
+    ):
+        assert says in slip(training.main, argv=[*flags[:1], *bad, "--device=cpu"]), bad
