@@ -200,7 +200,7 @@ def same(a, b):
 def test_a_layer_is_trained_resumed_and_used(project, capsys, slip):
     base = [*TINY, "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--lr=0.05", "--max_steps=6"]
     go(training.main, *base, "--out_dir=net", "--warmup=1")
-    flags = ["--method=adjust", "--ckpt=net", "--device=cpu", "--lr_schedule=constant"]
+    flags = ["--method=adjust", "--ckpt=net", "--device=cpu", "--lr_schedule=constant", "--n_eval=4"]
     go(training.main, *flags, "--max_steps=4", "--out_dir=whole")
     go(training.main, *flags, "--max_steps=2")
     go(training.main, *flags, "--max_steps=4", "--resume")
@@ -208,7 +208,7 @@ def test_a_layer_is_trained_resumed_and_used(project, capsys, slip):
     assert same(whole["model"], parts["model"]) and same(whole["ema"], parts["ema"])
     assert same(plain["ema"], whole["ema"]) and whole["ema"]["part.out.weight"].abs().max() > 0
     capsys.readouterr()
-    use = ["--device=cpu", "--sampler=adjust", "--n_samples=9", "--prompt=ab."]
+    use = ["--device=cpu", "--sampler=adjust", "--n_samples=3", "--prompt=ab."]
     texts = []
     for more in ([], ["--plain"]):
         go(sample.main, "--ckpt=whole", *use, "--temperature=0", *more)

@@ -140,7 +140,7 @@ def same(a, b):
 def test_the_texts_are_the_networks_own_and_a_resumed_run_has_them(project, slip):
     base = [*TINY, "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--lr=0.05", "--max_steps=6"]
     go(*base, "--out_dir=net", "--warmup=1")
-    flags = ["--method=dparallel", "--ckpt=net", "--texts=5", "--device=cpu", "--lr=0.01"]
+    flags = ["--method=dparallel", "--ckpt=net", "--texts=5", "--device=cpu", "--lr=0.01", "--n_eval=4"]
     go(*flags, "--max_steps=4", "--out_dir=whole")
     go(*flags, "--max_steps=2")
     go(*flags, "--max_steps=4", "--resume")

@@ -253,7 +253,7 @@ def test_training_is_resumed_and_refused(project, slip):
 
     base = [*TINY, "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--lr=0.05", "--max_steps=4"]
     go(*base, "--out_dir=net", "--warmup=1")
-    flags = ["--method=token_editing", "--ckpt=net", "--device=cpu", "--lr=0.01"]
+    flags = ["--method=token_editing", "--ckpt=net", "--device=cpu", "--lr=0.01", "--n_eval=4"]
     go(*flags, "--max_steps=4", "--out_dir=whole")
     go(*flags, "--max_steps=2")
     go(*flags, "--max_steps=4", "--resume")

@@ -195,7 +195,7 @@ def test_a_policy_is_trained_resumed_and_used(project, capsys, slip):
     base = [*TINY, "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--lr=0.05", "--max_steps=4"]
     go(training.main, *base, "--out_dir=net", "--warmup=1")
     flags = ["--method=unmasking_policy", "--ckpt=net", "--batch_size=4", "--group=2", "--device=cpu"]
-    flags += ["--policy_width=8"]
+    flags += ["--policy_width=8", "--n_eval=4"]
     flags += ["--lr_schedule=constant", "--log_every=1"]
     go(training.main, *flags, "--max_steps=4", "--out_dir=whole")
     go(training.main, *flags, "--max_steps=2")
@@ -208,7 +208,7 @@ def test_a_policy_is_trained_resumed_and_used(project, capsys, slip):
     go(training.main, *flags, "--max_steps=1", "--out_dir=checked")
     assert [r["right"] for r in checkpoint.logged("checked") if "right" in r] == [1.0]
     capsys.readouterr()
-    use = ["--device=cpu", "--sampler=policy", "--n_samples=9", "--prompt=ab."]
+    use = ["--device=cpu", "--sampler=policy", "--n_samples=3", "--prompt=ab."]
     for more in ([], ["--plain"]):
         go(sample.main, "--ckpt=whole", *use, "--temperature=0", *more)
     first = capsys.readouterr().out.splitlines()
