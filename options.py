@@ -337,10 +337,11 @@ def check_request(
     if block_size == 1 and options:
         raise ValueError(f"block size 1 is the sampler ar: it has no options, got {', '.join(options)}")
     needs = getattr(sampler, "needs", ())
-    if "absorbing" in needs and not process.absorbing or "redraws" in needs and process.absorbing:
-        noise = (
-            "masked noise" if process.absorbing else "noise that may change a visible token, as uniform noise"
-        )
+    maskless = process.mask_id is None
+    remasks = process.absorbing and not maskless
+    if "absorbing" in needs and not remasks or "redraws" in needs and process.absorbing:
+        noise = "noise without a mask" if maskless else "masked noise"
+        noise = noise if process.absorbing else "noise that may change a visible token, as uniform noise"
         raise ValueError(f"{name} is not defined for {noise}")
     if steps is not None and ("own pace" in needs or block_size == 1):
         raise ValueError(

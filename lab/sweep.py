@@ -235,6 +235,7 @@ def served(cfg, run, process, trained):
     named = asked_for([name for name in cfg.samplers.split(",") if name.strip()])
     wants = lambda need: {name for name, f in SAMPLERS.items() if need in f.needs}
     cannot = wants("redraws" if process.absorbing else "absorbing")
+    cannot |= wants("absorbing") if process.mask_id is None else set()
     cannot |= {"ar"} | wants("AR mode") if trained[0] != 1 else set()
     cannot |= set(SAMPLERS) - {"ar"} if trained == [1] else set()
     if cfg.regex or cfg.constraint:
