@@ -74,6 +74,18 @@ def test_slips(project, slip, old_command):
         assert says in slip(old_command, *flags), flags
 
 
+def test_the_noise_of_a_method_is_refused(slip):
+    """A KL of predictions would not teach what such a network says beside them."""
+
+    class Own(d.Masked):
+        pass
+
+    learner = lambda process: distill.Learner(TrainConfig(), distill.Settings(), None, process, None)
+    learner(d.Masked(V3 + 1, V3)), learner(fast.processes.FastUniform(V3))
+    Own.__module__ = "methods.own"
+    assert "not Own" in slip(learner, Own(V3 + 1, V3))
+
+
 def test_a_student_has_a_folder_beside_its_teachers():
     for teacher in ("out/x", "out/x/", "out/x/ckpt.pt", "out/x/best.pt", "out/x/ckpt.500.pt"):
         assert distill.DEFAULTS(distill.Settings(ckpt=teacher))["out_dir"] == "out/x_distilled", teacher
