@@ -299,7 +299,7 @@ def run(main, *argv):
 
 
 FLAGS = [*TINY, "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--method=masks", "--n_layers=1"]
-FLAGS += ["--lr_schedule=constant", "--eval_every=2"]
+FLAGS += ["--lr_schedule=constant", "--eval_every=2", "--n_samples=0", "--n_eval=2"]
 
 
 @pytest.mark.parametrize(
