@@ -115,9 +115,10 @@ def test_in_short_steps_the_classifier_makes_the_reverse_process_given_y(kind):
         q = toy.step(toy.untold, 0.4 + dt)
         off.append(toy.off(classifier_based_probs(q, log_c, 1.0), want))
         assert toy.off(q, want) > 0.2, "without the classifier it is another process"
-    # masked noise: the rate of leaving does not depend on y, so there is no error at all
-    limit = [1e-9] * 3 if toy.process.absorbing else [0.4, 0.04, 0.004]
-    assert all(a < b for a, b in zip(off, limit, strict=True)), off
+    if toy.process.absorbing:
+        assert max(off) < 1e-9, "how many masks lift does not depend on y: no error at all"
+    else:
+        assert all(abs(a / b - 1) < 0.01 for a, b in zip(off, [0.281, 0.0327, 0.00333], strict=True)), off
 
 
 @BOTH
