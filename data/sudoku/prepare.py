@@ -79,6 +79,31 @@ def check(text):
     return int(is_valid(np.array([int(c) for c in answer]).reshape(1, side, side))[0]), 1
 
 
+def terms(text):
+    """
+    The reward of an answer as a sum, for reinforcement learning: [(value, the positions it reads)]. 1 for
+    each row, column and box that holds every digit once, 3 for each clue that is obeyed, 4 for a correct
+    grid.
+    """
+    n = len(text) // 2
+    side = int(n**0.5)
+    puzzle, answer, digits = text[:n], text[n:], set("123456789"[:side])
+    found = [(float({answer[i] for i in group} == digits), [n + i for i in group]) for group in groups(side)]
+    right = all(value for value, _ in found) and all(
+        p in (".", a) for p, a in zip(puzzle, answer, strict=True)
+    )
+    clues = [(3.0 * (answer[i] == puzzle[i]), [n + i]) for i in range(n) if puzzle[i] != "."]
+    return [*found, *clues, (4.0 * right, range(n, 2 * n))]
+
+
+@functools.cache
+def groups(side):
+    """The cells of each row, column and box."""
+    cells, r = np.arange(side * side).reshape(side, side), int(side**0.5)
+    boxes = cells.reshape(r, r, r, r).transpose(0, 2, 1, 3).reshape(side, side)
+    return [group.tolist() for group in (*cells, *cells.T, *boxes)]
+
+
 def choices(text):
     """[(grid, all grids that agree with the clues)] if the answer is correct, else []; side 4."""
     n = len(text) // 2
