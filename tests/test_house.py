@@ -35,6 +35,7 @@ ALSO = {  # file, or folder -> single files it may import besides
     "data": {"rng", "hub.download", "hub.gguf"},
     "train": {"eval"},
     "distill": {"train"},  # the old command, which calls the new one
+    "methods.rl": {"data.dataset"},  # a reward is the check of a dataset
 }
 # all they may import, as others below them need them
 ALONE = {"hub.download": {"run.cli"}, "hub.gguf": {"run.cli"}, "run.cli": set()}
