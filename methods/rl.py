@@ -219,16 +219,19 @@ class Rollout:
 def rollout(model, process, prompts, ids, group, b, start, s, **how):
     """
     A Rollout of `group` texts for each of `prompts`, a list of ids (n,). ids (P,) int64: what a prompt's
-    random numbers depend on. how: eos_id and schedule, for generate.
+    random numbers depend on. how: eos_id, schedule and trained, for generate.
     """
     tape, steps = {}, None if "own pace" in SAMPLERS[s.sampler].needs else s.steps
     ids = (ids[:, None] + torch.arange(group, device=ids.device)).flatten()
-    for state in generate(
-        model, process, [p for p in prompts for _ in range(group)], block_size=b,
-        sampler=SAMPLERS[s.sampler], steps=steps, temperature=s.temperature,
-        max_new_tokens=s.max_new_tokens or None, block_class=functools.partial(Recorder, tape, ids), **how,
-    ):  # fmt: skip
-        pass
+    how |= {"block_size": b, "sampler": SAMPLERS[s.sampler], "steps": steps, "temperature": s.temperature}
+    how |= {"max_new_tokens": s.max_new_tokens or None, "block_class": functools.partial(Recorder, tape, ids)}
+    try:
+        for state in generate(model, process, [p for p in prompts for _ in range(group)], **how):
+            pass
+    except ValueError as e:
+        die(f"{s.sampler}: {e}", "--sampler ancestral")
+    if not tape:
+        die(f"{s.sampler} never asks about a block with noise in it", "--sampler ancestral")
     text = state.x
     first = torch.tensor([len(p) for p in prompts], device=text.device).repeat_interleave(group)
     K, (M, T) = max(map(len, tape.values())), text.shape
@@ -547,6 +550,8 @@ def rl_loss(
     are the same however rows are split.
     """
     s, device, behaviour = learner.settings, device or x0.device, learner.behaviour(step)
+    if device.type == "mps":
+        die("rollouts are scored in float64, which Apple's GPUs lack", "--device=cpu")
     sizes = torch.as_tensor(block_size).expand(len(x0)).cpu()
     total = torch.zeros((), dtype=torch.float64, device=device)
     policy = Policy(forward, behaviour, learner.reference, process, s, learner.sums)
@@ -560,12 +565,14 @@ def rl_loss(
             total = total + learner.token_loss(forward, process, *of_rows, **how)[0]
             continue
         group = 1 if s.objective in ("bandit", "ce") else s.group
-        prompts = [x[:n] for x, n in zip(x0[rows], given[rows].sum(1).tolist(), strict=True)]
-        how = {"eos_id": learner.reward.eos, "schedule": schedule}
+        ends = (~given[rows]).int().argmax(1)
+        prompts = [x[:n] for x, n in zip(x0[rows], ends.tolist(), strict=True)]
+        how = {"eos_id": learner.reward.eos, "schedule": schedule, "trained": sorted(learner.cfg.block_sizes)}
         ids = noise.key[rows, -1].to(device)
-        roll = rollout(behaviour or learner.model, process, prompts, ids, group, b, start, s, **how)
+        begin = min(map(len, prompts)) // b * b  # before it there is nothing but prompts
+        roll = rollout(behaviour or learner.model, process, prompts, ids, group, b, begin, s, **how)
         roll.R = learner.reward.texts(roll.text)
-        roll.answer = x0[rows].repeat_interleave(group, 0)[:, start : roll.text.size(1)].to(device)
+        roll.answer = x0[rows].repeat_interleave(group, 0)[:, begin : roll.text.size(1)].to(device)
         policy.note("reward", roll.R.sum(), len(roll.R))
         if group > 1:
             policy.note("distinct", distinct(roll.text.view(len(rows), group, -1)), len(rows))
