@@ -207,6 +207,22 @@ def test_the_bandit_is_the_derivative_of_the_expected_reward_of_a_proposal(state
     agree(-table.slope(loss), want)
 
 
+def test_a_state_is_picked_among_those_a_block_was_in():
+    """Blocks of 1, 2 and 3 steps, in one row; each of their steps as often."""
+    n, steps = 60, torch.arange(3)
+    x = steps[:, None, None].expand(3, n, 9)
+    free = x <= torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    about = {"x": x, "y": x, "alpha": x.double() / 3, "free": free, "kept": free, "written": free[0], "b": 3}
+    roll = rl.Rollout(
+        torch.zeros(n, 9).long(), torch.zeros(n), **about, start=0, group=1, ids=torch.arange(n)
+    )
+    u = (torch.arange(n) + 1).double() / n
+    roll.noise = lambda k: Given(u[:, None].expand(-1, 9))
+    _, found, alpha, is_free, b, start = rl.some_step(roll)
+    assert [found[:, i].bincount().tolist() for i in (0, 3, 6)] == [[60], [30, 30], [20, 20, 20]]
+    assert is_free.all() and (b, start) == (3, 0) and torch.equal(alpha, found.double() / 3)
+
+
 # ----- mdpo
 
 
@@ -588,3 +604,18 @@ def test_a_proposal_earns_what_the_text_up_to_its_block_earns(teacher):
     assert asked[2:] == ["ab.c", "a.bc", "a.bbaabc"] and asked[0] == "ab.aaa"
     agree(c[1], torch.tensor([11, 0, 0, 1, 11, 0, 0, 0, 0]).double())
     assert letters == reward.data.meta["chars"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["bandit", "trace", "mdpo", "gdpo"])
+@pytest.mark.parametrize("process", ["masked", "uniform"])
+def test_every_objective_learns_to_be_rewarded(teacher, objective, process):
+    """From a network that knows nothing: the share of mirrored letters, 1/4 by chance."""
+    teacher(f"--process={process}")
+    how = ["--steps=2", "--group=8", "--batch_size=16", "--lr=0.01", "--max_steps=60", "--out_dir=learned"]
+    go(f"--objective={objective}", *how)
+    lines = [json.loads(line) for line in Path("learned/log.jsonl").read_text(encoding="utf-8").splitlines()]
+    rewards = [line["reward"] for line in lines if "reward" in line]
+    before, after = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
+    print(f"{objective}, {process}: {before:.2f} -> {after:.2f}")
+    assert after > before + 0.1
