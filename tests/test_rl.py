@@ -24,6 +24,7 @@ from exact import P_VALUE, agree, chi_squared, enumerated, net
 import diffusion as d
 from data.dataset import checker
 from generate import generate
+from lab import rl as lab
 from methods import rl
 from options import TrainConfig
 from rng import Noise
@@ -607,8 +608,10 @@ def test_a_proposal_earns_what_the_text_up_to_its_block_earns(teacher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["bandit", "trace", "mdpo", "gdpo"])
-@pytest.mark.parametrize("process", ["masked", "uniform"])
+@pytest.mark.parametrize(
+    "objective, process",
+    [*((name, "masked") for name in ("bandit", "trace", "mdpo", "gdpo")), ("trace", "uniform")],
+)
 def test_every_objective_learns_to_be_rewarded(teacher, objective, process):
     """From a network that knows nothing: the share of mirrored letters, 1/4 by chance."""
     teacher(f"--process={process}")
@@ -619,3 +622,57 @@ def test_every_objective_learns_to_be_rewarded(teacher, objective, process):
     before, after = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
     print(f"{objective}, {process}: {before:.2f} -> {after:.2f}")
     assert after > before + 0.1
+
+
+# ----- the experiments
+
+
+def lines_of(ckpt, run, values, steps):
+    """Lines as python -m lab.rl writes them."""
+    part = {"low": 0.1, "high": 0.2, "distinct": 20, "expected": 30.4, "passes": 4}
+    return [
+        {"ckpt": ckpt, "run": run, "seed": i, "max_steps": steps, "step": steps,
+         "ancestral": {**part, "accuracy": value}, "greedy": {**part, "accuracy": value},
+         "curve": [{"step": 10 * k, "reward": 0.1 * k, "kl": 0.5, "entropy": 1.0} for k in range(1, 6)]}
+        for i, value in enumerate(values)
+    ]  # fmt: skip
+
+
+def test_intervals_are_over_seeds():
+    rows = lines_of("out/a", "bandit", [0.2, 0.3, 0.4], 50)
+    mean, low, high = lab.interval(rows, "ancestral")
+    assert (
+        abs(mean - 0.3) < 1e-12
+        and abs(high - 0.3 - 4.30 * 0.1 / 3**0.5) < 1e-12
+        and abs(high + low - 0.6) < 1e-12
+    )
+    assert lab.interval(rows[:1], "ancestral") == (0.2, 0.1, 0.2), "one seed: the interval over its texts"
+    assert lab.cell(rows, "greedy") == "**30** (5-55) · 60 / 91" and lab.last(rows, "kl") == "0.50"
+
+
+def test_every_run_is_a_command_of_train():
+    cfg = lab.RlConfig(max_steps=30)
+    for run in (*cfg.runs.split(","), "bandit reward=row"):
+        words, asked = lab.words_of(cfg, run, 3), set()
+        trained, settings, _ = flags.load_with_method(TrainConfig, words, asked)
+        assert trained.seed == 3 and trained.max_steps == (60 if run in lab.CONTROLS else 30)
+        assert (
+            trained.init_from == cfg.ckpt
+            and trained.lr == 3e-4
+            and trained.out_dir == lab.folder_of(cfg, run, 3)
+        )
+        assert (settings is None) == (run == "supervised")
+        assert settings is None or (settings.objective, settings.steps) == (run.split()[0], 4)
+    assert settings.reward == "row"
+
+
+@pytest.mark.slow
+def test_the_report_has_a_line_for_each_run(tmp_path):
+    lines = lines_of("out/a", "start", [0.1], 0) + lines_of("out/a", "bandit", [0.3, 0.2], 50)
+    lines += lines_of("out/b", "ce", [0.5], 100)
+    file = tmp_path / "lines.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    lab.report(lab.RlConfig(out=str(file), report=str(tmp_path / "found")))
+    page = (tmp_path / "found.md").read_text(encoding="utf-8")
+    assert page.count("\n### ") == 2 and "| bandit | 2 | 50 | **25** (0-89) · 40 / 61 |" in page
+    assert "| ce | 1 | 100 |" in page and (tmp_path / "found.png").stat().st_size > 5000
