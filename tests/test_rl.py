@@ -422,6 +422,16 @@ def test_countdown_knows_right_from_wrong():
     ):  # fmt: skip
         assert module.check(row(ask, answer)) == (right, 1), answer
     assert module.check(row("3 5 6 9 make 24", "8*(6-5)*3")) == (0, 1)
+    worth = {
+        "8*(6-5)*3": [1, 4, 4],
+        "8*3*6-5": [1, 4, 0],
+        "8*3": [1, 2, 0],
+        "8+8-8": [1, -1, 0],
+        "8+": [0, 1, 0],
+        "": [0, 0, 0],
+    }
+    for answer, values in worth.items():
+        assert [value for value, _ in module.terms(row(ask, answer))] == values, answer
     rng = np.random.default_rng(0)
     for _ in range(300):
         text = "".join(rng.choice(list("123+-*/()"), size=rng.integers(1, 8)))

@@ -15,6 +15,7 @@ import itertools
 import re
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -84,6 +85,19 @@ def check(text):
         return 0, 1
     numbers = sorted(re.findall(r"\d+", answer))
     return int(numbers == sorted(asked.groups()[:4]) and value(answer) == int(asked[5])), 1
+
+
+def terms(text):
+    """
+    The reward as a sum, for reinforcement learning: [(value, the positions it reads)]. 1 for an expression,
+    1 for each of the four numbers that it uses, -1 for each other one, 4 for the right answer. All read the
+    whole answer.
+    """
+    answer, given = text[HALF:].rstrip(" "), Counter(re.findall(r"\d+", text[:8]))
+    used = Counter(re.findall(r"\d+", answer))
+    numbers = (used & given).total() - (used - given).total()
+    values = float(value(answer) is not None), float(numbers), 4.0 * check(text)[0]
+    return [(v, range(HALF, 2 * HALF)) for v in values]
 
 
 def rows_of(n, rng, wanted):
