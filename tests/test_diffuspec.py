@@ -184,22 +184,22 @@ def test_a_vocabulary_of_50_000(capsys):
     """On a random network: the text is AR's, and how many tokens a round accepts is printed (-s)."""
     torch.manual_seed(0)
     process = Masked(50_001, 50_000)
-    model = Transformer(ModelConfig(50_001, 32, n_layers=2, n_heads=2, d_model=32)).double().eval()
+    model = Transformer(ModelConfig(50_001, 16, n_layers=2, n_heads=2, d_model=16)).double().eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.5)
     torch.nn.init.zeros_(model.head.bias)  # or one token is the best of all, everywhere
-    how = {"max_new_tokens": 16, "seed": 0, "trained": [1, 16]}
+    how = {"max_new_tokens": 8, "seed": 0, "trained": [1, 8]}
     for temperature in (0.0, 1.0):
         how["temperature"] = temperature
 
         def run(name, b, **own):
-            prompts = [(i,) for i in range(8)]
+            prompts = [()] * 4
             return last(lesson(model, process, prompts, block_size=b, sampler=SAMPLERS[name], **how, **own))
 
         ar = run("ar", 1)
         for own in ({"search": "none"}, {"weight": 0.0}, {"weight": 0.5}):
-            ours = run("diffuspec", 16, adaptive=False, **own)
+            ours = run("diffuspec", 8, adaptive=False, **own)
             assert torch.equal(ours.x, ar.x)
             rounds = ours.nfe_rows.sum().item() / 2
             with capsys.disabled():
-                print(f"temperature {temperature:g}, {own}: {8 * 16 / rounds:.2f} tokens a round")
+                print(f"temperature {temperature:g}, {own}: {4 * 8 / rounds:.2f} tokens a round")
