@@ -172,3 +172,20 @@ def adjust(block, *, every=4):
         yield
         if not block.live.any():
             return
+
+
+# ----- for lab/zoo.py
+
+ROWS = [
+    {
+        "system": "ADJUST",
+        "paper": "2509.22738",
+        "claim": "more right in 4 passes than 4 ancestral steps",
+        "train": "--method adjust --ckpt {control} --max_steps 400 --eval_every 400 --lr 1e-3",
+        "control": "",
+        "sampler": "adjust",
+        "control_sampler": "ancestral",
+        "by": "right pace",
+        "control_by": "right 4",
+    }
+]

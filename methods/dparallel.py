@@ -170,3 +170,19 @@ def certain(block, *, bound=0.1):
         return ~left | (H <= bound) | top(-H, 1, left), y
 
     yield from unmask(block, choose)
+
+
+# ----- for lab/zoo.py
+
+ROWS = [
+    {
+        "system": "dParallel",
+        "paper": "2509.26488",
+        "claim": "more right in 4 steps than the network as it was",
+        "train": "--method dparallel --ckpt {control} --max_steps 300 --eval_every 300 --lr 1e-4",
+        "control": "",
+        "sampler": "threshold",
+        "control_sampler": "threshold",
+        "by": "right 4",
+    }
+]

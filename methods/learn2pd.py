@@ -189,3 +189,19 @@ def behind(block, left, take, y, sure, end, guess):
     if guess:
         fixed = fixed | (top(sure, 1, ends & left) & ~fixed.any(1, keepdim=True))
     return left & (fixed.cumsum(1) > 0)
+
+
+# ----- for lab/zoo.py
+
+ROWS = [
+    {
+        "system": "Learn2PD",
+        "paper": "2509.25188",
+        "claim": "more right in 4 steps than a threshold",
+        "train": "--method learn2pd --ckpt {control} --max_steps 600 --eval_every 600 --lr 1e-2",
+        "control": "",
+        "sampler": "learn2pd tau=0.8",
+        "control_sampler": "threshold threshold=0.6",
+        "by": "right 4",
+    }
+]

@@ -227,3 +227,19 @@ def policy(block, *, cut=0.5, draws=False):
         return (p > cut) | (cut == 0)
 
     yield from unmask_by(block, part, decide)
+
+
+# ----- for lab/zoo.py
+
+ROWS = [
+    {
+        "system": "Unmasking policy",
+        "paper": "2512.09106",
+        "claim": "as right as a threshold of 0.9, learned",
+        "train": "--method unmasking_policy --ckpt {control} --max_steps 100 --eval_every 100 --batch_size 8",
+        "control": "",
+        "sampler": "policy",
+        "control_sampler": "threshold",
+        "by": "right 16",
+    }
+]

@@ -197,6 +197,7 @@ def same(a, b):
     return all(torch.equal(x, b[name]) for name, x in a.items())
 
 
+@pytest.mark.slow
 def test_a_layer_is_trained_resumed_and_used(project, capsys, slip):
     base = [*TINY, "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--lr=0.05", "--max_steps=6"]
     go(training.main, *base, "--out_dir=net", "--warmup=1")

@@ -137,6 +137,7 @@ def same(a, b):
     return all(torch.equal(x, b[name]) for name, x in a.items())
 
 
+@pytest.mark.slow
 def test_the_texts_are_the_networks_own_and_a_resumed_run_has_them(project, slip):
     base = [*TINY, "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--lr=0.05", "--max_steps=6"]
     go(*base, "--out_dir=net", "--warmup=1")

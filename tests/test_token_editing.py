@@ -246,6 +246,7 @@ def test_it_reads_masks_and_wrong_tokens_and_pays_for_all(wrong, mask_id):
     assert (want[free & charged & (ask.read == x)] > 0).all(), "right tokens pay too"
 
 
+@pytest.mark.slow
 def test_training_is_resumed_and_refused(project, slip):
     def go(*argv):
         with patch.object(sys, "argv", ["train.py", *argv]):

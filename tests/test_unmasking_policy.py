@@ -46,7 +46,7 @@ def learner_of(model, process, size=3, **settings):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("kind", slow(KINDS, ["masked", "uniform denoiser, timed"]))
+@pytest.mark.parametrize("kind", slow(KINDS, ["masked"]))
 @PATHS
 def test_always_is_threshold_0_and_never_is_confidence(path, kind, temperature):
     make, kw = KINDS[kind]
@@ -191,6 +191,7 @@ def same(a, b):
     return all(torch.equal(x, b[name]) for name, x in a.items())
 
 
+@pytest.mark.slow
 def test_a_policy_is_trained_resumed_and_used(project, capsys, slip):
     base = [*TINY, "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--lr=0.05", "--max_steps=4"]
     go(training.main, *base, "--out_dir=net", "--warmup=1")
