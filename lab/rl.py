@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python lab/rl.py works too
 from diffusion import SCHEDULES
 from lab import plots
 from lab.quality import accuracy, checker, generated, prompts_of
@@ -185,7 +186,7 @@ def report(cfg):
     print(f"{cfg.report}.md, {cfg.report}.png: {len(lines)} lines")
 
 
-def curves(panels, path, window=3):
+def curves(panels, path, window=5):
     """The reward of rollouts against updates, a panel a checkpoint: means of `window` lines of the log."""
     plt = plots.pyplot()
     figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.4), squeeze=False)
