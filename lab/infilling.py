@@ -34,6 +34,7 @@ class InfillingConfig:
     ckpt: str = "out/run"  # a training run's out_dir, of digits or 4x4 sudoku
     n_eval: int = 512  # texts a line
     at: int = 36  # digits: the position of the hole
+    place: int = 0  # digits: which character of the sum is missing, 0 to 6
     visible: int = 3  # sudoku: cells of the solution that are given, at random places
     gaps: int = 64  # of 1, 4, 16 and 64 fillings those up to so many
     seed: int = 1
@@ -41,11 +42,12 @@ class InfillingConfig:
     plain: bool = False  # run the lesson as it stands, not fast/
 
 
-def sums(data, n, at):
-    """n prompts of digits: `at` tokens of the validation split, and a sum that lacks its first digit."""
+def sums(data, n, at, place):
+    """n prompts of digits: text of the validation split that ends with a sum, which lacks a character."""
+    begin = at - place
     stream = data.tokens["val"]
-    starts = torch.linspace(-(-at // 7), len(stream) // 7 - 1, n).long() * 7 - at
-    rows = torch.stack([torch.tensor(stream[s : s + at + 7].astype("int64")) for s in starts.tolist()])
+    starts = torch.linspace(-(-begin // 7), len(stream) // 7 - 1, n).long() * 7 - begin
+    rows = torch.stack([torch.tensor(stream[s : s + begin + 7].astype("int64")) for s in starts.tolist()])
     rows[:, at] = HOLE
     return rows
 
@@ -76,9 +78,14 @@ def main():
     cfg = load_config(InfillingConfig, sys.argv[1:])
     run, meta, _, model, process = restore(cfg.ckpt, cfg.device, cfg.plain)
     data, trained = dataset_for(cfg.ckpt, run, meta, model), sorted(run.block_sizes)
+    if cfg.n_eval < 2 or cfg.gaps < 1:
+        die("n_eval must be at least 2, gaps at least 1", "--n_eval 512 --gaps 64")
     if run.dataset == "digits":
-        prompts = sums(data, cfg.n_eval, cfg.at)
-        check = lambda text: checker(data.folder).check(f";{text[cfg.at :]}")
+        if not 0 <= cfg.place < 7 or not cfg.place < cfg.at <= run.seq_len - 7:
+            problem = f"no hole at character {cfg.place} of a sum and position {cfg.at}"
+            die(problem, "--place 0 --at 36")
+        prompts = sums(data, cfg.n_eval, cfg.at, cfg.place)
+        check = lambda text: checker(data.folder).check(f";{text[cfg.at - cfg.place :]}")
     elif run.dataset == "sudoku" and data.seq_len == 32:
         prompts, check = grids(data, cfg.n_eval, cfg.visible, cfg.seed), checker(data.folder).check
     else:

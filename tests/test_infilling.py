@@ -307,6 +307,15 @@ def test_weighted_fillings_are_draws_of_the_conditional(kind, b, prompt):
         assert (state.effective <= K + 1e-9).all() and (state.effective >= 1 - 1e-9).all()
 
 
+def test_speculation_is_weighed_as_ar_is():
+    """It reads no given token behind a hole either, so the same filling is chosen."""
+    model, process = setup("masked", seed=6, path="lesson", soft=1.0)
+    run = lambda **how: last(fill(model, process, [(1, H, H, 0, 2, 1)] * 40, gaps=4, use_cache=False, **how))
+    one, two = run(block_size=1), run(block_size=4, sampler=SAMPLERS["speculation"])
+    assert torch.equal(one.x[:, :6], two.x[:, :6])
+    agree(one.effective, two.effective)
+
+
 @pytest.mark.parametrize("path", slow(GENERATE, []))
 def test_weighted_rows_need_no_batch_mates(path):
     model, process = on(path, net(d.Masked(V3 + 1, V3), seq_len=12).double(), d.Masked(V3 + 1, V3))
