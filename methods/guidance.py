@@ -311,3 +311,18 @@ def classifier_based(block, *, label=1, gamma=1.0, first_order=False):
         yield
         if not settle(block):
             return
+
+
+ROWS = [
+    {
+        "system": "Guidance",
+        "paper": "2412.10193",
+        "claim": "at gamma 4 more grids stay right with uniform noise than with masked noise",
+        "train": "--method guidance --process uniform",
+        "control": "--method guidance",
+        "sampler": "classifier_free gamma=4",
+        "control_sampler": "classifier_free gamma=4",
+        "by": "right 8",
+        "tasks": ["sudoku"],
+    }
+]

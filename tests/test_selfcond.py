@@ -304,6 +304,15 @@ def test_a_network_that_is_certain_takes_two_passes_and_one_that_is_not_takes_al
         assert (state.nfe_rows <= passes).all() and state.nfe == passes
         if passes == 2:
             assert (state.x == text).all()
+    # a prompt counts for nothing: what is said of it may be as uncertain as it likes
+    half = torch.cat((fair[:1], certain[1:]))
+    model.forward = lambda clean, noisy, *args, **how: half.expand(len(noisy), 4, V3)
+    assert last(generate(model, PROCESS, [(2,)], **how | {"max_new_tokens": 3})).nfe <= 2
+    # the last step keeps all
+    nearly = certain / 10
+    model.forward = lambda clean, noisy, *args, **how: nearly.expand(len(noisy), 4, V3)
+    once = last(generate(model, PROCESS, [()] * 50, **how | {"steps": 1}, bound=0.0))
+    assert (once.x == text).double().mean() > 0.95
     # what was wrong at first is right at the end: any token may change in any step
     rows = []
     model.forward = lambda clean, noisy, *args, **how: rows.append(noisy) or certain.expand(len(noisy), 4, V3)
