@@ -33,7 +33,7 @@ import methods
 from diffusion import column, loglinear, nats
 from generate import Block, sampler
 from model import Transformer, rotate
-from rng import Noise, draw
+from rng import Noise, draw, float64
 from run.cli import die
 from samplers.pieces import need
 
@@ -177,7 +177,8 @@ class PGM(Transformer):
 def sinusoid(position, like):
     """(B, Q, D) of positions (B, Q): sine and cosine of position * 10000^(-2i/D)."""
     half = like.numel() // 2
-    angle = position[..., None] * 10000.0 ** (-torch.arange(half, device=position.device) / half)
+    exponent = -torch.arange(half, device=position.device, dtype=float64(position.device)) / half
+    angle = position[..., None] * 10000.0**exponent
     return torch.cat((angle.sin(), angle.cos()), dim=-1).to(like)
 
 

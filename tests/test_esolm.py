@@ -435,12 +435,19 @@ FLAGS = [*TINY, "--dataset=pairs", "--method=esolm", "--lr=0.1", "--warmup=1", "
 
 @pytest.mark.parametrize("sizes", ["12:1", pytest.param("1:0.25,12:0.75", marks=pytest.mark.slow)])
 def test_a_checkpoint_is_trained_resumed_sampled_and_evaluated(project, capsys, sizes):
-    flags = [*FLAGS, f"--block_sizes={sizes}", "--alpha0=0.3", "--eval_every=4"]
-    run(training.main, *flags, "--max_steps=8", "--out_dir=a")
-    run(training.main, *flags, "--max_steps=4", "--out_dir=b")
-    run(training.main, *flags, "--max_steps=8", "--out_dir=b", "--resume")
+    flags = [
+        *FLAGS,
+        f"--block_sizes={sizes}",
+        "--alpha0=0.3",
+        "--eval_every=2",
+        "--n_samples=0",
+        "--n_eval=4",
+    ]
+    run(training.main, *flags, "--max_steps=4", "--out_dir=a")
+    run(training.main, *flags, "--max_steps=2", "--out_dir=b")
+    run(training.main, *flags, "--max_steps=4", "--out_dir=b", "--resume")
     a, b = checkpoint.load("a"), checkpoint.load("b")
-    assert a["step"] == b["step"] == 8
+    assert a["step"] == b["step"] == 4
     assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
     _, _, _, model, process = rebuild("b", torch.device("cpu"))
     assert type(model) is EsoLM and type(process) is EsoMasked and process.alpha0 == 0.3

@@ -371,12 +371,20 @@ FLAGS = [*TINY, "--dataset=pairs", "--method=pgm", "--lr=0.1", "--warmup=1", "--
 
 
 def test_a_checkpoint_is_trained_resumed_sampled_and_evaluated(project, capsys):
-    flags = [*FLAGS, "--block_sizes=12:1", "--n_layers=3", "--decoder_layers=2", "--eval_every=4"]
-    run(training.main, *flags, "--max_steps=8", "--out_dir=a")
-    run(training.main, *flags, "--max_steps=4", "--out_dir=b")
-    run(training.main, *flags, "--max_steps=8", "--out_dir=b", "--resume")
+    flags = [
+        *FLAGS,
+        "--block_sizes=12:1",
+        "--n_layers=3",
+        "--decoder_layers=2",
+        "--eval_every=2",
+        "--n_samples=0",
+        "--n_eval=4",
+    ]
+    run(training.main, *flags, "--max_steps=4", "--out_dir=a")
+    run(training.main, *flags, "--max_steps=2", "--out_dir=b")
+    run(training.main, *flags, "--max_steps=4", "--out_dir=b", "--resume")
     a, b = checkpoint.load("a"), checkpoint.load("b")
-    assert a["step"] == b["step"] == 8
+    assert a["step"] == b["step"] == 4
     assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
     _, _, _, model, _ = rebuild("b", torch.device("cpu"))
     assert type(model) is PGM and len(model.layers) == 1 and len(model.decoder) == 2
