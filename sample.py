@@ -82,7 +82,6 @@ def main():
     run, meta, _, model, process = restore(cfg.ckpt, cfg.device, cfg.plain, flag, *changes)
     reads = cfg.prompt or cfg.prompt_file or cfg.regex or cfg.constraint
     tokenizer = tokenizer_or_numbers(meta, Path("data") / run.dataset, reads=reads)
-    tokenizer = tokenizer_or_numbers(meta, Path("data") / run.dataset, reads=cfg.prompt or cfg.prompt_file)
     trained = sorted(run.block_sizes)
     b, sampler, own = settled(cfg, sampler, own, trained)
     prompts = prompts_of(cfg, run, tokenizer)
@@ -96,10 +95,6 @@ def main():
     if cfg.gaps > 1:
         write = functools.partial(infilling.fill, gaps=cfg.gaps, generate=generate)
     elif holes and sampler.__name__ in infilling.BLIND:
-    write = generate
-    if cfg.gaps > 1:
-        write = functools.partial(infilling.fill, gaps=cfg.gaps, generate=generate)
-    elif any(HOLE in ids for ids in prompts) and (sampler.__name__ in infilling.BLIND):
         print(f"{sampler.__name__} reads nothing behind a hole: --gaps 16 would weigh fillings by it")
     states = write(
         model, process, prompts, block_size=b, sampler=sampler, steps=cfg.steps or None,
