@@ -148,3 +148,24 @@ def reaudm(block):
         x0 = block.reverse(a_t, a_t, 1.0, noise)
         block.write(draw(block.process.bridge(x0, block.x, a_t, a_s), noise))
         yield
+
+
+ROWS = [
+    {
+        "system": "AUDM",
+        "paper": "2605.22765",
+        "claim": "at least as many right in 8 steps as masked noise",
+        "train": "--method audm",
+        "control": "",
+        "by": "right 8",
+    },
+    {
+        "system": "ReAUDM",
+        "paper": "2605.22765",
+        "claim": "its step repairs: more right in 16 steps than AUDM's own",
+        "train": "--method audm",
+        "control": "--method audm",
+        "sampler": "reaudm",
+        "by": "right 16",
+    },
+]
