@@ -19,7 +19,7 @@ import sample
 import train as training
 from eval import main as evaluate
 from generate import ancestral
-from lab.sweep import served
+from lab.sweep import SweepConfig, served
 from methods.audm import AUDM, reaudm
 from model import ModelConfig
 from run import checkpoint
@@ -334,7 +334,7 @@ def test_samplers_serve_ragged_prompts_or_refuse(path):
                 assert "use_cache" not in more or torch.equal(other, x)
             alone = last(GENERATE[path](model, PROCESS, prompts[:2], **how)).x
             assert torch.equal(alone[:, :4], x[:2, :4])
-    cfg, run = SimpleNamespace(samplers="", ckpt=""), SimpleNamespace(process="masked", method="audm")
+    cfg, run = SweepConfig(), SimpleNamespace(process="masked", method="audm")
     swept = {name for name, _ in served(cfg, run, PROCESS, [1, 4])}
     assert "reaudm" in swept and not swept & refused, "lab.sweep leaves out what would be refused"
     masks = {"remdm_cap", "remdm_rescale", "remdm_conf", "remdm_loop", "first_hitting"}

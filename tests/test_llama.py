@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, TINY
 
 import sample
 import train
@@ -22,7 +23,6 @@ from methods.llama import Llama, Settings, check
 from model import ModelConfig
 from options import TrainConfig
 from run.restore import rebuild
-from tests.conftest import ROOT, TINY
 
 NAMES = ("llama_gqa_tied", "llama_untied", "qwen2", "qwen3")
 

@@ -284,6 +284,7 @@ def torchrun(n, *flags, code=0, script=()):
     return p.stdout + p.stderr
 
 
+@pytest.mark.slow  # two processes, several times
 def test_fsdp_takes_the_same_steps_and_its_checkpoints_load_anywhere(project, float64):
     """
     Two processes with a share of the weights each; then one process goes on where they stopped, and the other

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import TINY, slow
 
 ROOT = Path(__file__).parents[1]
 RUN = [*TINY, "--dataset=toy", "--seq_len=8", "--block_sizes=1:0.5,4:0.5", "--out_dir=out/run"]
@@ -37,7 +37,7 @@ def test_a_reader_who_has_seen_enough_is_left_in_peace(project, script):
     assert len(out.splitlines()) == 1, out
 
 
-@pytest.mark.parametrize("ending", ["2>&1 | head -n 1", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("ending", slow(["2>&1 | head -n 1", "<&- >&- 2>&-"], ["<&- >&- 2>&-"]))
 def test_a_run_goes_on_when_nobody_reads(project, ending):
     flags = " ".join(map(shlex.quote, [*RUN, "--max_steps=12", "--eval_every=4"]))
     out = shell(f"set -o pipefail; python ROOT/train.py {flags} {ending}")

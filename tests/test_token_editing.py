@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, slow
 from exact import (
     GENERATE,
     KINDS,
@@ -162,7 +162,10 @@ def by_the_rule(model, process, b, fill, edit, post, hold):
     return dense(found, b), any(edits)
 
 
-@pytest.mark.parametrize("kind, seed", [("masked", 2), ("uniform loo", 3), ("uniform denoiser, timed", 5)])
+@pytest.mark.parametrize(
+    "kind, seed",
+    slow([("masked", 2), ("uniform loo", 3), ("uniform denoiser, timed", 5)], [("uniform loo", 3)]),
+)
 @PATHS
 def test_edits_follow_their_rule(path, kind, seed):
     """

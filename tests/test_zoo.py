@@ -5,11 +5,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from conftest import TINY
 
 import methods
 import train
 from lab import paper, zoo
-from tests.conftest import TINY
 
 
 def test_every_row_is_complete():
