@@ -5,6 +5,7 @@ steps: once in a process of its own, which takes seconds to begin, and then in t
 
 import contextlib
 import functools
+import importlib
 import inspect
 import io
 import json
@@ -452,6 +453,7 @@ def test_a_method_is_trained_resumed_sampled_and_evaluated(home, capsys, monkeyp
     know.
     """
     monkeypatch.chdir(home)
+    importlib.import_module("methods.token_editing")  # its sampler is asked for its needs below
     flags, sampler, noise = METHODS[name]
     folder, how = f"out/{name}{plain}", ["--device=cpu", *["--plain"] * plain]
 

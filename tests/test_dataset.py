@@ -82,6 +82,7 @@ def test_prepare_from_another_folder(prepare, tmp_path, monkeypatch, name):
     flags = {
         "sudoku": ["--n_train=20", "--n_val=5"],
         "digits": ["--n_train=20", "--n_val=5"],
+        "countdown": ["--n_train=20", "--n_val=5"],
         "shakespeare_char": ["--input=a.txt"],
     }
     p = subprocess.run(

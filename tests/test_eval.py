@@ -93,7 +93,8 @@ def test_bounds_are_the_enumerated_ones_and_their_errors_hold(kind, b):
     assert covered >= 0.9 and 0.8 < ratio < 3
 
 
-@pytest.mark.parametrize("kind", slow(["masked", "uniform denoiser, timed"], ["masked"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["masked", "uniform denoiser, timed"])
 def test_the_error_over_windows_holds_for_other_windows(kind):
     """
     120 runs on 40 random windows each: the bound's mean over all windows lies within 1.96 errors in at least

@@ -97,8 +97,9 @@ SHARP = {
 }  # seeds whose tokens depend on each other
 
 
-@pytest.mark.parametrize("kind", slow(SHARP, ["masked"]))
-@FAST_FIRST
+@pytest.mark.slow  # of psi, test_remdm_draws_its_kernel and test_psi_profiles stay
+@pytest.mark.parametrize("kind", SHARP)
+@PATHS
 def test_psi_draws_its_kernel_and_kappa_1_is_ancestral(path, kind):
     model, process = setup(kind, *SHARP[kind], path)
     plain = chain(model, process, 3, GRID[3], reverse(process))
@@ -248,6 +249,7 @@ def table(model, process, b, alpha=0.0):
     )
 
 
+@pytest.mark.slow
 def test_remdm_conf_remembers_the_confidence_of_every_token():
     model, process = setup("masked", 17, soft=1.5)
     b, M, logp = 3, process.mask_id, table(model, process, 3)

@@ -161,6 +161,7 @@ def test_prompts_carry_no_loss_and_uneven_answers_are_weighted_by_token(project,
             )
 
 
+@pytest.mark.slow
 def test_a_compiled_step_equals_an_eager_one(project, float64, monkeypatch):
     """
     Tracing and autograd as with --compile; generating C++ for them would take a minute, so that part is left
