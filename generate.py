@@ -262,10 +262,10 @@ def generate(
     how = {"steps": steps, "schedule": schedule, "temperature": temperature, "top_p": top_p, "seed": seed}
     how["trained"] = trained
 
-    x = torch.full((B, W), NOTHING, device=home)
+    x = torch.full((B, W), NOTHING)
     for row, p in enumerate(prompt):
-        x[row, : len(p)] = p.clamp(min=NOTHING).to(home)
-    filled = (x >= 0).cpu()  # (B, W)
+        x[row, : len(p)] = p.clamp(min=NOTHING)
+    filled, x = x >= 0, x.to(home)  # (B, W)
     rows, written = torch.arange(B), filled.int().cumprod(1).sum(1)  # rows in the batch; written up to (B,)
     given_end, done = W - (~filled).flip(1).int().cumprod(1).sum(1), written >= end  # (B,)
     counts = {"nfe": 0, "nfe_rows": torch.zeros(B, dtype=torch.long), "token_forwards": 0}

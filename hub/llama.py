@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from hub import gguf
-from methods.llama import Settings
+from methods.llama import Settings, network
 from model import ModelConfig
 from options import TrainConfig
 from run import checkpoint
@@ -182,17 +182,18 @@ def of_gguf(path, flag):
         "tie_word_embeddings": "output.weight" not in tensors,
     }
     shape, settings = of_config(config, path)
-    weights = {
-        renamed(name, GGML): tensor() for name, tensor in tensors.items() if name != "rope_freqs.weight"
-    }
+    if "rope_freqs.weight" in tensors or own("rope.scaling.type", "none") != "none":
+        die(f"{path}: its rotary positions are scaled, which is not read", f"{flag} DIR, with config.json")
+    weights = {renamed(name, GGML): tensor() for name, tensor in tensors.items()}
     if kind == "llama":  # the rows of q and k lie as pairs (2 j, 2 j + 1); ours turn j with j + half
         for name in [n for n in weights if n.endswith((".q.weight", ".k.weight"))]:
             w = weights[name]
             weights[name] = w.view(-1, settings.head_dim // 2, 2, w.size(1)).transpose(1, 2).reshape(w.shape)
-    ids = {ours: about.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in (("eos_id", "eos"),)}
-    if about.get("tokenizer.ggml.add_bos_token"):
-        ids["bos_id"] = about.get("tokenizer.ggml.bos_token_id")
-    meta = {key: value for key, value in ids.items() if value is not None}
+    meta, ids = {}, lambda name: about.get(f"tokenizer.ggml.{name}_token_id")
+    if ids("eos") is not None:
+        meta["eos_id"] = ids("eos")
+    if about.get("tokenizer.ggml.add_bos_token") and ids("bos") is not None:
+        meta["bos_id"] = ids("bos")
     if about.get("tokenizer.ggml.model") == "gpt2" and about.get("tokenizer.ggml.pre") == "smollm":
         meta |= {"tokenizer": "smollm", "file": str(path.absolute())}
     return made(shape, settings, weights, meta, path)
@@ -202,14 +203,12 @@ def made(shape, settings, weights, meta, where):
     """The checkpoint of a network, its weights and what is known of its tokens."""
     V = shape.vocab_size - 1
     weights = {name: value.to(torch.float32) for name, value in weights.items()}
-    if settings.tied:
-        weights["head.weight"] = weights.get("embed.weight")
     for name in ("embed.weight", "head.weight"):  # the mask's row: nobody has read it yet
-        if weights.get(name) is not None and len(weights[name]) == V:
+        if name in weights and len(weights[name]) == V:
             weights[name] = torch.cat((weights[name], torch.zeros(1, shape.d_model)))
-    check(shape, settings, weights, where)
-    if settings.tied:
+    if settings.tied and "embed.weight" in weights:
         weights["head.weight"] = weights["embed.weight"]
+    check(shape, settings, weights, where)
     run = TrainConfig(
         dataset=Path(where).stem,
         process="masked",
@@ -237,11 +236,9 @@ def made(shape, settings, weights, meta, where):
 
 def check(shape, settings, weights, where):
     """Two lines unless the weights are those of the shape."""
-    from methods.llama import network
-
     with torch.device("meta"):
         wanted = {k: tuple(v.shape) for k, v in network(shape, settings).state_dict().items()}
-    found = {k: tuple(v.shape) for k, v in weights.items() if v is not None}
+    found = {k: tuple(v.shape) for k, v in weights.items()}
     problems = [f"{k} is missing" for k in sorted(set(wanted) - set(found))]
     problems += [f"{k} is left over" for k in sorted(set(found) - set(wanted))]
     problems += [

@@ -13,7 +13,6 @@ made again, and a run that was stopped goes on.
 """
 
 import json
-import math
 import resource
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python lab/rl.py works too
 from diffusion import SCHEDULES
 from lab import plots
+from lab.paper import verdict
 from lab.quality import accuracy, checker, generated, prompts_of
 from lab.sweep import numbers, read
 from methods import rl
@@ -37,7 +37,6 @@ from samplers import SAMPLERS
 CONTROLS = ("ce", "supervised")
 # as training by reward has it: the settings of methods/rl.py that are train.py's own
 SUPERVISED = "lr warmup lr_schedule beta2 weight_decay ema n_samples"
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # Student's t: 95 % intervals of a mean of n numbers
 COLOURS = {"bandit": plots.ACCENT, "trace": plots.INK, "mdpo": "#c05a1c", "gdpo": "#5b8c3a", "ce": plots.GREY}
 HEAD = """# In numbers: reinforcement learning
 
@@ -135,12 +134,10 @@ def train_and_measure(cfg, seeds):
 def interval(rows, name):
     """(mean, low, high) of the accuracy over seeds."""
     values = [r[name]["accuracy"] for r in rows]
-    mean, n = sum(values) / len(values), len(values)
-    if n == 1:
-        return mean, rows[0][name]["low"], rows[0][name]["high"]
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    half = T95.get(n, 1.96) * deviation / math.sqrt(n)
-    return mean, max(0.0, mean - half), min(1.0, mean + half)
+    if len(values) == 1:
+        return values[0], rows[0][name]["low"], rows[0][name]["high"]
+    _, mean, low, high = verdict(values)
+    return mean, max(0.0, low), min(1.0, high)
 
 
 def cell(rows, name):

@@ -52,6 +52,12 @@ def settings_of(method, values):
     return method.Settings(**values) if hasattr(method, "Settings") else None
 
 
+def folder_of(ckpt):
+    """The folder of a run that --ckpt names, by folder or by a file in it."""
+    folder = ckpt.rstrip("/")
+    return folder.rpartition("/")[0] or "out/run" if folder.endswith(".pt") else folder
+
+
 class Learner:
     """
     What a method may change of training. This one changes nothing: it is training without a method.

@@ -24,15 +24,9 @@ FIXED = ("ckpt", "size")
 INHERITS = ("batch_size", "log_every", "keep")
 
 
-def folder_of(ckpt):
-    """The folder of a checkpoint that is named by folder or by file."""
-    folder = ckpt.rstrip("/")
-    return folder.rpartition("/")[0] or "out/run" if folder.endswith(".pt") else folder
-
-
 def defaults(ckpt, suffix, max_steps, **more):
     """DEFAULTS of a method that begins from --ckpt and writes to that folder's name with a suffix."""
-    out_dir = f"{folder_of(ckpt)}_{suffix}"
+    out_dir = f"{methods.folder_of(ckpt)}_{suffix}"
     usual = {"init_from": ckpt, "out_dir": out_dir, "max_steps": max_steps, "eval_every": max(max_steps, 1)}
     usual |= {"weight_decay": 0.0, "warmup": 10, "n_samples": 0, "n_eval": 64}
     return usual | more

@@ -36,8 +36,7 @@ INHERITS = ("batch_size", "weight_decay", "beta1", "beta2", "grad_clip", "log_ev
 
 
 def DEFAULTS(s):
-    folder = s.ckpt.rstrip("/")
-    folder = folder.rpartition("/")[0] or "out/run" if folder.endswith(".pt") else folder  # a file of a run
+    folder = methods.folder_of(s.ckpt)
     if ":" in folder:
         folder = "out/" + folder.split("/")[-1]
     steps = max(s.round_steps, 1)  # what is below 1 is refused by check, which says so better

@@ -45,8 +45,7 @@ INHERITS = ("batch_size", "weight_decay", "beta1", "beta2", "grad_clip", "log_ev
 
 
 def DEFAULTS(s):
-    folder = s.ckpt.rstrip("/")
-    folder = folder.rpartition("/")[0] or "out/run" if folder.endswith(".pt") else folder  # a file of a run
+    folder = methods.folder_of(s.ckpt)
     return {"init_from": s.ckpt, "out_dir": f"{folder}_edlm", "lr": 1e-3, "ema": 0.99}
 
 

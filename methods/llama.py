@@ -15,7 +15,7 @@ With --next_token it is the ordinary language model, and published weights are r
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -59,7 +59,7 @@ DEFAULTS = {"time_conditioning": "false"}
 
 
 def network(model_cfg, settings):
-    return Llama(model_cfg, settings)
+    return Llama(replace(model_cfg, rope_base=settings.rope_base), settings)
 
 
 class Layer(nn.Module):
@@ -116,7 +116,7 @@ class Llama(Transformer):
         s, dim = self.settings, self.layers[0].dim
         dtype = torch.promote_types(self.embed.weight.dtype, torch.float32)
         exponent = -torch.arange(dim // 2, device=position.device, dtype=dtype) / (dim // 2)
-        frequency = s.rope_base**exponent
+        frequency = self.cfg.rope_base**exponent
         slow = torch.ones_like(frequency)
         if s.rope_original:  # Llama 3.1: by how many turns a frequency makes in the context of before
             turns = s.rope_original * frequency / (2 * math.pi)

@@ -72,8 +72,7 @@ INHERITS = ("grad_clip", "log_every", "keep")
 
 
 def DEFAULTS(s):
-    folder = s.ckpt.rstrip("/")
-    folder = folder.rpartition("/")[0] or "out/run" if folder.endswith(".pt") else folder
+    folder = methods.folder_of(s.ckpt)
     folder = "out/" + folder.split("/")[-1] if ":" in folder else folder
     return {
         "init_from": s.ckpt,

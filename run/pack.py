@@ -42,7 +42,8 @@ def main():
     ema = rounding.packed(state["ema"], rounding.BITS[cfg.weights])
     kept = {k: v for k, v in state.items() if k not in ("model", "optimizer", "ema")}
     checkpoint.save(cfg.out_dir, {**kept, "model": {}, "ema": ema})
-    matrices = lambda weights: {name: w for name, w in weights.items() if rounding.MATRIX.fullmatch(name)}
+    names = [name for name, w in state["ema"].items() if rounding.is_matrix(name, w)]
+    matrices = lambda weights: {name: weights[name] for name in names}
     for what, before, after in (
         ("the layers' matrices", n_bytes(matrices(state["ema"])), n_bytes(matrices(ema))),
         ("all weights", n_bytes(state["ema"]), n_bytes(ema)),

@@ -20,7 +20,12 @@ import torch
 import torch.nn.functional as F
 
 BITS = {"int8": 8, "int4": 4}
-MATRIX = re.compile(r"layers\.\d+\.(qkv|out|mlp\.0|mlp\.2)\.weight")
+MATRIX = re.compile(r"layers\.\d+\.(?!modulation)[\w.]+\.weight")
+
+
+def is_matrix(name, w):
+    """Is this a matrix of a layer, (rows, columns)? Norms are vectors, and adaLN keeps its bits."""
+    return bool(MATRIX.fullmatch(name)) and w.dim() == 2 and w.is_floating_point()
 
 
 def group_size(bits, n_columns):
@@ -68,13 +73,12 @@ def unpack(packed):
 
 def rounded(weights, bits):
     """{name: tensor} of a network, its layers' matrices rounded."""
-    fits = lambda name, w: MATRIX.fullmatch(name) and w.is_floating_point() and w.dim() == 2
-    return {name: unpack(pack(w, bits)) if fits(name, w) else w for name, w in weights.items()}
+    return unpacked(packed(weights, bits))
 
 
 def packed(weights, bits):
     """{name: tensor, or what `pack` gives}."""
-    return {name: pack(w, bits) if MATRIX.fullmatch(name) else w for name, w in weights.items()}
+    return {name: pack(w, bits) if is_matrix(name, w) else w for name, w in weights.items()}
 
 
 def unpacked(weights):

@@ -2,6 +2,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 # of every test and its subprocesses: tiny tensors lose time to a second thread
 os.environ["OMP_NUM_THREADS"] = os.environ.get("NANOBLOCK_THREADS", "1")
@@ -14,6 +15,7 @@ import torch
 from filelock import FileLock  # torch has it with it
 
 from data.dataset import write_dataset
+from run import checkpoint
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -41,6 +43,28 @@ def copy_project(home, folders=("config", "data", "fast", "hub", "lab", "methods
         shutil.copy(file, home)
     for folder in folders:
         shutil.copytree(ROOT / folder, home / folder, ignore=UNMADE)
+
+
+def run(main, *argv):
+    """A command in this process: main, of train.py or another, with these words behind it."""
+    with patch.object(sys, "argv", ["script.py", *argv]):
+        main()
+
+
+def resumed(main, *flags):
+    """
+    Four steps into the folder whole, two and then two more into parts, by main of train.py: both checkpoints.
+    Their weights are equal to the bit.
+    """
+    run(main, *flags, "--max_steps=4", "--out_dir=whole")
+    run(main, *flags, "--max_steps=2", "--out_dir=parts")
+    run(main, *flags, "--max_steps=4", "--out_dir=parts", "--resume")
+    whole, parts = (checkpoint.load(name) for name in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 4
+    for part in ("model", "ema"):
+        assert whole[part].keys() == parts[part].keys()
+        assert all(torch.equal(whole[part][k], parts[part][k]) for k in whole[part])
+    return whole, parts
 
 
 def slow(values, quick):

@@ -4,13 +4,11 @@ full pass at every token it is `first_hitting`, and with the network itself in t
 token by token, whatever K. The loss is recomputed block by block.
 """
 
-import sys
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, run
 from exact import GENERATE, P_VALUE, V3, agree, blocks, chi_squared, draws, last, net, on, product, states
 
 import diffusion as d
@@ -188,11 +186,6 @@ def test_the_loss_is_the_kl_at_what_is_still_masked():
     assert moved and all(name.startswith("part.") for name in moved)
 
 
-def go(main, *argv):
-    with patch.object(sys, "argv", ["script.py", *argv]):
-        main()
-
-
 def same(a, b):
     return all(torch.equal(x, b[name]) for name, x in a.items())
 
@@ -200,11 +193,11 @@ def same(a, b):
 @pytest.mark.slow
 def test_a_layer_is_trained_resumed_and_used(project, capsys, slip):
     base = [*TINY, "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--lr=0.05", "--max_steps=6"]
-    go(training.main, *base, "--out_dir=net", "--warmup=1")
+    run(training.main, *base, "--out_dir=net", "--warmup=1")
     flags = ["--method=adjust", "--ckpt=net", "--device=cpu", "--lr_schedule=constant", "--n_eval=4"]
-    go(training.main, *flags, "--max_steps=4", "--out_dir=whole")
-    go(training.main, *flags, "--max_steps=2")
-    go(training.main, *flags, "--max_steps=4", "--resume")
+    run(training.main, *flags, "--max_steps=4", "--out_dir=whole")
+    run(training.main, *flags, "--max_steps=2")
+    run(training.main, *flags, "--max_steps=4", "--resume")
     whole, parts, plain = (checkpoint.load(name) for name in ("whole", "net_adjust", "net"))
     assert same(whole["model"], parts["model"]) and same(whole["ema"], parts["ema"])
     assert same(plain["ema"], whole["ema"]) and whole["ema"]["part.out.weight"].abs().max() > 0
@@ -212,12 +205,12 @@ def test_a_layer_is_trained_resumed_and_used(project, capsys, slip):
     use = ["--device=cpu", "--sampler=adjust", "--n_samples=3", "--prompt=ab."]
     texts = []
     for more in ([], ["--plain"]):
-        go(sample.main, "--ckpt=whole", *use, "--temperature=0", *more)
+        run(sample.main, "--ckpt=whole", *use, "--temperature=0", *more)
         texts.append(capsys.readouterr().out.splitlines()[1:-1])
     assert texts[0] == texts[1]
     assert "--method adjust" in slip(sample.main, argv=["--ckpt=net", *use])
     assert "every" in slip(sample.main, argv=["--ckpt=whole", *use, "--every=0"])
-    go(training.main, *base, "--out_dir=uniform", "--process=uniform")
+    run(training.main, *base, "--out_dir=uniform", "--process=uniform")
     for bad, says in (
         (["--ckpt=uniform"], "without a clock"),
         (["--ckpt=net", "--ahead=5"], "ahead is 5"),

@@ -4,14 +4,12 @@ are Bayes' rule on the chain of pairs (x_t, u), written out. Texts have the law 
 """
 
 import itertools
-import sys
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, slow
+from conftest import TINY, resumed, run, slow
 from exact import GENERATE, V3, agree, draws, last, net, noise, states
 
 import diffusion as d
@@ -22,7 +20,6 @@ from generate import ancestral
 from lab.sweep import SweepConfig, served
 from methods.audm import AUDM, reaudm
 from model import ModelConfig
-from run import checkpoint
 from run.restore import rebuild
 from samplers import SAMPLERS
 
@@ -359,20 +356,10 @@ def test_reaudm_repairs_and_asks_for_its_own_noise():
 # ----- the commands
 
 
-def run(main, *argv):
-    with patch.object(sys, "argv", ["script.py", *argv]):
-        main()
-
-
 def test_a_checkpoint_is_resumed_bit_for_bit_sampled_and_evaluated(project, capsys, slip):
     flags = [*TINY, "--method=audm", "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--n_samples=0"]
     flags += ["--lr_schedule=constant", "--n_eval=2"]
-    run(training.main, *flags, "--max_steps=4", "--out_dir=whole")
-    run(training.main, *flags, "--max_steps=2", "--out_dir=parts")
-    run(training.main, *flags, "--max_steps=4", "--out_dir=parts", "--resume")
-    whole, parts = (checkpoint.load(name) for name in ("whole", "parts"))
-    for part in ("model", "ema"):
-        assert all(torch.equal(whole[part][k], parts[part][k]) for k in whole[part])
+    whole, parts = resumed(training.main, *flags)
     assert whole["process"] == {"class": "methods.audm.AUDM", "arguments": {"vocab_size": 4}}
     cfg, _, _, model, process = rebuild("parts", torch.device("cpu"))
     assert type(process) is AUDM and model.embed.num_embeddings == 9

@@ -6,14 +6,12 @@ two halves of the range add up to the bound. The search finds what plain loops o
 import copy
 import json
 import math
-import sys
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, resumed, run
 from exact import V3, agree, net, noise, quadrature, states
 
 import diffusion as d
@@ -25,7 +23,6 @@ from methods import clipped
 from methods.clipped import LEAST, RANGES, Learner, Settings, at_rate, rates
 from model import ModelConfig, Transformer
 from rng import Noise
-from run import checkpoint
 
 MASK = V3
 PROCESS = d.Masked(V3 + 1, MASK)
@@ -248,20 +245,10 @@ def test_a_network_that_knows_nothing_is_trained_above_one_half():
 # ----- the commands
 
 
-def run(main, *argv):
-    with patch.object(sys, "argv", ["script.py", *argv]):
-        main()
-
-
 def test_a_checkpoint_is_resumed_bit_for_bit_sampled_and_evaluated(project, capsys, slip):
     flags = [*TINY, "--method=clipped", "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--n_samples=0"]
     flags += ["--lr_schedule=constant", "--n_eval=2", "--search_draws=1", "--low=0.2", "--eval_every=2"]
-    run(training.main, *flags, "--max_steps=4", "--out_dir=whole")
-    run(training.main, *flags, "--max_steps=2", "--out_dir=parts")
-    run(training.main, *flags, "--max_steps=4", "--out_dir=parts", "--resume")
-    whole, parts = (checkpoint.load(name) for name in ("whole", "parts"))
-    for part in ("model", "ema"):
-        assert all(torch.equal(whole[part][k], parts[part][k]) for k in whole[part])
+    whole, parts = resumed(training.main, *flags)
     ranges = whole["method"]["state"]["ranges"]
     assert ranges == parts["method"]["state"]["ranges"] and tuple(ranges[4]) in RANGES
     lines = [json.loads(line) for line in open("whole/log.jsonl", encoding="utf-8")]

@@ -10,14 +10,12 @@ import itertools
 import json
 import math
 import re
-import sys
 from collections import Counter
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import ROOT, TINY, slow
+from conftest import ROOT, TINY, run, slow
 from exact import (
     GENERATE,
     KINDS,
@@ -573,11 +571,6 @@ def test_every_text_is_json():
     made = texts(written("lesson", asked, model, process, [()] * 40, 8, steps=3, eos_id=len(chars) - 1))
     found = [json.loads(tokenizer.decode(text)) for text in made]
     assert all(set(one) == {"a", "b"} for one in found) and len({len(text) for text in made}) > 1
-
-
-def run(main, *argv):
-    with patch.object(sys, "argv", ["script.py", *argv]):
-        main()
 
 
 @pytest.mark.slow

@@ -447,7 +447,7 @@ def test_a_kill_then_other_settings(project, monkeypatch, capsys):
 def test_sigkill(project, monkeypatch):
     """A process with two workers, killed with SIGKILL, then with one, and no worker outlives it."""
     with open("docs.jsonl", "a") as f:
-        f.writelines(Path("docs.jsonl").read_text().splitlines(keepends=True) * 11)
+        f.writelines(Path("docs.jsonl").read_text().splitlines(keepends=True) * 44)
     prepare(monkeypatch, "openwebtext")
     want, rng, kills = made("openwebtext"), random.Random(2), 0
     for file in want:

@@ -6,12 +6,10 @@ distribution that enumeration gives. The masked network is not touched.
 
 import itertools
 import math
-import sys
-from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, resumed, run
 from exact import GENERATE, P_VALUE, agree, chi_squared, code, draws, last, net, product, states
 
 import diffusion as d
@@ -270,11 +268,6 @@ def test_an_energy_is_asked_inside_the_window():
 # ----- checkpoints and refusals
 
 
-def run(main, *argv):
-    with patch.object(sys, "argv", ["script.py", *argv]):
-        main()
-
-
 BASE = [
     *TINY,
     "--n_layers=1",
@@ -289,22 +282,18 @@ BASE = [
 def test_a_checkpoint_is_trained_resumed_sampled_and_evaluated(project, capsys):
     run(training.main, *BASE, "--block_sizes=1:0.25,4:0.75", "--max_steps=2", "--out_dir=base", "--lr=0.1")
     flags = [*BASE, "--method=edlm_nce", "--ckpt=base", "--eval_every=2"]
-    run(training.main, *flags, "--max_steps=4", "--out_dir=a")
-    run(training.main, *flags, "--max_steps=2", "--out_dir=b")
-    run(training.main, *flags, "--max_steps=4", "--out_dir=b", "--resume")
-    a, b, base = (checkpoint.load(name) for name in ("a", "b", "base"))
-    assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
+    (a, _), base = resumed(training.main, *flags), checkpoint.load("base")
     assert all(torch.equal(a[part][k], base["ema"][k]) for part in ("model", "ema") for k in base["ema"])
     assert not torch.equal(a["model"]["energy.join.weight"], a["ema"]["energy.join.weight"]), "it learns"
-    _, _, _, model, _ = rebuild("b", torch.device("cpu"))
+    _, _, _, model, _ = rebuild("parts", torch.device("cpu"))
     assert type(model) is EDLM
     capsys.readouterr()
     for sampler in ("edlm_nce --steps=4", "edlm_nce --candidates=4 --plain"):
         name, *own = sampler.split()
-        run(sample.main, "--ckpt=b", "--device=cpu", f"--sampler={name}", *own, "--n_samples=3")
+        run(sample.main, "--ckpt=parts", "--device=cpu", f"--sampler={name}", *own, "--n_samples=3")
         assert "NFE" in capsys.readouterr().out, sampler
     nats = []
-    for name in ("base", "b"):
+    for name in ("base", "parts"):
         run(evaluation.main, f"--ckpt={name}", "--device=cpu", "--n_eval=4", "--n_mc=1", "--plain")
         nats.append([line for line in capsys.readouterr().out.splitlines() if "block 4" in line])
     assert nats[0] == nats[1] and nats[0], "the bound of the masked network"

@@ -6,13 +6,11 @@ sampler has the distribution that enumeration gives. With alpha0 = 0 it is the A
 
 import itertools
 import math
-import sys
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, resumed, run
 from exact import GENERATE, agree, code, draws, entropy, enumerated_ar, last, net, states
 
 import diffusion as d
@@ -22,7 +20,6 @@ import train as training
 from methods import esolm
 from methods.esolm import EsoLM, EsoMasked, order_mask, order_of
 from rng import Noise
-from run import checkpoint
 from run.restore import rebuild
 
 V, L = 2, 3  # letters and length of the enumerable row; the mask is id 2
@@ -425,11 +422,6 @@ def test_diffusion_writes_a_share_alpha0_of_the_row():
 # ----- checkpoints and refusals
 
 
-def run(main, *argv):
-    with patch.object(sys, "argv", ["script.py", *argv]):
-        main()
-
-
 FLAGS = [*TINY, "--dataset=pairs", "--method=esolm", "--lr=0.1", "--warmup=1", "--lr_schedule=constant"]
 
 
@@ -443,13 +435,8 @@ def test_a_checkpoint_is_trained_resumed_sampled_and_evaluated(project, capsys, 
         "--n_samples=0",
         "--n_eval=4",
     ]
-    run(training.main, *flags, "--max_steps=4", "--out_dir=a")
-    run(training.main, *flags, "--max_steps=2", "--out_dir=b")
-    run(training.main, *flags, "--max_steps=4", "--out_dir=b", "--resume")
-    a, b = checkpoint.load("a"), checkpoint.load("b")
-    assert a["step"] == b["step"] == 4
-    assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
-    _, _, _, model, process = rebuild("b", torch.device("cpu"))
+    resumed(training.main, *flags)
+    _, _, _, model, process = rebuild("parts", torch.device("cpu"))
     assert type(model) is EsoLM and type(process) is EsoMasked and process.alpha0 == 0.3
     capsys.readouterr()
     more = ("arpc", "ar", "confidence", "esolm --alpha0=1") * sizes.startswith("1:")
@@ -458,7 +445,7 @@ def test_a_checkpoint_is_trained_resumed_sampled_and_evaluated(project, capsys, 
             name, *own = sampler.split()
             run(
                 sample.main,
-                "--ckpt=b",
+                "--ckpt=parts",
                 "--device=cpu",
                 f"--sampler={name}",
                 *own,
@@ -466,7 +453,7 @@ def test_a_checkpoint_is_trained_resumed_sampled_and_evaluated(project, capsys, 
                 "--n_samples=3",
             )
             assert "NFE" in capsys.readouterr().out, sampler
-    run(evaluation.main, "--ckpt=b", "--device=cpu", "--n_eval=8", "--n_mc=2")
+    run(evaluation.main, "--ckpt=parts", "--device=cpu", "--n_eval=8", "--n_mc=2")
     assert "nats" in capsys.readouterr().out
 
 

@@ -6,12 +6,10 @@ the equations. The loss is the usual one with a label, plus the classifier's.
 
 import itertools
 import math
-import sys
-from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import TINY, slow
+from conftest import TINY, resumed, run, slow
 from exact import KINDS, V3, Bayes, agree, draws, forward_probs, last, net, product, states
 
 import diffusion as d
@@ -36,7 +34,6 @@ from methods.guidance import (
 )
 from model import Transformer
 from rng import Noise
-from run import checkpoint
 from run.restore import rebuild
 from samplers import SAMPLERS
 
@@ -480,11 +477,6 @@ def test_a_rule_says_what_it_says():
 # ----- the commands
 
 
-def run(main, *argv):
-    with patch.object(sys, "argv", ["script.py", *argv]):
-        main()
-
-
 FLAGS = [*TINY, "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--method=guidance", "--label=6:1|2,8:3"]
 FLAGS += [
     "--lr_schedule=constant",
@@ -497,12 +489,7 @@ FLAGS += [
 
 
 def test_a_checkpoint_is_resumed_bit_for_bit_sampled_and_evaluated(project, capsys, slip):
-    run(training.main, *FLAGS, "--out_dir=whole", "--max_steps=4")
-    run(training.main, *FLAGS, "--out_dir=parts", "--max_steps=2")
-    run(training.main, *FLAGS, "--out_dir=parts", "--max_steps=4", "--resume")
-    one, two = (checkpoint.load(folder) for folder in ("whole", "parts"))
-    for part in ("model", "ema"):
-        assert all(torch.equal(v, two[part][k]) for k, v in one[part].items())
+    one, two = resumed(training.main, *FLAGS)
     assert one["method"]["settings"] == {"label": "6:1|2,8:3", "drop": 0.1, "classifier_layers": 1}
     assert one["model"]["label.weight"].abs().max() > 0, "the labels are learned"
     assert one["model"]["classifier.head.weight"].abs().max() > 0

@@ -5,13 +5,11 @@ The replay ends in the text that it follows. The network is not touched by train
 """
 
 import math
-import sys
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import TINY, slow
+from conftest import TINY, run, slow
 from exact import GENERATE, KINDS, V3, agree, last, net, on
 
 import sample
@@ -220,18 +218,13 @@ def test_blocks_are_those_that_training_charges():
     assert _shared.blocks_of(x0, given, nothing, 4) == []
 
 
-def go(main, *argv):
-    with patch.object(sys, "argv", ["script.py", *argv]):
-        main()
-
-
 def same(a, b):
     return all(torch.equal(x, b[name]) for name, x in a.items())
 
 
 def test_a_filter_is_trained_resumed_and_used(project, capsys, slip):
     base = [*TINY, "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--lr=0.05", "--max_steps=2"]
-    go(training.main, *base, "--out_dir=net", "--warmup=1")
+    run(training.main, *base, "--out_dir=net", "--warmup=1")
     flags = [
         "--method=learn2pd",
         "--ckpt=net",
@@ -240,9 +233,9 @@ def test_a_filter_is_trained_resumed_and_used(project, capsys, slip):
         "--lr_schedule=constant",
         "--n_eval=4",
     ]
-    go(training.main, *flags, "--max_steps=4", "--out_dir=whole")
-    go(training.main, *flags, "--max_steps=2")
-    go(training.main, *flags, "--max_steps=4", "--resume")
+    run(training.main, *flags, "--max_steps=4", "--out_dir=whole")
+    run(training.main, *flags, "--max_steps=2")
+    run(training.main, *flags, "--max_steps=4", "--resume")
     whole, parts, plain = (checkpoint.load(name) for name in ("whole", "net_learn2pd", "net"))
     assert same(whole["model"], parts["model"]) and same(whole["ema"], parts["ema"])
     assert same(plain["ema"], whole["ema"]), "the network is as it was"
@@ -254,13 +247,13 @@ def test_a_filter_is_trained_resumed_and_used(project, capsys, slip):
     capsys.readouterr()
     texts = {}
     for ckpt in ("net", "whole"):
-        go(sample.main, f"--ckpt={ckpt}", "--device=cpu", "--sampler=threshold", "--n_samples=3", "--plain")
+        run(sample.main, f"--ckpt={ckpt}", "--device=cpu", "--sampler=threshold", "--n_samples=3", "--plain")
         texts[ckpt] = capsys.readouterr().out.splitlines()[1:-1]
     assert texts["net"] == texts["whole"], "other samplers do not notice the filter"
     use = ["--device=cpu", "--sampler=learn2pd", "--n_samples=3", "--prompt=ab."]
-    go(sample.main, "--ckpt=whole", *use, "--temperature=0")
+    run(sample.main, "--ckpt=whole", *use, "--temperature=0")
     first = capsys.readouterr().out.splitlines()[1:-1]
-    go(sample.main, "--ckpt=whole", *use, "--temperature=0", "--plain")
+    run(sample.main, "--ckpt=whole", *use, "--temperature=0", "--plain")
     assert capsys.readouterr().out.splitlines()[1:-1] == first
     assert "--method learn2pd" in slip(sample.main, argv=["--ckpt=net", *use])
     assert "tau" in slip(sample.main, argv=["--ckpt=whole", *use, "--tau=1.5"])
@@ -272,8 +265,8 @@ def test_a_filter_is_trained_resumed_and_used(project, capsys, slip):
 
 def test_what_it_cannot_begin_with_is_refused(project, slip):
     base = [*TINY, "--dataset=pairs", "--max_steps=1"]
-    go(training.main, *base, "--out_dir=ar", "--block_sizes=1:1")
-    go(training.main, *base, "--out_dir=net", "--block_sizes=1:0.25,4:0.75")
+    run(training.main, *base, "--out_dir=ar", "--block_sizes=1:1")
+    run(training.main, *base, "--out_dir=net", "--block_sizes=1:0.25,4:0.75")
     for flags, says in (
         (["--ckpt=ar"], "block size 1 alone"),
         (["--ckpt=none"], "no checkpoint none"),

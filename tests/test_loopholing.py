@@ -4,12 +4,9 @@ of its two passes. A text begins without a latent, and each step hands its own t
 not read it.
 """
 
-import sys
-from unittest.mock import patch
-
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, run
 from exact import KINDS, V3, agree, last, net
 
 import diffusion as d
@@ -158,11 +155,6 @@ def test_the_ar_mode_does_not_depend_on_the_latent(kind):
     one = two_passes(model, process, x0, 1, t, "elbo", **how)[1]
     how = {"noise": Noise(3, torch.arange(4), torch.arange(8))}
     assert torch.equal(one, d.token_loss(model, process, x0, 1, t, "elbo", **how)[1])
-
-
-def run(main, *argv):
-    with patch.object(sys, "argv", ["script.py", *argv]):
-        main()
 
 
 def test_a_checkpoint_is_trained_resumed_loaded_sampled_and_evaluated(project, capsys):

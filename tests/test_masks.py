@@ -7,13 +7,11 @@ Growth changes block sizes and nothing else.
 import functools
 import itertools
 import math
-import sys
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, slow
+from conftest import TINY, resumed, run, slow
 from exact import P_VALUE, V3, Bayes, agree, chi_squared, entropy, net, states
 
 import diffusion as d
@@ -23,7 +21,6 @@ import sample
 import train as training
 from methods import masks
 from rng import Noise
-from run import checkpoint
 
 MASK = V3
 PROCESS = d.Masked(V3 + 1, MASK)
@@ -293,11 +290,6 @@ def test_a_timed_network_is_told_the_level_of_each_view():
 # ----- the commands
 
 
-def run(main, *argv):
-    with patch.object(sys, "argv", ["script.py", *argv]):
-        main()
-
-
 FLAGS = [*TINY, "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--method=masks", "--n_layers=1"]
 FLAGS += ["--lr_schedule=constant", "--eval_every=2", "--n_samples=0", "--n_eval=2"]
 
@@ -306,12 +298,7 @@ FLAGS += ["--lr_schedule=constant", "--eval_every=2", "--n_samples=0", "--n_eval
     "own", [[], pytest.param(["--masks=position", "--growth=2,4", "--stage_steps=3"], marks=pytest.mark.slow)]
 )
 def test_a_checkpoint_is_resumed_bit_for_bit_sampled_and_evaluated(project, capsys, own):
-    run(training.main, *FLAGS, *own, "--out_dir=whole", "--max_steps=4")
-    run(training.main, *FLAGS, *own, "--out_dir=parts", "--max_steps=2")
-    run(training.main, *FLAGS, *own, "--out_dir=parts", "--max_steps=4", "--resume")
-    one, two = (checkpoint.load(folder) for folder in ("whole", "parts"))
-    for part in ("model", "ema"):
-        assert all(torch.equal(v, two[part][k]) for k, v in one[part].items())
+    one, two = resumed(training.main, *FLAGS, *own)
     capsys.readouterr()
     run(sample.main, "--ckpt=parts", "--device=cpu", "--sampler=threshold")
     assert "NFE" in capsys.readouterr().out

@@ -6,13 +6,11 @@ written says what it says in training. The sampler has the distribution that enu
 
 import itertools
 import math
-import sys
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, resumed, run
 from exact import GENERATE, agree, code, draws, entropy, enumerated, last, net, states
 
 import diffusion as d
@@ -23,7 +21,6 @@ from methods import pgm
 from methods.pgm import BOTH, NOBODY, PGM, PGMBlock
 from model import ModelConfig
 from rng import Noise
-from run import checkpoint
 from run.restore import rebuild
 from samplers import SAMPLERS
 
@@ -362,11 +359,6 @@ def test_passes_and_tokens_are_counted():
 # ----- checkpoints and refusals
 
 
-def run(main, *argv):
-    with patch.object(sys, "argv", ["script.py", *argv]):
-        main()
-
-
 FLAGS = [*TINY, "--dataset=pairs", "--method=pgm", "--lr=0.1", "--warmup=1", "--lr_schedule=constant"]
 
 
@@ -380,20 +372,15 @@ def test_a_checkpoint_is_trained_resumed_sampled_and_evaluated(project, capsys):
         "--n_samples=0",
         "--n_eval=4",
     ]
-    run(training.main, *flags, "--max_steps=4", "--out_dir=a")
-    run(training.main, *flags, "--max_steps=2", "--out_dir=b")
-    run(training.main, *flags, "--max_steps=4", "--out_dir=b", "--resume")
-    a, b = checkpoint.load("a"), checkpoint.load("b")
-    assert a["step"] == b["step"] == 4
-    assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
-    _, _, _, model, _ = rebuild("b", torch.device("cpu"))
+    resumed(training.main, *flags)
+    _, _, _, model, _ = rebuild("parts", torch.device("cpu"))
     assert type(model) is PGM and len(model.layers) == 1 and len(model.decoder) == 2
     capsys.readouterr()
     for sampler in ("pgm", "pgm --even=false --plain", "ancestral"):
         name, *own = sampler.split()
-        run(sample.main, "--ckpt=b", "--device=cpu", f"--sampler={name}", *own, "--n_samples=3")
+        run(sample.main, "--ckpt=parts", "--device=cpu", f"--sampler={name}", *own, "--n_samples=3")
         assert "NFE" in capsys.readouterr().out, sampler
-    run(evaluation.main, "--ckpt=b", "--device=cpu", "--n_eval=8", "--n_mc=2")
+    run(evaluation.main, "--ckpt=parts", "--device=cpu", "--n_eval=8", "--n_mc=2")
     assert "nats" in capsys.readouterr().out
 
 

@@ -654,7 +654,7 @@ def test_intervals_are_over_seeds():
     mean, low, high = lab.interval(rows, "ancestral")
     assert (
         abs(mean - 0.3) < 1e-12
-        and abs(high - 0.3 - 4.30 * 0.1 / 3**0.5) < 1e-12
+        and abs(high - 0.3 - 4.303 * 0.1 / 3**0.5) < 1e-12
         and abs(high + low - 0.6) < 1e-12
     )
     assert lab.interval(rows[:1], "ancestral") == (0.2, 0.1, 0.2), "one seed: the interval over its texts"

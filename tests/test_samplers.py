@@ -1003,7 +1003,7 @@ SERVED = [(k, f) for k in KINDS for f in served(k)]
 
 
 def test_every_sampler_is_served_by_some_noise():
-    assert len(ALL) >= 22 and {f for _, f in SERVED} | {s.ar} == set(ALL.values())
+    assert len(ALL) == 26 and {f for _, f in SERVED} | {s.ar} == set(ALL.values())
 
 
 @pytest.mark.parametrize("kind, sampler", SERVED, ids=lambda v: getattr(v, "__name__", v))

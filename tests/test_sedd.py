@@ -4,13 +4,11 @@ enumerated ratios it is the entropy. Its step is the published product of a stag
 """
 
 import math
-import sys
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, slow
+from conftest import TINY, resumed, run, slow
 from exact import GENERATE, V3, agree, draws, last, net, noise, on, states
 
 import diffusion as d
@@ -19,7 +17,6 @@ import train as training
 from eval import main as evaluate
 from methods.sedd import SEDD
 from model import ModelConfig
-from run import checkpoint
 from run.restore import rebuild
 
 V, MASK = V3 + 1, V3
@@ -223,20 +220,10 @@ def test_ragged_prompts_are_served_by_every_sampler_of_masked_noise(path):
 # ----- the commands
 
 
-def run(main, *argv):
-    with patch.object(sys, "argv", ["script.py", *argv]):
-        main()
-
-
 def test_a_checkpoint_is_resumed_bit_for_bit_sampled_and_evaluated(project, capsys, slip):
     flags = [*TINY, "--method=sedd", "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--n_samples=0"]
     flags += ["--lr_schedule=constant", "--n_eval=2"]
-    run(training.main, *flags, "--max_steps=4", "--out_dir=whole")
-    run(training.main, *flags, "--max_steps=2", "--out_dir=parts")
-    run(training.main, *flags, "--max_steps=4", "--out_dir=parts", "--resume")
-    whole, parts = (checkpoint.load(name) for name in ("whole", "parts"))
-    for part in ("model", "ema"):
-        assert all(torch.equal(whole[part][k], parts[part][k]) for k in whole[part])
+    whole, parts = resumed(training.main, *flags)
     cfg, _, _, _, process = rebuild("parts", torch.device("cpu"))
     assert type(process) is SEDD and cfg.objective == "elbo"
     run(sample.main, "--ckpt=parts", "--device=cpu", "--steps=2", "--n_samples=3")

@@ -5,13 +5,11 @@ The sampler follows its rule, written out in plain loops.
 """
 
 import math
-import sys
-from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import TINY, resumed, run
 from exact import V3, agree, last, net
 
 import diffusion as d
@@ -25,7 +23,6 @@ from methods import selfcond
 from methods.selfcond import SelfConditioned, TwoPasses, next_token_nats, self_conditioned
 from model import Transformer
 from rng import Noise
-from run import checkpoint
 from run.restore import rebuild
 from samplers import SAMPLERS
 
@@ -337,11 +334,6 @@ def test_any_request_is_served(run):
 # ----- the commands
 
 
-def run(main, *argv):
-    with patch.object(sys, "argv", ["script.py", *argv]):
-        main()
-
-
 FLAGS = [*TINY, "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--method=selfcond", "--n_layers=1"]
 FLAGS += [
     "--lr_schedule=constant",
@@ -354,12 +346,7 @@ FLAGS += [
 
 
 def test_a_checkpoint_is_resumed_bit_for_bit_sampled_and_evaluated(project, capsys):
-    run(training.main, *FLAGS, "--out_dir=whole", "--max_steps=4")
-    run(training.main, *FLAGS, "--out_dir=parts", "--max_steps=2")
-    run(training.main, *FLAGS, "--out_dir=parts", "--max_steps=4", "--resume")
-    one, two = (checkpoint.load(folder) for folder in ("whole", "parts"))
-    for part in ("model", "ema"):
-        assert all(torch.equal(v, two[part][k]) for k, v in one[part].items())
+    one, two = resumed(training.main, *FLAGS)
     assert one["method"]["settings"] == {"self_cond_rate": 0.5, "ar_weight": 1.0}
     assert one["config"]["time_conditioning"] == "false" and one["config"]["process"] == "uniform"
     assert one["model"]["signal.3.weight"].abs().max() > 0, "the signal is learned"

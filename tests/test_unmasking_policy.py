@@ -5,13 +5,11 @@ of the gradient that training takes is the derivative of the expected reward.
 """
 
 import math
-import sys
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import TINY, slow
+from conftest import TINY, run, slow
 from exact import GENERATE, KINDS, V3, agree, last, net, on, states
 
 import sample
@@ -182,11 +180,6 @@ def test_a_group_is_one_puzzle_and_the_baseline_is_the_others():
         agree(alone[1], reward[3 * row : 3 * row + 3])
 
 
-def go(main, *argv):
-    with patch.object(sys, "argv", ["script.py", *argv]):
-        main()
-
-
 def same(a, b):
     return all(torch.equal(x, b[name]) for name, x in a.items())
 
@@ -194,24 +187,24 @@ def same(a, b):
 @pytest.mark.slow
 def test_a_policy_is_trained_resumed_and_used(project, capsys, slip):
     base = [*TINY, "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--lr=0.05", "--max_steps=4"]
-    go(training.main, *base, "--out_dir=net", "--warmup=1")
+    run(training.main, *base, "--out_dir=net", "--warmup=1")
     flags = ["--method=unmasking_policy", "--ckpt=net", "--batch_size=4", "--group=2", "--device=cpu"]
     flags += ["--policy_width=8", "--n_eval=4"]
     flags += ["--lr_schedule=constant", "--log_every=1"]
-    go(training.main, *flags, "--max_steps=4", "--out_dir=whole")
-    go(training.main, *flags, "--max_steps=2")
-    go(training.main, *flags, "--max_steps=4", "--resume")
+    run(training.main, *flags, "--max_steps=4", "--out_dir=whole")
+    run(training.main, *flags, "--max_steps=2")
+    run(training.main, *flags, "--max_steps=4", "--resume")
     whole, parts, plain = (checkpoint.load(name) for name in ("whole", "net_policy", "net"))
     assert same(whole["model"], parts["model"]) and same(whole["ema"], parts["ema"])
     assert same(plain["ema"], whole["ema"]), "the network is as it was"
     assert all({"right", "passes", "reward"} <= set(r) for r in checkpoint.logged("whole") if "loss" in r)
     (project / "data/pairs/prepare.py").write_text("def check(text):\n    return 1, 1\n", encoding="utf-8")
-    go(training.main, *flags, "--max_steps=1", "--out_dir=checked")
+    run(training.main, *flags, "--max_steps=1", "--out_dir=checked")
     assert [r["right"] for r in checkpoint.logged("checked") if "right" in r] == [1.0]
     capsys.readouterr()
     use = ["--device=cpu", "--sampler=policy", "--n_samples=3", "--prompt=ab."]
     for more in ([], ["--plain"]):
-        go(sample.main, "--ckpt=whole", *use, "--temperature=0", *more)
+        run(sample.main, "--ckpt=whole", *use, "--temperature=0", *more)
     first = capsys.readouterr().out.splitlines()
     half = len(first) // 2
     assert first[1 : half - 1] == first[half + 1 : -1]
