@@ -248,6 +248,12 @@ def main():
                     strict=True,
                 )
             )
+            if layers and any(got["why"] in ("no boundary", "no sandbox") for got in answers.values()):
+                bar.close()
+                die(
+                    f"sandbox: the kernel offers no boundary any more; {len(lines)} questions are in {out}",
+                    "the same command on a Linux machine that does, which goes on",
+                )
             for i in here:
                 question, gold = asked[i]
                 got = answers.get(i, {"answer": None, "why": "prompt too long"})

@@ -13,12 +13,15 @@ A row of the table is an entry of ROWS in a file of methods/:
         "paper": "2510.19304",               its arXiv id
         "claim": "more right in 4 steps",    what it says that can be seen here
         "train": "--method loopholing",      flags of train.py, behind config/zoo/TASK.toml
-        "control": "",                       the control's; in "train", {control} is its folder
+        "control": "",                       the control's; in "train", {control} is its folder, and {row}
+                                             the length of a row in both
         "sampler": "loopholing",             with options as in "psi kappa=pc"; default ancestral
         "control_sampler": "ancestral",      default ancestral
         "by": "right 4",                     what decides: percent right in so many steps ("right pace": at
                                              its own pace), or "nats 16", the bound
         "control_by": "right 4",             the same of the control; default "by"
+        "block": "row",                      the block size of texts and nats: 16, the default, or the whole
+                                             row; then "by" may be "nats row"
         "tasks": ["sudoku", "digits"],       default both
     }]
 
@@ -50,6 +53,7 @@ HEAD = "# The zoo"
 TASKS = ("sudoku", "digits")
 STEPS = (1, 2, 4, 8, 16)
 BLOCK = 16  # the larger block size of config/zoo
+ROW = {"sudoku": 32, "digits": 64}  # tokens of a row there
 
 
 @dataclass
@@ -74,6 +78,7 @@ def entries(names):
     for name in names:
         for row in getattr(methods.load(name), "ROWS", []):
             defaults = {"sampler": "ancestral", "control_sampler": "ancestral", "tasks": list(TASKS)}
+            defaults |= {"block": BLOCK}
             found.append((name, {**defaults, "control_by": row["by"], **row}))
     return found
 
@@ -91,7 +96,7 @@ def code_of(flags):
 
 def folder(cfg, task, flags, seed, control=""):
     """Where a network lies. Another recipe, control, or code of its method, is another place."""
-    whole = flags.replace("{control}", control or "masked")
+    whole = flags.replace("{control}", control or "masked").replace("{row}", str(ROW[task]))
     words = re.sub(r"[^A-Za-z0-9.]+", "_", whole).strip("_") or "masked"
     recipe = hashlib.sha256(Path(f"config/zoo/{task}.toml").read_bytes()).hexdigest()[:4]
     return f"{cfg.out}/{task}-{recipe}/{words}{code_of(flags)}/{seed}"
@@ -104,11 +109,17 @@ def steps_of(sampler):
     return [n for n in STEPS if n > 1 or sampler != "arpc"]  # of one step ARPC guides none
 
 
+def block_of(row, task):
+    """The block size of a row's texts and bounds."""
+    return ROW[task] if row["block"] == "row" else row["block"]
+
+
 def trained(cfg, task, flags, seed, control, may_begin):
     """(the folder of a network, seconds), trained now if need be and if may_begin(); else (None, 0)."""
     out_dir, began = Path(folder(cfg, task, flags, seed, control)), time.time()
     beside = folder(cfg, task, control, seed)
-    argv = [*flags.replace("{control}", beside).split(), f"--seed={seed}", f"--out_dir={out_dir}"]
+    flags = flags.replace("{control}", beside).replace("{row}", str(ROW[task]))
+    argv = [*flags.split(), f"--seed={seed}", f"--out_dir={out_dir}"]
     state = checkpoint.load(out_dir) if (out_dir / "ckpt.pt").exists() else None
     if state is None or state["step"] < state["config"]["max_steps"]:
         if not may_begin():
@@ -132,7 +143,7 @@ def compared(cfg, task, row, seed, lines, may_begin):
     asked = [("control", control, row["control_sampler"], took), ("system", system, row["sampler"], took_too)]
     for side, out_dir, sampler, seconds in asked:
         name, own = asked_for([sampler])[0]
-        plan = [[name, own, BLOCK, n] for n in steps_of(name)]
+        plan = [[name, own, block_of(row, task), n] for n in steps_of(name)]
         label = str(out_dir.relative_to(cfg.out))
         found[side] = measured(label, seed, out_dir, cfg, lines, seconds, plan)
     return found
@@ -145,7 +156,8 @@ def number(results, sampler, by):
     """What decides, for one side: percent right, or nats."""
     what, at = by.split()
     if what == "nats":
-        return results["nats"][at][0]
+        largest = max(results["nats"], key=int)
+        return results["nats"][largest if at == "row" else at][0]
     key = sampler.split()[0] + ("" if at == "pace" else f" {at}")
     return 100 * results["correct"][key]["accuracy"]
 
@@ -212,16 +224,16 @@ are the defaults of its file.
 
 ## What was measured
 
-Nats per token of blocks of {BLOCK} and of block size 1. Then, for each number of steps a block: percent
-right, token-forwards a token, and different right answers. Means over seeds, in brackets the smallest and the
-largest.
+Nats per token of the largest blocks ({BLOCK}, or a whole row) and of block size 1. Then, for each number of
+steps a block: percent right, token-forwards a token, and different right answers. Means over seeds, in
+brackets the smallest and the largest.
 
-| row | task | sampler | seconds of training | nats {BLOCK} | nats 1 | {head} | own pace |
+| row | task | sampler | seconds of training | nats | nats 1 | {head} | own pace |
 | --- | --- | --- | --- | --- | --- |{" --- |" * (len(STEPS) + 1)}""")
     for name, row, task, several in table:
         for side, sampler in (("system", row["sampler"]), ("control", row["control_sampler"])):
             bound = [over_seeds([f[side]["nats"][b][0] for f in several if b in f[side]["nats"]], 3)
-                     for b in (str(BLOCK), "1")]  # fmt: skip
+                     for b in (str(block_of(row, task)), "1")]  # fmt: skip
             seconds = statistics.mean(found[side]["train_seconds"] for found in several)
             label = row["system"] + (", control" if side == "control" else "")
             cells = " | ".join(bound) + " | " + at_steps(several, side, sampler)

@@ -283,3 +283,17 @@ def esolm(block, *, alpha0=-1.0, shared=True):
         at, real = torch.cat((at, masks), dim=1), torch.cat((real, mine), dim=1)
         block.live = block.live & (step > k).any(1)
         yield
+
+
+ROWS = [
+    {
+        "system": "Eso-LM",
+        "paper": "2506.01928",
+        "claim": "fewer nats than masked diffusion of the whole row",
+        "train": "--method esolm --block_sizes {row}:1",
+        "control": "--block_sizes {row}:1 --objective elbo",
+        "sampler": "esolm",
+        "by": "nats row",
+        "block": "row",
+    }
+]

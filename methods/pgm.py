@@ -270,3 +270,17 @@ def pgm(block, *, even=True):
         block.write(block.x.scatter(1, ask, y))
         block.live = block.live & (block.open & (step > k)).any(1)
         yield
+
+
+ROWS = [
+    {
+        "system": "PGM",
+        "paper": "2505.18883",
+        "claim": "fewer nats than masked noise with complementary masks",
+        "train": "--method pgm --block_sizes {row}:1",
+        "control": "--method masks --masks complementary --block_sizes {row}:1",
+        "sampler": "pgm",
+        "by": "nats row",
+        "block": "row",
+    }
+]

@@ -630,6 +630,22 @@ def test_a_signal_stops_it_after_a_batch_and_the_same_command_goes_on(home, caps
 
 
 @needs_boundary
+def test_a_boundary_that_is_lost_on_the_way_makes_no_answer_wrong(home, monkeypatch, slip):
+    ask("--out=whole.jsonl")
+    real, calls = sandbox.run, []
+
+    def lost(*args, **how):
+        calls.append(1)
+        return real(*args, **how) if len(calls) <= 3 else {"answer": None, "why": "no boundary", "layers": ()}
+
+    monkeypatch.setattr(sandbox, "run", lost)
+    assert "no boundary any more; 2 questions are in" in slip(gsm8k.main, argv=ARGV)
+    monkeypatch.setattr(sandbox, "run", real)
+    ask()
+    assert Path("out/toy/gsm8k.jsonl").read_text() == Path("whole.jsonl").read_text()
+
+
+@needs_boundary
 def test_slips_end_in_two_lines(home, slip, monkeypatch):
     for argv, says in (
         (["--input=none.jsonl"], "none.jsonl"),

@@ -19,7 +19,7 @@ def test_every_row_is_complete():
         what, at = row["by"].split()
         assert what in ("nats", "right") and row["control_by"].split()[0] == what, name
         assert set(row) == {"system", "paper", "claim", "train", "control", "sampler", "control_sampler",
-                            "by", "control_by", "tasks"}  # fmt: skip
+                            "by", "control_by", "block", "tasks"}  # fmt: skip
         for side, by in (("sampler", "by"), ("control_sampler", "control_by")):
             sampler = zoo.asked_for([row[side]])[0][0]
             at = row[by].split()[1]
