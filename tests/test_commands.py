@@ -261,6 +261,7 @@ def test_a_command_of_lab_runs_as_a_file_too(home, name):
     assert "\n    --" in call(home, ROOT / f"lab/{name}.py", "--help")
 
 
+@pytest.mark.slow
 def test_sweeping_samplers(home, here):
     flags = (
         "--n_eval=4",
@@ -618,6 +619,7 @@ def test_texts_are_made_in_the_dtype_that_was_asked_for(home, monkeypatch, slip,
     assert "dtype cannot be half" in slip(command.main, argv=[*argv, "--dtype=half"])
 
 
+@pytest.mark.slow
 def test_bench(tmp_path, monkeypatch):
     """In this process, where nothing is imported again for a peak: these peaks mean nothing."""
     monkeypatch.setattr(bench, "fresh", lambda f, *args: f(*args))

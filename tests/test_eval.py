@@ -65,9 +65,7 @@ def setup(kind, **kw):
     return process, net(process, **BOUND[kind], **kw).double()
 
 
-@pytest.mark.parametrize(
-    "kind, b", slow(itertools.product(BOUND, (2, 4)), [("masked", 4), ("uniform denoiser, timed", 4)])
-)
+@pytest.mark.parametrize("kind, b", slow(itertools.product(BOUND, (2, 4)), [("masked", 4)]))
 def test_bounds_are_the_enumerated_ones_and_their_errors_hold(kind, b):
     """
     Against quadrature over t and every x_t: the mean of many runs is the bound, and in at least 90 % of them
@@ -835,6 +833,7 @@ def test_a_verdict_needs_seeds_and_a_side():
     assert paper.verdict([5.0])[0] == "undecided" and paper.verdict([])[0] == "undecided"
 
 
+@pytest.mark.slow
 def test_one_row_of_the_paper_is_made_again_and_no_other(toys, monkeypatch, capsys, slip):
     """Two rows and two seeds; then a changed TOML trains that row anew, and a killed training goes on."""
     monkeypatch.chdir(toys)

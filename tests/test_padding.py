@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, slow
 from exact import P_VALUE, Bayes, agree, chi_squared, entropy, last, net, noise, speed
 
 import diffusion as d
@@ -304,11 +304,14 @@ def bent(schedule):
     return at
 
 
-@pytest.mark.parametrize("kind, b, schedule", [
+PRINTED = [
     *((kind, b, "loglinear") for kind in NOISES for b in (4, L)),
     *((kind, L, "cosine") for kind in NOISES if "random" not in kind),
     *((kind, 1, "loglinear") for kind in ("masked", "uniform loo", "uniform, random AR")),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("kind, b, schedule", slow(PRINTED, PRINTED[:14:2] + PRINTED[-2:]))
 def test_the_loss_that_training_prints_is_the_entropy_of_the_texts(kind, b, schedule, on_disk, monkeypatch):
     """
     The objective elbo, in nats over real tokens: within 4 standard errors over steps, which contain those

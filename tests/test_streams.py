@@ -50,7 +50,10 @@ def test_a_run_goes_on_when_nobody_reads(project, ending):
 def test_ctrl_c_ends_a_command_without_a_traceback(project):
     shell(f"python ROOT/train.py {' '.join(RUN)} --max_steps=1")
     argv = [sys.executable, ROOT / "sample.py", "--ckpt=out/run", "--n_samples=4000", "--device=cpu"]
-    p = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a job behind nohup ignores it
+    p = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", preexec_fn=heard
+    )
     assert "cpu" in p.stdout.readline() and "sample 1" in p.stdout.readline()
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)
