@@ -97,9 +97,8 @@ SHARP = {
 }  # seeds whose tokens depend on each other
 
 
-@pytest.mark.slow  # of psi, test_remdm_draws_its_kernel and test_psi_profiles stay
-@pytest.mark.parametrize("kind", SHARP)
-@PATHS
+@pytest.mark.slow  # of psi, test_psi_profiles stays
+@pytest.mark.parametrize("path, kind", [*(("fast", kind) for kind in SHARP), ("lesson", "masked")])
 def test_psi_draws_its_kernel_and_kappa_1_is_ancestral(path, kind):
     model, process = setup(kind, *SHARP[kind], path)
     plain = chain(model, process, 3, GRID[3], reverse(process))
@@ -502,9 +501,12 @@ def arpc_by_hand(kind, b, seed, soft, corruption, metric, guided=(0, 1)):
 
 
 FEW = [("fast", *ARPC_NETS[1], "ar", "nll"), ("fast", *ARPC_NETS[0], "divergence", "kl")]
-ALL_ARPC = [("fast", *net, *m) for m in METRICS for net in ARPC_NETS] + [
-    ("lesson", *net, *m) for m in METRICS for net in ARPC_NETS[:2]
-]
+ALL_ARPC = [
+    *FEW,
+    *(("fast", *ARPC_NETS[i % 2], *m) for i, m in enumerate(METRICS)),
+]  # a network for each score
+ALL_ARPC += [("fast", *net, "ar", "nll") for net in ARPC_NETS] + [("lesson", *ARPC_NETS[0], "ar", "nll")]
+ALL_ARPC = list(dict.fromkeys(ALL_ARPC))
 
 
 @pytest.mark.parametrize("path, kind, b, seed, soft, corruption, metric", slow(ALL_ARPC, FEW))
@@ -784,10 +786,15 @@ def by_the_rule(kind, seed, soft, rule, steps, b):
     return dense(found, b), any(exits)
 
 
+QUICK_RULES = [("fast", *rule) for rule in RULES[1:8:2]]
+ALL_RULES = [("fast", *rule) for rule in RULES] + [("lesson", *rule) for rule in RULES[1::3]]
+
+
 @pytest.mark.parametrize(
-    "sampler, options, rule, steps", slow(RULES, RULES[1:8:2]), ids=lambda v: getattr(v, "__name__", None)
+    "path, sampler, options, rule, steps",
+    slow(ALL_RULES, QUICK_RULES),
+    ids=lambda v: getattr(v, "__name__", None),
 )
-@FAST_FIRST
 def test_committing_samplers_follow_their_rule(path, sampler, options, rule, steps):
     """And the test tells every rule from every other."""
     net_of = ("masked", 18, 2.0)
@@ -819,8 +826,10 @@ def test_on_uniform_noise_they_keep_flags_and_refill_with_fresh_noise(
 # ----- the AR mode as a guide
 
 
-@pytest.mark.parametrize("kind", slow(["masked", "uniform denoiser, ar token", "uniform loo"], ["masked"]))
-@FAST_FIRST
+EDLM = [("fast", kind) for kind in ("masked", "uniform denoiser, ar token", "uniform loo")]
+
+
+@pytest.mark.parametrize("path, kind", slow([*EDLM, ("lesson", "masked")], EDLM[:1]))
 def test_edlm_chooses_by_p_ar_over_p(path, kind):
     """
     Two candidates, two steps on two tokens: every pair of candidates enumerated; the AR mode asked token by
@@ -908,17 +917,12 @@ RULES_OF_DRAFTS = [
     ("diffusion", "coupled"),
     ("random", "coupled"),
 ]
-KINDS_OF_DRAFTS = [(k, *how) for how in RULES_OF_DRAFTS for k in ("masked", "uniform denoiser, ar token")]
+DRAFTED = [("fast", k, *how) for how in RULES_OF_DRAFTS for k in ("masked", "uniform denoiser, ar token")]
+DRAFTED += [("lesson", "masked", "diffusion", "rejection"), ("lesson", "masked", "merged", "coupled")]
+QUICK_DRAFTS = [("fast", *draft[1:]) for draft in DRAFTED[-2:]]
 
 
-@pytest.mark.parametrize(
-    "kind, draft, rule",
-    slow(
-        KINDS_OF_DRAFTS,
-        [("masked", "diffusion", "rejection"), ("masked", "merged", "coupled")],
-    ),
-)
-@FAST_FIRST
+@pytest.mark.parametrize("path, kind, draft, rule", slow(DRAFTED, QUICK_DRAFTS))
 def test_speculation_draws_the_ar_distribution_of_whole_blocks(path, kind, draft, rule, monkeypatch):
     model, process = setup(kind, {"masked": 0, "uniform denoiser, ar token": 45}[kind], 0.5, path)
     p = ar_blocks(model, process, 3)
