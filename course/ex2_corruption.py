@@ -18,7 +18,7 @@ Think first: with uniform noise and V = 4, how often is x_t = x_0 at alpha = 0.5
 
 import torch
 
-from diffusion import column  # column(alpha, x0): alpha as a tensor that fits x0
+from diffusion import column
 
 
 def corrupt(process, x0, alpha, noise):
@@ -29,5 +29,7 @@ def corrupt(process, x0, alpha, noise):
     x0        (B, L) int64, clean
     alpha     a number, or a tensor (B,), one a row, or (B, 1), or (B, L)
     noise     noise.uniform(n) gives (B, L, n) random numbers in (0, 1]; another call gives new ones
+
+    Useful: column(alpha, x0) makes any of these alphas fit x0.
     """
     ...

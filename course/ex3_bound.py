@@ -18,7 +18,7 @@ Think first: a new network gives all V tokens the same probability. Why is its b
 
 import torch
 
-from diffusion import column, pick  # column(alpha, logits) fits (B, L); pick(x, ids): x (B, L, V) at ids (B, L)
+from diffusion import column, pick
 
 
 def nll(process, logits, x0, xt, alpha, dalpha):
@@ -30,5 +30,7 @@ def nll(process, logits, x0, xt, alpha, dalpha):
                    never the answer: process.loo_logits(logits) puts -inf there
     x0, xt         (B, L) int64, clean and noisy
     alpha, dalpha  alpha_t and its slope alpha'_t < 0: numbers, or tensors (B,), (B, 1) or (B, L)
+
+    Useful: column(alpha, logits) makes alpha fit (B, L). pick(x, ids) is x (B, L, V) at ids (B, L).
     """
     ...

@@ -22,7 +22,7 @@ Think first: why must the judge be p_AR, when D has seen the whole block?
 
 import torch
 
-from samplers.pieces import top  # top(score, n, among): bool (R, b), the n (R,) highest among some; ties go left
+from samplers.pieces import top
 
 
 def arpc(block):
@@ -38,6 +38,7 @@ def arpc(block):
     block.verify(y) logits (R, b, V) of p_AR for a whole guess y: one pass
     block.process   .loo_logits(logits, block.x, 0.0) rules the mask out
     block.prior(noise)   pure noise
+    top(score, n, among)  bool: the n (R,) highest scores among some positions; ties go left
     """
     ...
     yield

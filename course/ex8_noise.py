@@ -3,7 +3,8 @@ Exercise 8: a noise of your own
 
 A noise process says how a token becomes noise:  q(x_t | x_0) = a onehot(x_0) + m, for alpha from 1 (clean)
 to 0 (pure noise). Masked noise has a = alpha and m = (1 - alpha) onehot(mask), uniform noise a = alpha and
-m = (1 - alpha) / V. Loss, bound, reverse step and samplers follow from a and m (NoiseProcess in diffusion.py).
+m = (1 - alpha) / V. Loss, bound, reverse step and samplers follow (NoiseProcess in
+diffusion.py).
 
 Invent one, and write `mixing`. Some ideas: frequent tokens are likelier noise; only some
 tokens are noise; masks and random tokens together (methods/gidd.py, arXiv 2503.04482). The rules:

@@ -271,6 +271,7 @@ class Watchdog(threading.Thread):
         while frame is not None and frame.f_code.co_filename != self.file:
             frame = frame.f_back
         where = place(self.file, frame.f_lineno) if frame else short(self.file)
-        print(f"stopped after {self.seconds} seconds, your function had not ended\n  {shown(where)}", flush=True)
-        print("why    a loop that never ends? Or loops over more than they need", flush=True)
+        print(f"stopped after {self.seconds} seconds: your function had not ended")
+        print(f"       {shown(where)}")
+        print("why    a loop that never ends? Or far more loops than it takes", flush=True)
         os._exit(1)

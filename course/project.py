@@ -8,7 +8,7 @@ import torch
 
 from run.cli import die
 
-STEPS = 150  # of training: about a minute on 2 CPU cores
+TRAIN = ["--max_steps=150", "--eval_every=150", "--warmup=20", "--out_dir=out/course"]
 
 
 @contextlib.contextmanager
@@ -34,22 +34,24 @@ def call(main, *words):
         sys.argv = argv
 
 
-def train(*words, steps=STEPS):
-    """train.py for a few steps; its data is made first, if it is not there."""
+def train(*words):
+    """train.py for a few steps."""
     import train as training
 
     need_sudoku()
-    few = [f"--max_steps={steps}", f"--eval_every={steps}", "--warmup=20", "--out_dir=out/course"]
-    call(training.main, *words, *few)
+    call(training.main, *words, *TRAIN)
 
 
 def need_sudoku():
     if not Path("data/sudoku/train.bin").exists():
-        die("the runs of the course train on sudokus, and data/sudoku is empty", "python data/sudoku/prepare.py")
+        die(
+            "the runs of the course train on sudokus, and data/sudoku is empty",
+            "python data/sudoku/prepare.py",
+        )
 
 
 def network(ckpt, default, noise):
-    """(settings, model, process) of a run, as the lesson stands. noise: what it must have, masked or uniform."""
+    """(settings, model, process) of a run, as the lesson stands. noise: what it must have."""
     from run.restore import rebuild
 
     folder = ckpt or default

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("data", "fast", "hub", "lab", "methods", "run", "samplers")
+FOLDERS = ("course", "data", "fast", "hub", "lab", "methods", "run", "samplers")
 CODE = [*ROOT.glob("*.py"), *(p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py")))]
 PAGES = {
     str(p.relative_to(ROOT)): p
@@ -156,7 +156,9 @@ def flags_of(program):
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(
-            {"distill.py": "train"}.get(program, program.removeprefix("-m ").removesuffix(".py"))
+            {"distill.py": "train", "-m course": "course.__main__"}.get(
+                program, program.removeprefix("-m ").removesuffix(".py")
+            )
         )
     configs = [
         x
@@ -182,6 +184,7 @@ def test_commands_use_programs_and_flags_that_exist(page):
         if program.startswith(OTHERS) or program in made or "NAME" in program:
             continue
         file = program.removeprefix("-m ").replace(".", "/") + ".py" if program.startswith("-m ") else program
+        file = "course/__main__.py" if program == "-m course" else file
         assert (ROOT / file).exists(), f"{page}: python {program}"
         known = flags_of(program) | (METHODS_OF_RECIPES | {"alpha"} if page == "CONTRIBUTING.md" else set())
         for flag in re.findall(r"(?<=\s)--([\w-]+)", words):
@@ -198,6 +201,7 @@ def test_flags_in_the_text_are_those_of_some_program(page):
         "eval.py",
         *(f"-m lab.{m}" for m in ("quality", "sweep", "gsm8k", "bench", "paper", "plots")),
     ]
+    programs += ["-m course"]
     programs += sorted(f"data/{p.parent.name}/prepare.py" for p in (ROOT / "data").glob("*/prepare.py"))
     known = set().union(*map(flags_of, programs)) | METHODS_OF_RECIPES
     # torchrun's

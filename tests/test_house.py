@@ -5,6 +5,8 @@ Imports inside functions count like those at the top. The order, each importing 
 
     the lesson (rng, model, diffusion, kernels, options, generate), samplers and methods, fast, run, hub, lab
 
+course/ stands beside lab: it imports all but hub and lab, and nothing imports it.
+
 train.py, sample.py, eval.py and distill.py are commands on top: they import anything but lab, and lab and
 tests import them. Beside the order, run/cli.py is for everybody and imports the standard library alone; data/
 is for run, hub, lab and the commands, and needs hub/download.py, which needs run/cli.py.
@@ -19,7 +21,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LESSON = ("rng", "model", "diffusion", "kernels", "options", "generate")
 COMMANDS = ("train", "sample", "eval", "distill")
-FOLDERS = ("samplers", "methods", "fast", "run", "hub", "lab", "data")
+FOLDERS = ("samplers", "methods", "fast", "run", "hub", "lab", "data", "course")
 BELOW = {  # what a file may import, by where it lies
     "lesson": {"lesson"},
     "samplers": {"lesson", "samplers"},
@@ -28,6 +30,7 @@ BELOW = {  # what a file may import, by where it lies
     "run": {"lesson", "samplers", "methods", "fast", "run", "data"},
     "hub": {"lesson", "samplers", "methods", "fast", "run", "hub", "data"},
     "lab": {"lesson", "samplers", "methods", "fast", "run", "hub", "data", "lab", "commands"},
+    "course": {"lesson", "samplers", "methods", "run", "data", "course", "commands"},
     "data": {"data"},
     "commands": {"lesson", "samplers", "methods", "fast", "run", "hub", "data"},
 }
@@ -154,7 +157,7 @@ def test_the_reader_of_flags_needs_nothing():
         ("run.checkpoint", "hub.published"), ("run.machine", "lab.bench"), ("run.training", "train"),
         ("run.cli", "rng"), ("hub.published", "lab.quality"), ("hub.download", "data.tokens"),
         ("data.corpus", "run.machine"), ("data.dataset", "fast"), ("data.sudoku.prepare", "lab.sandbox"),
-        ("eval", "lab.quality"), ("eval", "train"), ("sample", "train"),
+        ("lab.paper", "course.harness"), ("course.harness", "lab.quality"), ("eval", "lab.quality"), ("eval", "train"), ("sample", "train"),
     ],
 )  # fmt: skip
 def test_an_arrow_the_wrong_way_is_seen(name, other):
@@ -188,7 +191,9 @@ def without_encoding(source):
     return lines
 
 
-@pytest.mark.parametrize("folder", [".", "run", "hub", "data", "methods", "samplers", "fast", "lab"])
+@pytest.mark.parametrize(
+    "folder", [".", "run", "hub", "data", "methods", "samplers", "fast", "lab", "course"]
+)
 def test_text_files_are_utf8_on_every_system(folder):
     files = sorted(ROOT.glob("*.py") if folder == "." else (ROOT / folder).rglob("*.py"))
     wrong = []

@@ -154,11 +154,11 @@ SLIPS = {
         kind == "clean" and other == "noisy" or rule(kind, i, other, j, b)
     ),
     "True and False are exchanged: True means may read": lambda *pair: not rule(*pair),
-    "rows and columns are exchanged: a row is the token that reads": lambda kind, i, other, j, b: (
-        rule(other, j, kind, i, b)
+    "rows and columns are exchanged: a row is the token that reads": lambda kind, i, other, j, b: rule(
+        other, j, kind, i, b
     ),
-    "the noisy columns come first: the clean ones must": lambda kind, i, other, j, b: (
-        rule(kind, i, "noisy" if other == "clean" else "clean", j, b)
+    "the noisy columns come first: the clean ones must": lambda kind, i, other, j, b: rule(
+        kind, i, "noisy" if other == "clean" else "clean", j, b
     ),
 }
 
@@ -194,5 +194,7 @@ def run(function, ckpt):
     mine = lambda edge, group, n_clean_keys: torch.as_tensor(function(edge, group, n_clean_keys)).bool()
     with project.replaced(model, "attention_mask", mine):
         project.train("config/sudoku.toml")
-    print("\nThe bound of block 16 is what to look at. A noisy block that read its own clean copy would come near")
+    print(
+        "\nThe bound of block 16 is what to look at. A noisy block that read its own clean copy would come near"
+    )
     print("0 nats, and yet fill nothing in later: then there is no copy. That is a leak.")

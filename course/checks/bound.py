@@ -35,7 +35,9 @@ def asked(answer, logits, x0, xt, alpha, dalpha):
     if not y.dtype.is_floating_point:
         raise Wrong(f"{answer.name} returns {y.dtype}, nats are floating-point numbers")
     if y.isinf().any():
-        raise Wrong(f"{answer.name} is infinite at a {'masked' if xt[first(y.isinf())] == V else 'visible'} token")
+        raise Wrong(
+            f"{answer.name} is infinite at a {'masked' if xt[first(y.isinf())] == V else 'visible'} token"
+        )
     return y.double()
 
 
@@ -53,7 +55,9 @@ def bound(nll, x0, schedule):
     for u, w in zip((node + 1) / 2, weight / 2, strict=True):
         alpha, dalpha = schedule(torch.tensor([u]).double())
         q = alpha ** (L - n) * (1 - alpha) ** n
-        each = nll(PROCESS, LOGITS[which], x0.expand(len(xt), -1), xt, alpha.expand(len(xt)), dalpha.expand(len(xt)))
+        each = nll(
+            PROCESS, LOGITS[which], x0.expand(len(xt), -1), xt, alpha.expand(len(xt)), dalpha.expand(len(xt))
+        )
         total += w * (q * each.double().sum(1)).sum().item()
     return total
 
@@ -106,7 +110,9 @@ def check(answer):
             want = by_order(x).mean().item()
             if not math.isclose(mine, want, rel_tol=1e-5):
                 name = schedule.__name__
-                raise Wrong(f"x_0 = {x.tolist()}, schedule {name}: your bound is {mine:.4f} nats, it must be {want:.4f}")
+                raise Wrong(
+                    f"x_0 = {x.tolist()}, schedule {name}: your bound is {mine:.4f} nats, it must be {want:.4f}"
+                )
     yield "alpha is a number, or one a row, or one a token"
     want = PROCESS.nll(logits, x0, xt, *level)
     what = lambda at: f"row {at[0]}, position {at[1]}"
@@ -124,7 +130,9 @@ def slopes(answer, logits, x0, xt, level):
     z = logits.clone().requires_grad_()
     y = answer(PROCESS, z, x0, xt, *level)
     if not (torch.is_tensor(y) and y.requires_grad):
-        answer.note("no gradient goes through it (.item(), float() or torch.tensor(...)?): --run cannot train")
+        answer.note(
+            "no gradient goes through it (.item(), float() or torch.tensor(...)?): --run cannot train"
+        )
 
 
 # ----- what a wrong answer may be
@@ -184,7 +192,14 @@ SLIPS = {
 def why(answer):
     x0, xt = torch.tensor([[0, 2, 1], [1, 1, 0]]), torch.tensor([[3, 2, 3], [1, 3, 3]])
     which = (STATES[None] == xt[:, None]).all(-1).int().argmax(1)
-    args = PROCESS, LOGITS[which], x0, xt, torch.tensor([0.3, 0.8]).double(), torch.tensor([-0.9, -1.2]).double()
+    args = (
+        PROCESS,
+        LOGITS[which],
+        x0,
+        xt,
+        torch.tensor([0.3, 0.8]).double(),
+        torch.tensor([-0.9, -1.2]).double(),
+    )
     mine = torch.as_tensor(answer(*args))
     said = likeness(mine, SLIPS, lambda f: f(*args))
     for factor in (2.0, 0.5):
@@ -197,5 +212,7 @@ def run(function, ckpt):
     mine = lambda self, logits, x0, xt, alpha, dalpha: function(self, logits, x0, xt, alpha, dalpha)
     with project.replaced(diffusion.Masked, "nll", mine):
         project.train("config/sudoku.toml", "--objective=elbo")
-    print("\nWhat to look at: the first losses are log 5 = 1.609, five ids that are equally likely. The bound of")
+    print(
+        "\nWhat to look at: the first losses are log 5 = 1.609, five ids that are equally likely. The bound of"
+    )
     print("block 16 is yours, and the number before it, of block 1, is exact.")

@@ -46,7 +46,9 @@ def law(process, alpha):
 
 def counted(x0, xt, process):
     """How often each x_t came from each x_0, (V, vocab_size)."""
-    return torch.bincount((x0 * process.vocab_size + xt).flatten(), minlength=V * process.vocab_size).view(V, -1)
+    return torch.bincount((x0 * process.vocab_size + xt).flatten(), minlength=V * process.vocab_size).view(
+        V, -1
+    )
 
 
 def fit(counts, q):
@@ -110,7 +112,9 @@ def check(answer):
             counts = torch.bincount((2 * a + b).flatten(), minlength=4)
             if p_value(counts, pair) < CHANCE:
                 both = counts[3] / counts.sum()
-                raise Wrong(f"{name} noise: both of two {where} changed in {both:.3f}, not {q * q:.3f} of the cases")
+                raise Wrong(
+                    f"{name} noise: both of two {where} changed in {both:.3f}, not {q * q:.3f} of the cases"
+                )
     if not torch.equal(asked(answer, UNIFORM, x0, 0.5), asked(answer, UNIFORM, x0, 0.5)):
         answer.note("it does not use `noise`: right, but a resumed run would see other random numbers")
     elif torch.equal(asked(answer, UNIFORM, x0, 0.5), asked(answer, UNIFORM, x0, 0.5, seed=1)):
@@ -192,16 +196,18 @@ def why(answer):
 
 def run(function, ckpt):
     """The text on its way into noise, then training on it."""
-    line = torch.tensor([[" eiloprsty?".index(c) for c in "pretty please try to rest"  if c in " eiloprsty?"]])
+    line = torch.tensor([[" eiloprsty?".index(c) for c in "pretty please try to rest" if c in " eiloprsty?"]])
     noise = lambda: Noise(0, torch.arange(1), torch.arange(line.size(1)))
     for name, process in (("masked", diffusion.Masked(12, 11)), ("uniform", diffusion.Uniform(11))):
         print(f"\n{name} noise")
         for alpha in (1.0, 0.8, 0.6, 0.4, 0.2, 0.0):
             xt = torch.as_tensor(function(process, line, alpha, noise())).long()
             print(f"   alpha {alpha}   " + "".join(" eiloprsty?░"[i] for i in xt[0].tolist()))
-    mine = lambda self, x0, alpha, noise=None: (
-        torch.as_tensor(function(self, x0, alpha, noise or Noise.like(x0))).to(x0)
-    )
+    mine = lambda self, x0, alpha, noise=None: torch.as_tensor(
+        function(self, x0, alpha, noise or Noise.like(x0))
+    ).to(x0)
     with project.replaced(diffusion.Masked, "corrupt", mine):
         project.train("config/sudoku.toml")
-    print("\nWhat to look at: the bound of block 16. Noise that does not match its alpha makes it worse, or no bound.")
+    print(
+        "\nWhat to look at: the bound of block 16. Noise that does not match its alpha makes it worse, or no bound."
+    )

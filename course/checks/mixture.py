@@ -20,7 +20,7 @@ HINTS = [
     "At the end the same shuffle of both: order = u[:, 2].argsort().",
 ]
 MIXES = [({1: 0.25, 16: 0.75}, 16), ({4: 0.15, 1: 0.5, 8: 0.35}, 8), ({2: 0.3, 8: 0.7}, 4), ({16: 1.0}, 5)]
-STEPS = 800  # per mix
+STEPS = 250  # of each mix
 
 
 def asked(answer, sizes, n, seed, step):
@@ -48,10 +48,15 @@ def draws(answer, sizes, n):
     return torch.stack([b for b, _ in both]), torch.stack([t for _, t in both])
 
 
-def sliced(t, k):
-    """Does each of k equal slices of (0, 1) hold one of the times t (k,)? Up to rounding to float32."""
-    ordered, slices = t.sort().values, torch.arange(k)
-    return bool(((ordered >= slices / k - 1e-6) & (ordered <= (slices + 1) / k + 1e-6)).all())
+def own(sizes, times, size):
+    """The times of the rows with one size, lists, in order."""
+    return sorted(t for b, t in zip(sizes, times, strict=True) if b == size)
+
+
+def sliced(ordered):
+    """Does each of k equal slices of (0, 1) hold one of k ordered times? Up to rounding to float32."""
+    k = len(ordered)
+    return all(j / k - 1e-6 <= t <= (j + 1) / k + 1e-6 for j, t in enumerate(ordered))
 
 
 def uniform(u, bins=10):
@@ -73,16 +78,20 @@ def check(answer):
     for seed, step in ((3, 6), (4, 5)):
         if torch.equal(first[1], asked(answer, sizes, n, seed, step)[1]):
             name = "step" if step != 5 else "seed"
-            raise Wrong(f"another {name} gives the same times", f"the random numbers must depend on the {name}")
+            raise Wrong(
+                f"another {name} gives the same times", f"the random numbers must depend on the {name}"
+            )
     drawn = [(sizes, n, *draws(answer, sizes, n)) for sizes, n in MIXES]
     yield "a size of weight w has n w rows, rounded up or down"
     for sizes, n, b, _ in drawn:
         for size, w in sizes.items():
-            count, want = (b == size).sum(1), n * w
+            count, want = (b == size).sum(1).double(), n * w
             off = (count - want).abs()
             if (off > 1 - 1e-9).any() and off.max() > 1e-9:
-                many = count[off.argmax()].item()
-                raise Wrong(f"{many} of {n} rows have size {size}, of weight {w}: {want:g} rows, rounded", uneven(off))
+                many = int(count[off.argmax()])
+                raise Wrong(
+                    f"{many} of {n} rows have size {size}, of weight {w}: {want:g} rows, rounded", uneven(off)
+                )
     yield "on average over the steps it has exactly n w rows"
     for sizes, n, b, _ in drawn:
         for size, w in sizes.items():
@@ -99,22 +108,29 @@ def check(answer):
     yield "the times of a size lie one in each of as many equal slices"
     for sizes, n, b, t in drawn:
         for size in sizes:
-            for row, times in zip(b, t, strict=True):
-                own = times[row == size]
-                if not sliced(own, len(own)):
-                    shown = ", ".join(f"{x:.3f}" for x in own.sort().values.tolist())
-                    raise Wrong(f"the {len(own)} times of size {size} are {shown}", untidy(t, n, sizes))
+            for row, times in zip(b.tolist(), t.tolist(), strict=True):
+                ordered = own(row, times, size)
+                if not sliced(ordered):
+                    shown = ", ".join(f"{x:.3f}" for x in ordered)
+                    raise Wrong(f"the {len(ordered)} times of size {size} are {shown}", untidy(t, sizes))
     yield "a time is anywhere in its slice, with equal probability"
     for sizes, n, b, t in drawn:
-        inside = []
-        for size in sizes:
-            for row, times in zip(b, t, strict=True):
-                own = times[row == size].sort().values
-                inside.append((own * len(own) - torch.arange(len(own))).clamp(0, 1))
-        inside = torch.cat(inside)
-        if uniform(inside) < CHANCE:
-            why = "the middle or the edge of each slice: draw a place" if inside.std() < 0.05 else ""
-            raise Wrong(f"places in the slices have mean {inside.mean():.3f} and spread {inside.std():.3f}", why)
+        for which, name in (
+            (0, "first"),
+            (-1, "last"),
+        ):  # one of a step: the others may share its random number
+            inside = []
+            for size in sizes:
+                for row, times in zip(b.tolist(), t.tolist(), strict=True):
+                    ordered = own(row, times, size)
+                    if ordered:
+                        inside.append(ordered[which] * len(ordered) - (len(ordered) - 1) * (which == -1))
+            inside = torch.tensor(inside).clamp(0, 1)
+            if uniform(inside) < CHANCE:
+                found = (
+                    f"places in the {name} slice have mean {inside.mean():.3f} and spread {inside.std():.3f}"
+                )
+                raise Wrong(found, "the same place at every step: draw it" if inside.std() < 0.05 else "")
     yield "a row's place in the batch says nothing of its size and time"
     for sizes, n, b, t in drawn:
         for row in {0, n // 2, n - 1}:
@@ -130,24 +146,30 @@ def check(answer):
     yield "time and block size say nothing of each other"
     for sizes, n, b, t in drawn:
         for size in sizes:
-            if uniform(t[b == size]) < CHANCE:
-                raise Wrong(f"size {size} has times of mean {t[b == size].mean():.3f}, not 0.5")
+            some = (b == size).any(1)
+            times = t[some, (b == size).int().argmax(1)[some]]  # of the first row with this size
+            if uniform(times) < CHANCE:
+                raise Wrong(f"size {size} has times of mean {times.mean():.3f}, not 0.5")
 
 
 def uneven(off):
     """Why counts are off by a row or more."""
     if off.max() <= 1 + 1e-9:
-        return "each tooth of the comb has a random offset of its own: one for all of them, or one size is short"
+        return (
+            "each tooth of the comb has a random offset of its own: one for all of them, or one size is short"
+        )
     return "sizes are drawn one by one, and their numbers vary: lay a comb of n teeth over the weights"
 
 
-def untidy(t, n, sizes):
+def untidy(t, sizes):
     """Why times are not one in each slice."""
-    if all(sliced(times, n) for times in t):
+    if all(sliced(sorted(times)) for times in t.tolist()):
         if len(sizes) > 1:
             return "they are stratified over all rows together: each size needs slices of its own"
         return ""
-    return "they are drawn independently, or not shuffled as the sizes are: (0 .. k - 1 + u) / k for each size"
+    return (
+        "they are drawn independently, or not shuffled as the sizes are: (0 .. k - 1 + u) / k for each size"
+    )
 
 
 def independent(sizes, n, seed, step):

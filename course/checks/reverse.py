@@ -201,7 +201,11 @@ def run(function, ckpt):
         for steps in (2, 8):
             for state in generate(model, process, prompts, block_size=16, steps=steps):
                 pass
-            print(f"\n{steps} steps of yours: {right(state.x)} of {len(prompts)} puzzles solved. Three of the grids:")
+            print(
+                f"\n{steps} steps of yours: {right(state.x)} of {len(prompts)} puzzles solved. Three of the grids:"
+            )
             project.show(texts(state.x))
-    print("\nWhat to look at: more steps solve more. Tokens of one step do not know of each other; the next step")
+    print(
+        "\nWhat to look at: more steps solve more. Tokens of one step do not know of each other; the next step"
+    )
     print("of uniform noise may still change them.")
