@@ -100,8 +100,9 @@ def main():
     if number not in map(str, range(1, len(NAMES) + 1)):
         die(f"there is no exercise {number!r}, only 1 to {len(NAMES)}", "python -m course 1")
     number = int(number)
-    words = ["--hint=1" if w == "--hint" and words[k + 1 : k + 2] not in (["1"], ["2"]) else w
-             for k, w in enumerate(words)]  # fmt: skip
+    for k, word in enumerate(words):
+        alone = k + 1 == len(words) or words[k + 1].startswith("--")
+        words[k] = "--hint=1" if word == "--hint" and alone else word
     cfg = load_config(CourseConfig, words[1:])
     exercise = exercise_of(number)
     if cfg.hint:

@@ -106,8 +106,9 @@ class Answer:
     def __call__(self, *args, **how):
         before = [x.clone() if torch.is_tensor(x) and not self.may_change else None for x in args]
         result = self.asked(self.function, *args, **how)
-        for x, old, name in zip(args, before, self.names(), strict=False):
+        for k, (x, old) in enumerate(zip(args, before, strict=True)):
             if old is not None and not torch.equal(x, old):
+                name = self.argument(k)
                 raise Wrong(f"{self.name} changes its argument {name}", f"work on a copy: {name}.clone()")
         return result
 
@@ -129,8 +130,11 @@ class Answer:
         while (step := self.asked(next, made, end)) is not end:
             yield step
 
-    def names(self):
-        return list(inspect.signature(self.function).parameters)
+    def argument(self, k):
+        """The name of argument number k."""
+        kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+        names = [p.name for p in inspect.signature(self.function).parameters.values() if p.kind in kinds]
+        return names[k] if k < len(names) else f"args[{k}]"
 
     def note(self, text):
         """A remark on a right answer."""
@@ -234,7 +238,7 @@ def judge(exercise, function):
         if not wrong.why and hasattr(exercise, "why"):
             try:
                 wrong.why = exercise.why(answer)
-            except Wrong:
+            except Exception:  # an answer so odd that no diagnosis can be made of it
                 pass
         return passed, name, wrong, answer.notes
     return passed, None, None, answer.notes

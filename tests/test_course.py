@@ -153,7 +153,7 @@ wrong(2, "one random number does two jobs")(corrupt(new=lambda u, x0, V: (u[...,
 wrong(2, "become the same one")(corrupt(new=lambda u, x0, V: torch.randint(V, ())))
 wrong(2, "share one random number")(corrupt(lambda u, a: u[:, :1, 0] <= a))
 wrong(2, "along the rows")(corrupt(fit=lambda alpha, x0: alpha))
-wrong(2, "ids are 0 to")(corrupt(new=lambda u, x0, V: (u[..., 1] * V).long() + 1))
+wrong(2, "returns id")(corrupt(new=lambda u, x0, V: (u[..., 1] * V).long() + 1))
 
 
 @wrong(2, "a token becomes the mask, not")
@@ -386,7 +386,7 @@ def rounded_alike(block_sizes, n, seed, step):
     return sizes[order], torch.tensor(t)[order]
 
 
-@wrong(5, "an offset of its own")
+@wrong(5, "offset of its own")
 def an_offset_for_each_tooth(block_sizes, n, seed, step):
     comb = (torch.arange(n) + numbers(seed, n, step)) / n
     edges = torch.tensor(list(block_sizes.values()), dtype=torch.float64).cumsum(0)
@@ -428,7 +428,7 @@ def extend(
 wrong(6, "Cut at self.length")(extend(lambda x, n: x))
 wrong(6, "stand before the kept ones")(extend(join=lambda old, new: torch.cat((new, old), dim=2)))
 wrong(6, "only the new keys are kept")(extend(keep=lambda new, both: new))
-wrong(6, "must be set")(lambda self, i, k, v: (k, v))
+wrong(6, "nothing of earlier passes is read")(lambda self, i, k, v: (k, v))
 wrong(6, "keys and values are exchanged")(lambda self, i, k, v: model.KVCache.extend(self, i, k, v)[::-1])
 wrong(6, "share one entry")(lambda self, i, k, v: model.KVCache.extend(self, 0, k, v))
 wrong(6, "must be along the positions")(extend(join=lambda old, new: torch.cat((old, new), dim=0)))
@@ -458,13 +458,14 @@ def arpc(
     choose=top,
     among=lambda block: block.open,
     checks_the_last=False,
+    rule_out=lambda block, logits: block.process.loo_logits(logits, block.x, 0.0),
 ):
     def arpc(block):
         for k in range(block.steps):
             a_t, a_s = block.alpha[k], block.alpha[k + 1]
             y = torch.where(block.open, guess(block, k, a_t, a_s), block.x)
             if checks_the_last or k + 1 < block.steps:
-                logp = block.process.loo_logits(block.verify(y), block.x, 0.0).log_softmax(-1)
+                logp = rule_out(block, block.verify(y)).log_softmax(-1)
                 n = number((1 - level(a_t, a_s)) * among(block).sum(1).double())
                 y = torch.where(choose(score(block, logp, y), n, block.open), block.prior(block.noise(k)), y)
             block.write(y)
@@ -488,9 +489,11 @@ wrong(7, "rounded down")(arpc(number=torch.floor))
 wrong(7, "halves are rounded up")(arpc(number=torch.round))
 wrong(7, "the surest tokens became noise")(arpc(score=lambda block, logp, y: pick(logp, y)))
 wrong(7, "the entropy of p_AR")(arpc(score=lambda block, logp, y: torch.special.entr(logp.exp()).sum(-1)))
+wrong(7, "the mask is in p_AR's softmax")(arpc(rule_out=lambda block, logits: logits))
+wrong(7, "read off at the token after it")(arpc(score=lambda block, logp, y: -pick(logp, y.roll(-1, 1))))
 wrong(7, "chosen by chance")(arpc(score=lambda block, logp, y: torch.rand(y.shape)))
 wrong(7, "given positions are counted")(arpc(among=lambda block: torch.ones_like(block.open)))
-wrong(7, "exactly n, ties go left")(
+wrong(7, "also where scores are equal")(
     arpc(choose=lambda s, n, among: (s >= s.masked_fill(~among, -1e9).sort(1, descending=True).values.gather(
         1, (n.long()[:, None] - 1).clamp(min=0))) & among & (n > 0)[:, None])
 )  # fmt: skip
@@ -567,12 +570,9 @@ class Wandering(NoiseProcess):
     """The token that is noise changes with time: noise would have to go out."""
 
     def mixing(self, alpha):
-        w, rest = alpha[..., None], torch.zeros(self.vocab_size - 2).double()
-        mix = lambda x, y: torch.cat(
-            (x * torch.ones(1).double(), y * torch.ones(1).double(), rest.expand(*x.shape[:-1], -1)), -1
-        )
-        m = (1 - w) * mix(w, 1 - w)
-        dm = mix(1 - 2 * w, -2 * (1 - w))
+        w, rest = alpha[..., None], torch.zeros(*alpha.shape, self.vocab_size - 2).double()
+        m = torch.cat(((1 - w) * w**4, (1 - w) * (1 - w**4), rest), -1)
+        dm = torch.cat((4 * w**3 - 5 * w**4, -1 - 4 * w**3 + 5 * w**4, rest), -1)
         return alpha, m, torch.ones_like(alpha), dm
 
 

@@ -155,7 +155,7 @@ def one_layer(self, i, k, v):
 
 SLIPS = {
     "what was not committed is still read: noisy tokens of earlier passes. Cut at self.length": slip(lambda x, n: x),
-    "nothing of earlier passes is read: the kept keys belong before the new ones": slip(lambda x, n: x[:, :, :0]),
+    "nothing of earlier passes is read: keep them in self.k[i] and self.v[i], and put them before the new ones": slip(lambda x, n: x[:, :, :0]),
     "the new keys stand before the kept ones": slip(cut, lambda old, new: torch.cat((new, old), dim=2)),
     "only the new keys are kept: the next pass misses the earlier ones": slip(cut, stored=lambda new, both: new),
     "one token too few is kept: cut at self.length": slip(lambda x, n: x[:, :, : max(n - 1, 0)]),
@@ -170,13 +170,6 @@ SLIPS = {
         cut, lambda old, new: torch.cat((old, new), 0)
     ),
 }  # fmt: skip
-
-
-def never_kept(self, i, k, v):
-    return k, v
-
-
-SLIPS["nothing is kept: self.k[i] and self.v[i] must be set"] = never_kept
 
 
 def why(answer):

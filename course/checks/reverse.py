@@ -151,7 +151,6 @@ SLIPS = {
         step=lambda z, a, a_t, a_s: (1 - a) * z + a / V
     ),
     "alpha_s and 1 - alpha_s are exchanged": slip(prior=lambda p, a_t, a_s: (1 - a_s) * p + a_s / V),
-    "the noise in the first factor is missing: (1 - alpha_s) / V": slip(prior=lambda p, a_t, a_s: a_s * p),
     "x_s is not clean yet: the first factor is alpha_s l + (1 - alpha_s) / V, not l": slip(
         prior=lambda p, a_t, a_s: p
     ),
