@@ -13,7 +13,8 @@ Write nll. Then:
     python -m course 3            is it right?
     python -m course 3 --run      a network that trains on your bound
 
-Think first: a new network gives all V tokens the same probability. Why is its bound log V, at any t?
+Think first: a new network gives all V tokens of the text the same probability. Why is its bound log V, at
+any t?
 """
 
 import torch

@@ -241,6 +241,12 @@ def judge(exercise, function):
             except Exception:  # an answer so odd that no diagnosis can be made of it
                 pass
         return passed, name, wrong, answer.notes
+    except Exception as e:  # in the lesson, which could not use what the student's function returned or kept
+        text = shown(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}")
+        wrong = Wrong(
+            f"the lesson cannot go on with what {answer.name} has made\n{text}", "a tensor of what shape?"
+        )
+        return passed, name, wrong, answer.notes
     return passed, None, None, answer.notes
 
 

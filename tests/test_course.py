@@ -86,7 +86,7 @@ def attention(clean=lambda j, e: j < e, noisy=lambda g, h: g == h, last=lambda y
 wrong(1, "< is right, <= is not")(attention(lambda j, e: j <= e))
 wrong(1, "turned around")(attention(lambda j, e: j >= e))
 wrong(1, "True and False are exchanged")(attention(last=lambda y, n: ~y))
-wrong(1, "not of their own")(attention(noisy=lambda g, h: g != h))
+wrong(1, "compared with !=")(attention(noisy=lambda g, h: g != h))
 wrong(1, "too few")(attention(lambda j, e: j < e - 1))
 wrong(1, "rows and columns are exchanged")(attention(last=lambda y, n: y.mT))
 wrong(1, "the noisy columns come first")(attention(last=lambda y, n: torch.cat((y[..., n:], y[..., :n]), -1)))
@@ -442,6 +442,25 @@ def commits_too_early(self, i, k, v):
     return both
 
 
+@wrong(6, "the lesson cannot go on")
+def keeps_a_list(self, i, k, v):
+    both = model.KVCache.extend(self, i, k, v)
+    self.k[i], self.v[i] = Kept(both[0]), Kept(both[1])
+    return both
+
+
+class Kept:
+    """What can be cut as a tensor can, and no rows can be chosen of."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __getitem__(self, cut):
+        if torch.is_tensor(cut):
+            raise TypeError("no rows")
+        return self.x[cut]
+
+
 # ----- 7
 
 
@@ -538,7 +557,11 @@ def squared(self, alpha):
     return a, (1 - a)[..., None] * pi, 2 * alpha, -2 * alpha[..., None] * pi
 
 
-RIGHT[8] += [noise(zipf), noise(squared)]
+def in_float32(self, alpha):
+    return tuple(y.float() for y in zipf(self, alpha))
+
+
+RIGHT[8] += [noise(zipf), noise(squared), noise(in_float32)]
 
 
 @right(8)

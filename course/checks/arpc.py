@@ -184,7 +184,7 @@ def masks(found, steps, why=""):
                 at = f"after step {k} of {steps}" if k else "before the first step"
                 level = f"a_s = {k / steps:.2f}"
                 raise Wrong(f"{at} ({level}) {have} of {n} open tokens are masks, it must be {want}",
-                            miscounted(found, steps))  # fmt: skip
+                            why or miscounted(found, steps))  # fmt: skip
 
 
 def miscounted(found, steps):

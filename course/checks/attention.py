@@ -141,6 +141,14 @@ SLIPS = {
     "noisy tokens read the noisy blocks before theirs too: clean copies of those are there": with_noise(
         lambda i, j, b: j // b <= i // b
     ),
+    "groups are compared with != : tokens of equal groups may read each other": lambda kind, i, other, j, b: (
+        rule(kind, i, other, j, b) if other == "clean" else kind == "clean" or j // b != i // b
+    ),
+    "groups are compared by size: only tokens of equal groups may read each other": (
+        lambda kind, i, other, j, b: (
+            rule(kind, i, other, j, b) if other == "clean" else kind == "clean" or j // b >= i // b
+        )
+    ),
     "noisy tokens read noise of other blocks and not of their own": with_noise(
         lambda i, j, b: j // b != i // b
     ),

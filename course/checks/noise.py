@@ -91,13 +91,13 @@ def check(answer):
     if (a.diff() < -1e-9).any():
         raise Wrong(f"a falls after alpha = {GRID[first(a.diff() < -1e-9)]:.2f}")
     yield "da and dm are the slopes of a and m in alpha"
-    h = 1e-5
+    h = 1e-3  # not smaller: mixing may compute in float32
     inside = torch.tensor([0.137, 0.311, 0.523, 0.764, 0.912]).double()
     up, down, found = process.mixing(inside + h), process.mixing(inside - h), process.mixing(inside)
     for k, name in ((0, "da"), (1, "dm")):
         slope = (up[k] - down[k]) / (2 * h)
         token = lambda at: f" of token {at[1]}" if len(at) > 1 else ""
-        compare(found[2 + k], slope, lambda at: f"{name}{token(at)} at alpha = {inside[at[0]]}", near=1e-4)
+        compare(found[2 + k], slope, lambda at: f"{name}{token(at)} at alpha = {inside[at[0]]}", near=1e-3)
     yield "noise only comes in: from any time s to a later t every probability is at least 0"
     for s in range(1, 21):
         for t in range(s):
@@ -166,15 +166,15 @@ def why(answer):
     if not close(total, torch.ones_like(total)):
         share = (m.sum(-1) / (1 - a)).mean().item()
         return f"pi sums to {share:.3g}: pi = pi / pi.sum()" if abs(share - 1) > 1e-3 else ""
-    h = 1e-5
+    h = 1e-3  # not smaller: mixing may compute in float32
     slope = [
         (up - down) / (2 * h)
         for up, down in zip(process.mixing(alpha + h), process.mixing(alpha - h), strict=True)
     ]
     for name, mine, want in (("da", da, slope[0]), ("dm", dm, slope[1])):
-        if close(mine, want, 1e-4):
+        if close(mine, want, 1e-3):
             continue
-        if close(mine, -want, 1e-4):
+        if close(mine, -want, 1e-3):
             return f"{name} is the slope in t: in alpha it has the other sign"
         if mine.abs().max() == 0:
             return f"{name} is zero: it is the slope of {name[1:]} in alpha"
