@@ -119,7 +119,10 @@ def main():
     if not check(number, file):
         raise SystemExit(1)
     if cfg.run:
-        exercise.run(harness.load(file, exercise.FUNCTION), cfg.ckpt)
+        try:
+            exercise.run(harness.load(file, exercise.FUNCTION), cfg.ckpt)
+        except Exception as e:
+            die(harness.told(e, file), f"python -m course {number}")
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class Answer:
         self.function, self.may_change = function, may_change
         code = getattr(inspect.unwrap(function), "__code__", None)
         self.file = code.co_filename if code else inspect.getsourcefile(function)
-        self.name, self.notes = function.__name__, []
+        self.name, self.notes = getattr(function, "__name__", "your function"), []
 
     def __call__(self, *args, **how):
         before = [x.clone() if torch.is_tensor(x) and not self.may_change else None for x in args]
@@ -259,7 +259,7 @@ def likeness(mine, slips, probe):
 
 
 class Watchdog(threading.Thread):
-    """Ends the program when the student's function does not: after so many seconds of work, or of waiting."""
+    """Ends the program when a function does not: after so many seconds of work, or without any."""
 
     def __init__(self, file, seconds):
         super().__init__(daemon=True)
@@ -273,10 +273,16 @@ class Watchdog(threading.Thread):
         self.done.set()
 
     def run(self):
-        work, clock = time.process_time(), time.monotonic()
-        while time.process_time() - work < self.seconds and time.monotonic() - clock < 4 * self.seconds:
-            if self.done.wait(0.2):
-                return
+        begun = moved = time.process_time()
+        clock = time.monotonic()
+        while not self.done.wait(0.2):
+            work = time.process_time()
+            if work - moved > 0.05:  # it works, if slowly: other programs may be busy
+                moved, clock = work, time.monotonic()
+            if work - begun > self.seconds or time.monotonic() - clock > self.seconds:
+                break
+        else:
+            return
         frame = sys._current_frames().get(self.main)
         while frame is not None and frame.f_code.co_filename != self.file:
             frame = frame.f_back

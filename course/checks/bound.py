@@ -11,6 +11,7 @@ import diffusion
 from course import project
 from course.harness import Wrong, close, compare, first, likeness, tensor
 from diffusion import Masked, cosine, loglinear
+from run.cli import die
 
 TITLE, MINUTES = "the bound of masked noise", 30
 SHAPES = "alpha and dalpha may be (B,): column(alpha, logits) makes them (B, 1)"
@@ -123,22 +124,21 @@ def check(answer):
     compare(asked(answer, logits, x0, xt, *(y.expand(3, L) for y in level)), PROCESS.nll(
         logits, x0, xt, *(y.expand(3, L) for y in level)), what)  # fmt: skip
     compare(asked(answer, logits, x0, xt, 0.4, -1.0), PROCESS.nll(logits, x0, xt, 0.4, -1.0), what)
-    slopes(answer, logits, x0, xt, level)
-
-
-def slopes(answer, logits, x0, xt, level):
-    """A bound that gives no gradient cannot train a network: a remark, for the numbers are right."""
-    z = logits.clone().requires_grad_()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of numbers taken out of a tensor
-            y = answer(PROCESS, z, x0, xt, *level)
-    except Wrong:  # .numpy(), for one
-        y = None
-    if not (torch.is_tensor(y) and y.requires_grad):
+    if not has_gradient(answer, logits, x0, xt, level):
         answer.note(
             "no gradient goes through it (.item(), float() or torch.tensor(...)?): --run cannot train"
         )
+
+
+def has_gradient(function, logits, x0, xt, level):
+    """A bound without one has right numbers, but cannot train a network."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of numbers taken out of a tensor
+            y = function(PROCESS, logits.clone().requires_grad_(), x0, xt, *level)
+    except Exception:  # .numpy(), for one
+        return False
+    return torch.is_tensor(y) and y.requires_grad
 
 
 # ----- what a wrong answer may be
@@ -215,6 +215,12 @@ def why(answer):
 
 
 def run(function, ckpt):
+    xt, level = (
+        torch.full_like(TEXT, V),
+        (torch.tensor([0.5, 0.5]).double(), torch.tensor([-1.0, -1.0]).double()),
+    )
+    if not has_gradient(function, torch.zeros(2, L, V + 1), TEXT, xt, level):
+        die("no gradient goes through your nll: nothing would be learned", "tensors throughout, no .item()")
     mine = lambda self, logits, x0, xt, alpha, dalpha: function(self, logits, x0, xt, alpha, dalpha)
     with project.replaced(diffusion.Masked, "nll", mine):
         project.train("config/sudoku.toml", "--objective=elbo")
