@@ -56,8 +56,8 @@ def network(ckpt, default, noise):
 
     folder = ckpt or default
     if not ckpt and not list(Path(folder).glob("*.pt")):
-        command = f"python train.py config/{Path(default).name}.toml"
-        die(f"this run needs a trained network, and there is none in {folder}", f"{command}, 2 to 4 minutes")
+        fix = f"python train.py config/{Path(default).name}.toml"
+        die(f"this run needs a trained network, and there is none in {folder}", fix)
     run, _, _, model, process = rebuild(folder, torch.device("cpu"), plain=True)
     if run.process != noise or run.method or run.dataset != "sudoku":
         die(f"{folder} is no network for sudokus with {noise} noise", "leave --ckpt out")
