@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, copy_project, run
+from conftest import TINY, copy_project, run, slow
 
 import model
 import rng
@@ -603,7 +603,11 @@ class Wandering(NoiseProcess):
 # ----- the tests
 
 
-@pytest.mark.parametrize("number, k", [(number, k) for number in NUMBERS for k in range(len(RIGHT[number]))])
+ANSWERS = [(number, k) for number in NUMBERS for k in range(len(RIGHT[number]))]
+HEAVY = {(2, 2), (3, 2), (5, 0), (7, 0), (7, 1)}
+
+
+@pytest.mark.parametrize("number, k", slow(ANSWERS, set(ANSWERS) - HEAVY))
 def test_a_right_answer_passes_however_it_is_written(number, k):
     passed, problem, _ = judged(number, RIGHT[number][k])
     assert not problem, problem
@@ -740,9 +744,10 @@ def test_a_run_is_made_with_the_function_of_the_student(tmp_path, monkeypatch, c
     def counted(f):
         return lambda *args, **how: calls.append(1) or f(*args, **how)
 
+    own = {2: corrupt(), 3: nll(), 4: posterior()}  # the first right ones call what is replaced
     for number in range(1, 8):
         calls.clear()
-        command.exercise_of(number).run(counted(RIGHT[number][0]), "")
+        command.exercise_of(number).run(counted(own.get(number, RIGHT[number][0])), "")
         assert calls and "to look at" in capsys.readouterr().out
     source = command.exercise_file(8).read_text(encoding="utf-8")
     (tmp_path / "mine.py").write_text(source.replace("        ...\n", ZIPF), encoding="utf-8")
