@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from course import harness
+from run import machine
 from run.cli import die, load_config
 
 NAMES = ("attention", "corruption", "bound", "reverse", "mixture", "cache", "arpc", "noise")
@@ -89,6 +90,7 @@ def check(number, file):
     return False
 
 
+@machine.guard("smaller tensors in your function")
 def main():
     words = sys.argv[1:]
     if not words:
@@ -121,6 +123,8 @@ def main():
     if cfg.run:
         try:
             exercise.run(harness.load(file, exercise.FUNCTION), cfg.ckpt)
+        except OSError:  # a reader who has gone, a full disk
+            raise
         except Exception as e:
             die(harness.told(e, file), f"python -m course {number}")
 

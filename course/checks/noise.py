@@ -192,7 +192,10 @@ def run(function, ckpt):
     name, module, listed = "course", sys.modules[function.__module__], methods.names()
     sys.modules[f"methods.{name}"] = module
     try:
-        with project.replaced(methods, "names", lambda: [*listed, name]):
+        with (
+            project.replaced(methods, "names", lambda: [*listed, name]),
+            project.replaced(function, "__module__", f"methods.{name}"),  # where the checkpoint looks for it
+        ):
             project.train("config/sudoku.toml", "--method", name)
             project.call(evaluation.main, "--ckpt=out/course", "--n_eval=64")
             puzzles = "--prompt_file=data/sudoku/puzzles.txt"
