@@ -604,7 +604,7 @@ class Wandering(NoiseProcess):
 
 
 ANSWERS = [(number, k) for number in NUMBERS for k in range(len(RIGHT[number]))]
-HEAVY = {(2, 2), (3, 2), (5, 0), (7, 0), (7, 1)}
+HEAVY = {(2, 2), (3, 2), (5, 0), (5, 1), (7, 0), (7, 1)}
 
 
 @pytest.mark.parametrize("number, k", slow(ANSWERS, set(ANSWERS) - HEAVY))
@@ -614,7 +614,13 @@ def test_a_right_answer_passes_however_it_is_written(number, k):
     assert len(passed) >= 6 and len(set(passed)) == len(passed)
 
 
-@pytest.mark.parametrize("number, words", [(number, words) for number in NUMBERS for words in WRONG[number]])
+MISTAKES = [(number, words) for number in NUMBERS for words in WRONG[number]]
+QUICK_DRAWS = {"drawn independently", "must depend on the step", "rounded alike", "the first slice is 0"}
+
+
+@pytest.mark.parametrize(
+    "number, words", slow(MISTAKES, {m for m in MISTAKES if m[0] != 5 or m[1] in QUICK_DRAWS})
+)
 def test_a_wrong_answer_is_told_what_is_wrong(number, words):
     _, problem, _ = judged(number, WRONG[number][words])
     assert words in problem, problem or "nobody noticed"

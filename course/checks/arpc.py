@@ -290,7 +290,7 @@ def judged_by(steps, candidates):
     return "chosen by chance, or by another score: -log p_AR(y_i | y_<i) from block.verify(y)"
 
 
-def texts(sampler, net, process, seed, n=2500):
+def texts(sampler, net, process, seed, n=1500):
     """How often each text of two letters is made in three steps, (V * V,)."""
     _, state = sampled(sampler, net, process, [[]] * n, 3, 2, max_new_tokens=2, seed=seed)
     return torch.bincount(state.x[:, 0] * V + state.x[:, 1], minlength=V * V)

@@ -20,7 +20,7 @@ HINTS = [
     "At the end the same shuffle of both: order = u[:, 2].argsort().",
 ]
 MIXES = [({1: 0.25, 16: 0.75}, 16), ({4: 0.15, 1: 0.5, 8: 0.35}, 8), ({2: 0.3, 8: 0.7}, 4), ({16: 1.0}, 5)]
-STEPS = 250  # of each mix
+STEPS = 160  # of each mix
 
 
 def asked(answer, sizes, n, seed, step):
