@@ -244,7 +244,11 @@ class SampleConfig:
     exact: int = 1  # weighted copies of each text under a constraint: more is closer to exact over all steps
     seed: int = 1
     animate: bool = False  # redraw the block at work in place; plain text where output is not a terminal
-    fps: float = 8.0  # frames a second of --animate, at most
+    fps: float = 8.0  # frames a second of --animate, at most, and of --gif
+    # a page to watch how the texts were made, step by step: one file, for any browser (docs/watch.md)
+    html: str = ""
+    trace: str = ""  # the same record as JSON lines, for a notebook
+    gif: str = ""  # or as a film: FILE.gif, or FILE.png with the steps below each other
     device: str = "auto"
     plain: bool = False  # run the lesson as it stands, not fast/: slower, the same distribution
     weights: str = ""  # int8 or int4: the layers' matrices rounded (run/rounding.py); empty: as they are
@@ -278,6 +282,16 @@ class SampleConfig:
             die("--regex and --constraint together", "one of them")
         if self.exact > 1 and not (self.regex or self.constraint):
             die("--exact weighs copies of a text under a constraint, and there is none", "--regex '...'")
+        if (self.html or self.trace or self.gif) and max(self.exact, self.gaps) > 1:
+            problem = (
+                "--html, --trace and --gif show how a text is made, --exact and --gaps choose one of several"
+            )
+            die(problem, "leave --exact and --gaps out")
+        if self.gif and not self.gif.endswith((".gif", ".png")):
+            die(
+                f"--gif {self.gif}: a film is a .gif, or a .png with the steps below each other",
+                "--gif film.gif",
+            )
         if self.graphs and self.plain:
             die("--graphs records the passes of fast/, and --plain runs none", "leave one of them out")
 

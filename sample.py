@@ -21,14 +21,14 @@ from pathlib import Path
 import torch
 
 import hub.published  # noqa: F401  --init_from hf:...
-from data.dataset import checker
+from data.dataset import prepared
 from data.tokens import read_prompts, tokenizer_or_numbers
 from diffusion import SCHEDULES
 from fast.block import generate
 from generate import HOLE, NOTHING
 from methods import infilling
 from options import SampleConfig
-from run import machine, screen
+from run import machine, record, screen
 from run.cli import die
 from run.flags import load_with_sampler, options
 from run.restore import restore
@@ -96,11 +96,12 @@ def main():
         write = functools.partial(infilling.fill, gaps=cfg.gaps, generate=generate)
     elif holes and sampler.__name__ in infilling.BLIND:
         print(f"{sampler.__name__} reads nothing behind a hole: --gaps 16 would weigh fillings by it")
+    recorded = record.wanted(cfg, model)
     states = write(
         model, process, prompts, block_size=b, sampler=sampler, steps=cfg.steps or None,
         max_new_tokens=cfg.max_new_tokens or None, ar_tokens=cfg.ar_tokens, temperature=cfg.temperature,
         top_p=cfg.top_p, seed=cfg.seed, eos_id=meta.get("eos_id"), schedule=SCHEDULES[run.schedule],
-        trained=trained, **own,
+        trained=trained, block_class=recorded and recorded.block_class, **own,
     )  # fmt: skip
     states = timed(states, spent)
     try:
@@ -119,10 +120,17 @@ def main():
         fix = f"python sample.py --sampler {cfg.sampler} --help"
         fix = "--sampler ancestral, which every checkpoint serves" if cannot else fix
         die(str(e), getattr(e, "fix", fix))
-    if module := checker(Path("data") / run.dataset):
-        texts = (tokenizer.decode([i for i in row if i != NOTHING]) for row in last.x.tolist())
-        right = [correct == asked for correct, asked in map(module.check, texts)]
+    texts = [tokenizer.decode([i for i in row if i != NOTHING]) for row in last.x.tolist()]
+    module, right = prepared(Path("data") / run.dataset), None
+    check, show = (getattr(module, name, None) for name in ("check", "show"))
+    if show and not cfg.animate:
+        screen.pages(map(show, texts))
+    if check:
+        right = [correct == asked for correct, asked in map(check, texts)]
         print(*("right" if r else "wrong" for r in right), f"({sum(right)} of {len(right)})")
+    if recorded:
+        about = record.about(cfg, own, b, run, meta, model.cfg)
+        record.write(cfg, recorded.whole(about, process, tokenizer, prompts, last, right, show))
     n = int((last.x != NOTHING).sum()) - sum(len(ids) - ids.count(HOLE) for ids in prompts)
     if cfg.gaps > 1:
         print(f"of {cfg.gaps} fillings, {last.effective.mean():.1f} in effect")

@@ -214,13 +214,19 @@ def checker(folder):
     folder/prepare.py as a module if it knows what is correct, else None. Such a file has check(text) ->
     (correct, asked) and may have choices(text) -> [(answer, what else it could have been)].
     """
+    module = prepared(folder)
+    return module if hasattr(module, "check") else None
+
+
+def prepared(folder):
+    """folder/prepare.py as a module, or None. It may have show(text): a text as a person wants to see it."""
     path = Path(folder) / "prepare.py"
     if not path.exists():
         return None
     spec = importlib.util.spec_from_file_location(f"prepare_{path.parent.name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module if hasattr(module, "check") else None
+    return module
 
 
 def read_meta(path):

@@ -150,7 +150,21 @@ def kinds_of(cls):
     return {f.name: f.type for f in fields(cls)}
 
 
-PATHS = {"bpe", "ckpt", "init_from", "input", "judge", "json", "out", "out_dir", "prompt_file", "val_input"}
+PATHS = {
+    "bpe",
+    "ckpt",
+    "gif",
+    "html",
+    "init_from",
+    "input",
+    "judge",
+    "json",
+    "out",
+    "out_dir",
+    "prompt_file",
+    "trace",
+}
+PATHS |= {"val_input"}
 
 
 def given_settings(cls, argv, help="--help"):

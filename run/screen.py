@@ -2,6 +2,7 @@
 What does a person see? Text that forms, redrawn in place or block by block, on whatever terminal there is.
 """
 
+import itertools
 import os
 import shutil
 import sys
@@ -105,3 +106,18 @@ def stream(states, tokenizer, prompt):
     for i, row in enumerate(state.x[1:].tolist()):
         print(f"\n--- sample {i + 2}\n{text_of(row, tokenizer)}", end="")
     print()
+
+
+def pages(texts):
+    """Texts of several lines each, side by side: what a dataset's show makes of its rows."""
+    columns, beside = shutil.get_terminal_size().columns, []
+    for lines in [shown(text).split("\n") for text in texts] + [None]:
+        width = sum(max(map(columns_of, page)) + 4 for page in beside + [lines] * (lines is not None))
+        if beside and (lines is None or width > columns):
+            wide = [max(map(columns_of, page)) for page in beside]
+            for line in itertools.zip_longest(*beside, fillvalue=""):
+                cells = (cell + " " * (w - columns_of(cell)) for cell, w in zip(line, wide, strict=True))
+                print("    ".join(cells).rstrip())
+            print()
+            beside = []
+        beside.append(lines)

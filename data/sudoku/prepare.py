@@ -79,6 +79,22 @@ def check(text):
     return int(is_valid(np.array([int(c) for c in answer]).reshape(1, side, side))[0]), 1
 
 
+def show(text):
+    """The grid of one row of text, with the clues in brackets and its boxes apart."""
+    n = len(text) // 2
+    side = int(n**0.5)
+    if side * side != n or not n:
+        return text
+    r, lines = int(side**0.5), []
+    cells = [f"[{a}]" if p == a else f" {a} " for p, a in zip(text[:n], text[n:], strict=False)]
+    for i in range(side):
+        row = cells[side * i : side * (i + 1)]
+        lines.append("|".join("".join(row[j : j + r]) for j in range(0, side, r)))
+        if (i + 1) % r == 0 and i + 1 < side:
+            lines.append("+".join("-" * 3 * r for _ in range(r)))
+    return "\n".join(lines)
+
+
 def terms(text):
     """
     The reward of an answer as a sum, for reinforcement learning: [(value, the positions it reads)]. 1 for
