@@ -9,7 +9,7 @@ PY := .venv/bin/python
 PYTHON ?= python3
 PYTEST = $(PY) -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo paper test test-all faults lint
+.PHONY: demo paper test test-all browser faults lint
 .DELETE_ON_ERROR:
 
 demo: .venv/done
@@ -35,8 +35,14 @@ test: .venv/done
 	$(PY) -m ruff check .
 	$(PYTEST) -m "not slow"
 
-test-all: test
+test-all: browser test
 	$(PYTEST) -m slow
+
+# For tests/test_page.py. CI installs one where it may; without a browser, or offline, those tests skip.
+browser:
+	@test -z "$$CI" || command -v chromium > /dev/null \
+	|| { apt-get update && apt-get install -y --no-install-recommends chromium; } > /dev/null 2>&1 \
+	|| echo "no browser, and none to be had: tests of the page that need one skip"
 
 faults: .venv/done
 	$(PY) -m tests.faults

@@ -108,7 +108,8 @@ def main():
         with machine.mixed(model.head.weight.device, getattr(torch, cfg.dtype)):
             first = list(itertools.islice(states, 3))  # a sampler checks its options in its first step
             states = itertools.chain(first, states)
-            if cfg.animate and sys.stdout.isatty() and not screen.DUMB:
+            animated = cfg.animate and sys.stdout.isatty() and not screen.DUMB
+            if animated:
                 states = screen.animate(states, tokenizer, process.mask_id, meta, cfg.fps)
             else:
                 before = itertools.takewhile(lambda i: i != HOLE, prompts[0])
@@ -123,13 +124,13 @@ def main():
     texts = [tokenizer.decode([i for i in row if i != NOTHING]) for row in last.x.tolist()]
     module, right = prepared(Path("data") / run.dataset), None
     check, show = (getattr(module, name, None) for name in ("check", "show"))
-    if show and not cfg.animate:
+    if show and not animated:
         screen.pages(map(show, texts))
     if check:
         right = [correct == asked for correct, asked in map(check, texts)]
         print(*("right" if r else "wrong" for r in right), f"({sum(right)} of {len(right)})")
     if recorded:
-        about = record.about(cfg, own, b, run, meta, model.cfg)
+        about = record.about(cfg, own, b, run, meta, model)
         record.write(cfg, recorded.whole(about, process, tokenizer, prompts, last, right, show))
     n = int((last.x != NOTHING).sum()) - sum(len(ids) - ids.count(HOLE) for ids in prompts)
     if cfg.gaps > 1:

@@ -113,6 +113,8 @@ def network(model_cfg, settings):
 
 
 class EsoLM(Transformer):
+    own_rule = "known tokens first, then the masks; each reads what stands before it in that order"
+
     """
     Three ways to call it. With rank (B, T): the two streams of training, see order_mask. With at (B, C + N)
     and real: clean tokens and masks at these positions, behind the cache, see `behind`. With neither: as any

@@ -106,6 +106,8 @@ def network(model_cfg, settings):
 
 
 class PGM(Transformer):
+    own_rule = "masks are predicted from the known tokens, known tokens from the masks; a group reads itself"
+
     def __init__(self, cfg, n_decoder):
         super().__init__(replace(cfg, n_layers=cfg.n_layers - n_decoder))
         self.start = nn.Parameter(0.3 * torch.randn(cfg.d_model))

@@ -9,6 +9,7 @@ docs/watch.md lists what a line of the record holds.
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -135,8 +136,9 @@ class Recorded:
         mine = [i for i, r in enumerate(number) if r < TEXTS and live[i] and number.index(r) == i]
         if not mine:
             return
-        if torch.is_tensor(alpha) and len(alpha.view(-1)) == len(number):
+        if torch.is_tensor(alpha) and alpha.dim() and len(alpha) == len(number):
             alpha = alpha[mine]
+        x = x if torch.is_tensor(x) and x.dim() == 2 else self.x  # not soft tokens
         ar, open = kind == "ar" or len(self.positions) == 1, self.open[mine, :n]
         seen = (self.x if ar else x)[mine, :n]  # block size 1 reads no token of its own
         open = open if ar else open & ~self.process.known(seen)
@@ -239,7 +241,7 @@ class Record:
                 pairs = zip(said["ids"][r][n], said["p"][r][n], strict=True)
                 best = [v for id, p in pairs if p for v in (id, p)]
                 if said["kind"] == "prediction":
-                    own = 0 <= now[j] < said["logp"].size(-1)
+                    own = 0 <= now[j] < said["logp"].size(-1) and what[j] not in "nb"
                     p = thousandths(said["logp"][r, n, now[j]].exp()) if own else None
                     word = [position, p, said["entropy"][r][n], best]
                 else:
@@ -300,7 +302,8 @@ def lanes(block, i, where):
         found["forbidden"] = [[position, p, n] for position, p, n in numbers if n]
     own = {name: x for name, x in block.state.items() if torch.is_tensor(x) and x.shape == block.x.shape}
     if own:
-        found["lanes"] = {name: [round(float(v), 3) for v in x[i]] for name, x in own.items()}
+        number = lambda v: round(v, 3) if math.isfinite(v) else None  # JSON has no infinity
+        found["lanes"] = {name: [number(v) for v in x[i].double().tolist()] for name, x in own.items()}
     return found
 
 
@@ -315,14 +318,15 @@ def wanted(cfg, model):
     return Record(model) if cfg.html or cfg.trace or cfg.gif else None
 
 
-def about(cfg, own, b, run, meta, net):
-    """The first line of a record: what was asked, of what. own: the sampler's options. net: a ModelConfig."""
+def about(cfg, own, b, run, meta, model):
+    """The first line of a record: what was asked, of what. own: the sampler's options."""
     asked = ("steps", "temperature", "top_p", "seed")
     return {
         "kind": "run", "format": 1, "sampler": "ar" if b == 1 else cfg.sampler, "options": own,
         **{name: getattr(cfg, name) for name in asked},
         "block_size": b, "process": run.process, "constraint": cfg.regex or cfg.constraint,
-        "clean_causal": net.clean_causal, "next_token": net.next_token,
+        "clean_causal": model.cfg.clean_causal, "next_token": model.cfg.next_token,
+        "own_rule": getattr(model, "own_rule", ""),
         "width": meta.get("width", 0), "prompt_len": meta.get("prompt_len", 0),
     }  # fmt: skip
 
@@ -362,6 +366,9 @@ def read(path):
     return lines
 
 
+AFTER = {"n": "n", "b": "n", "g": "g", " ": " "}  # what a token is in the next step, if nothing happens; else k
+
+
 def frames(lines):
     """
     The texts step by step, for a film or a notebook: (line, {row: [(token id, what)]}) for each step. what
@@ -376,19 +383,17 @@ def frames(lines):
         for change in line["rows"]:
             row = cells[change["row"]]
             row += [(NOTHING, " ")] * (last - len(row))
-            for i in range(first, last):
-                row[i] = row[i][0], "n" if row[i][1] in "nb" else "g" if row[i][1] == "g" else "k"
-            for i, mark in enumerate(change.get("open", ""), first):
-                row[i] = row[i] if mark == "#" else (row[i][0], "g")
-            for i, id in enumerate(change.get("x", ()), first):
-                row[i] = id, "g" if row[i][1] == "g" else "n"
-            for i, id, what in zip(
-                change.get("at", ()), change.get("to", ()), change.get("what", ""), strict=True
-            ):
+            row[first:last] = [(id, AFTER.get(what, "k")) for id, what in row[first:last]]
+            if "open" in change:
+                tokens = change.get("x", [id for id, _ in row[first:last]])
+                for i, id, mark in zip(range(first, last), tokens, change["open"], strict=True):
+                    given = row[i][1] if row[i][1] in "gk" else "g" if id >= 0 else " "
+                    row[i] = id, given if mark == "." else "n"
+            for i, id, what in zip(change.get("at", ()), change.get("to", ()), change.get("what", ""), strict=True):
                 row[i] = id, what
             if line.get("last"):
                 row[first:last] = [(id, "k" if what == "n" else what) for id, what in row[first:last]]
         yield line, {row: list(tokens) for row, tokens in cells.items()}
-        if line.get("last"):  # finished text of the blocks before
+        if line.get("last"):  # finished text for the blocks behind it
             for row in cells.values():
                 row[first:last] = [(id, what if what in "g " else "k") for id, what in row[first:last]]

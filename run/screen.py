@@ -30,46 +30,73 @@ def cells(row, before, tokenizer, mask_id):
         elif token == mask_id:
             out.append(f"{DIM}░{PLAIN}")
         else:
-            text = text_of([token], tokenizer)
+            text = text_of([token], tokenizer).replace("\t", "    ")  # a tab ends at a column of its own
             out.append(f"{COLOUR}{text}{PLAIN}" if before is not None and before[i] != token else text)
     return out
 
 
-def pages_across(meta):
-    """So many rows fit side by side as pages of a `width`; 0: not even one, or rows have no width."""
+def pages_across(meta, wide=1):
+    """
+    So many rows fit side by side as pages of a `width`, in cells of `wide` columns; 0: not even one, or rows
+    have no width.
+    """
     columns = shutil.get_terminal_size().columns + 3
-    return columns // (2 * meta["width"] + 3) if "width" in meta else 0
+    return columns // (meta["width"] * (wide + 1) + 3) if "width" in meta else 0
 
 
 def columns_of(text):
-    """The columns of a terminal that a text takes: two a wide character, none a mark on the one before."""
-    return sum((unicodedata.east_asian_width(c) in "WF") + (not unicodedata.combining(c)) for c in text)
+    """The columns of a terminal that a text takes: two a wide character, none a mark or joiner on another."""
+    alone = (c for c in text if c == "\xad" or unicodedata.category(c) not in ("Mn", "Me", "Cf"))
+    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in alone)
 
 
-def frame(state, before, tokenizer, mask_id, meta):
+def bare(cell):
+    """A cell without its colours."""
+    return cell.replace(DIM, "").replace(COLOUR, "").replace(PLAIN, "")
+
+
+def wrapped(page, columns):
+    """The lines of a page of cells, wrapped by hand: escape codes have no width."""
+    lines, line, used = [], "", 0
+    for cell in page:
+        visible = bare(cell)
+        for c in visible if "\n" in visible else [visible]:
+            if c == "\n" or used + columns_of(c) >= columns:
+                lines.append(line)
+                line, used = "", 0
+            if c != "\n":
+                line, used = line + (cell if c == visible else c), used + columns_of(c)
+    return [*lines, line]
+
+
+def frame(state, before, tokenizer, mask_id, meta, whole=False):
     """
     Lines of one animation frame. Rows with a `width` stand side by side, prompt above, as little pages;
-    others run on.
+    others run on. What is taller than the screen cannot be redrawn: then the last lines of each row are
+    shown, where the work is, unless the whole is wanted.
     """
     rows, (columns, height) = state.x.tolist(), shutil.get_terminal_size()
-    fits, lines = max(1, height - 2), []  # what is taller than the screen cannot be redrawn
+    fits, lines = max(1, height - 2), []
     pages = [cells(*row, tokenizer, mask_id) for row in zip(rows, before or [None] * len(rows), strict=True)]
-    if n := pages_across(meta):  # more would wrap, and a wrapped line cannot be redrawn
+    wide = max((columns_of(bare(cell)) for page in pages for cell in page), default=1)
+    if n := pages_across(meta, wide):  # more would wrap, and a wrapped line cannot be redrawn
         w, above = meta["width"], meta.get("prompt_len", 0) // meta["width"]
-        lines = ["    ".join(" ".join(p[i : i + w]) for p in pages[:n]) for i in range(0, len(rows[0]), w)]
-        return (lines[:above] + [""] * (above > 0) + lines[above:])[-fits:]
-    for page in pages:  # wrap by hand: escape codes have no width
-        line, used = "", 0
-        for cell in page:
-            visible = cell.replace(DIM, "").replace(COLOUR, "").replace(PLAIN, "")
-            for c in visible if "\n" in visible else [visible]:
-                if c == "\n" or used + columns_of(c) >= columns:
-                    lines.append(line)
-                    line, used = "", 0
-                if c != "\n":
-                    line, used = line + (cell if c == visible else c), used + columns_of(c)
-        lines += [line, ""]
-    return lines[-fits:]
+        cell = lambda c: " " * (wide - columns_of(bare(c))) + c.replace("\n", "↵")
+        for some in range(0, len(pages) if whole else 1, n):
+            beside = [[*map(cell, page)] for page in pages[some : some + n]]
+            band = ["    ".join(" ".join(p[i : i + w]) for p in beside) for i in range(0, len(rows[0]), w)]
+            lines += [""] * (some > 0) + band[:above] + [""] * (above > 0) + band[above:]
+        return lines if whole else lines[-fits:]
+    texts = []
+    for row, page in zip(rows, pages, strict=True):
+        end = len(row)
+        while end and row[end - 1] == NOTHING:
+            end -= 1
+        texts.append(wrapped(page[:end], columns))
+    if not whole and sum(len(text) + 1 for text in texts) > fits:
+        texts = [text[-max(1, fits // len(texts) - 1) :] for text in texts]
+    lines = [line for text in texts for line in [*text, ""]]
+    return lines if whole else lines[-fits:]
 
 
 def animate(states, tokenizer, mask_id, meta, fps):
@@ -81,12 +108,12 @@ def animate(states, tokenizer, mask_id, meta, fps):
         sys.stdout.write(up + "".join(f"\x1b[2K{line}\n" for line in lines))
         sys.stdout.write("\x1b[J")
         sys.stdout.flush()
-        before, height = state.x.tolist(), len(lines)
+        last, before, height = before, state.x.tolist(), len(lines)
         yield state
         time.sleep(max(0.0, 1 / fps - (time.time() - start)))
-    if n := pages_across(meta):  # frame left out what did not fit beside
-        for row in state.x.tolist()[n:]:
-            print(text_of(row, tokenizer))
+    whole = frame(state, last, tokenizer, mask_id, meta, whole=True)
+    if len(whole) > height:  # once in full, so that one can scroll back
+        sys.stdout.write(f"\x1b[{height}A\x1b[J" + "".join(f"{line}\n" for line in whole))
 
 
 def stream(states, tokenizer, prompt):
