@@ -30,8 +30,9 @@ def write(lines, frames, path, fps):
     across = about["width"] or min(COLUMNS, max(map(len, lines[-1]["x"])))
     n = min(TEXTS, about["recorded"]) if about["width"] else 1
     rows = -(-max(map(len, lines[-1]["x"])) // across)
-    w, h = 11, 20
-    wide, tall = n * (across * w + 24) + 24, rows * h + 36
+    above = about["prompt_len"] if about["width"] else 0  # a prompt stands above its answer
+    w, h = 20 if about["width"] else 11, 20
+    wide, tall = n * (across * w + 24) + 24, rows * h + 46
     most = max(1, STRIP // tall) if strip else FRAMES
     step = -(-len(every) // most)
     kept = every[::-1][::step][::-1]  # the last is always there
@@ -45,12 +46,15 @@ def write(lines, frames, path, fps):
         pen.text((24, 6), label, fill=FAINT, font=small)
         for row in range(n):
             for i, (id, what) in enumerate(cells[row]):
-                x, y = 24 + row * (across * w + 24) + i % across * w, 26 + i // across * h
+                x, y = (
+                    24 + row * (across * w + 24) + i % across * w,
+                    26 + i // across * h + 8 * (0 < above <= i),
+                )
                 if what in FILL:
                     pen.rectangle((x, y, x + w - 2, y + h - 2), fill=FILL[what])
                 text = "·" if id == about["mask"] else shown(names.get(id, ""))
                 text = {"\n": "↵", " ": " "}.get(text, text)[:1]
-                pen.text((x + 1, y + 1), text, fill=FAINT if what in "nb" else INK, font=font)
+                pen.text((x + w // 2 - 5, y + 1), text, fill=FAINT if what in "nb" else INK, font=font)
         return image
 
     images = [draw(*frame) for frame in kept]

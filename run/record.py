@@ -366,7 +366,7 @@ def read(path):
     return lines
 
 
-AFTER = {"n": "n", "b": "n", "g": "g", " ": " "}  # what a token is in the next step, if nothing happens; else k
+AFTER = {"n": "n", "b": "n", "g": "g", " ": " "}  # a letter in the next step, if nothing happens; others: k
 
 
 def frames(lines):
@@ -389,7 +389,8 @@ def frames(lines):
                 for i, id, mark in zip(range(first, last), tokens, change["open"], strict=True):
                     given = row[i][1] if row[i][1] in "gk" else "g" if id >= 0 else " "
                     row[i] = id, given if mark == "." else "n"
-            for i, id, what in zip(change.get("at", ()), change.get("to", ()), change.get("what", ""), strict=True):
+            changes = (change.get(name, ()) for name in ("at", "to", "what"))
+            for i, id, what in zip(*changes, strict=True):
                 row[i] = id, what
             if line.get("last"):
                 row[first:last] = [(id, "k" if what == "n" else what) for id, what in row[first:last]]

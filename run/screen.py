@@ -86,6 +86,8 @@ def frame(state, before, tokenizer, mask_id, meta, whole=False):
             beside = [[*map(cell, page)] for page in pages[some : some + n]]
             band = ["    ".join(" ".join(p[i : i + w]) for p in beside) for i in range(0, len(rows[0]), w)]
             lines += [""] * (some > 0) + band[:above] + [""] * (above > 0) + band[above:]
+        while len(lines) > fits and not whole and not lines[-1].strip():
+            lines.pop()  # nothing is written there yet
         return lines if whole else lines[-fits:]
     texts = []
     for row, page in zip(rows, pages, strict=True):
@@ -138,13 +140,19 @@ def stream(states, tokenizer, prompt):
 def pages(texts):
     """Texts of several lines each, side by side: what a dataset's show makes of its rows."""
     columns, beside = shutil.get_terminal_size().columns, []
-    for lines in [shown(text).split("\n") for text in texts] + [None]:
-        width = sum(max(map(columns_of, page)) + 4 for page in beside + [lines] * (lines is not None))
-        if beside and (lines is None or width > columns):
-            wide = [max(map(columns_of, page)) for page in beside]
-            for line in itertools.zip_longest(*beside, fillvalue=""):
-                cells = (cell + " " * (w - columns_of(cell)) for cell, w in zip(line, wide, strict=True))
-                print("    ".join(cells).rstrip())
-            print()
+    for page in [shown(text).split("\n") for text in texts]:
+        if beside and sum(max(map(columns_of, each)) + 4 for each in [*beside, page]) > columns:
+            print_beside(beside)
             beside = []
-        beside.append(lines)
+        beside.append(page)
+    if beside:
+        print_beside(beside)
+
+
+def print_beside(several):
+    """Pages, lists of lines, in one band, and a blank line."""
+    wide = [max(map(columns_of, page)) for page in several]
+    for line in itertools.zip_longest(*several, fillvalue=""):
+        cells = (part + " " * (w - columns_of(part)) for part, w in zip(line, wide, strict=True))
+        print("    ".join(cells).rstrip())
+    print()

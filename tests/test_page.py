@@ -5,9 +5,12 @@ step by step, for any text.
 """
 
 import base64
+import contextlib
 import html
+import io
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -23,10 +26,11 @@ from exact import GENERATE, KINDS, V3, net, on
 import diffusion as d
 import sample
 import train as training
+from data.tokens import Tokenizer
 from generate import NOTHING
 from model import attention_mask
 from options import SampleConfig
-from run import record
+from run import record, screen
 from samplers import SAMPLERS, constraint
 from samplers.language import DFA
 
@@ -64,24 +68,15 @@ def serves(name, kind):
 
 # ----- recording changes nothing
 
-FIRST = [
-    "ar",
-    "ancestral",
-    "arpc",
-    "speculation",
-    "confidence",
-    "psi",
-    "freedave",
-    "dynamic_blocks",
-    "diffuspec",
-]
+UNIFORM = "uniform denoiser, ar token"
 OWN = sorted(name for name, f in SAMPLERS.items() if not f.__module__.startswith("methods."))
-CASES = [
-    (n, k, p) for n in OWN for k in ("masked", "uniform denoiser, ar token") for p in GENERATE if serves(n, k)
-]
+CASES = [(n, k, p) for n in OWN for k in ("masked", UNIFORM) for p in GENERATE if serves(n, k)]
+FIRST = [(n, "masked", p) for n in ("ar", "ancestral", "arpc", "speculation") for p in GENERATE]
+FIRST += [(n, UNIFORM, "fast") for n in ("arpc", "confidence", "ancestral")]
+FIRST += [(n, "masked", "fast") for n in ("freedave", "dynamic_blocks", "diffuspec")]
 
 
-@pytest.mark.parametrize("name, kind, path", slow(CASES, [case for case in CASES if case[0] in FIRST]))
+@pytest.mark.parametrize("name, kind, path", slow(CASES, FIRST))
 def test_a_recorded_text_is_the_text(name, kind, path):
     """Bit for bit, in the same passes, for every sampler, with --plain and without."""
     lines, states = made(kind, path, name)
@@ -550,3 +545,68 @@ def test_a_file_that_is_no_record_is_said(slip, tmp_path):
     (tmp_path / "a").write_text('{"kind": "run"}\n', encoding="utf-8")
     assert "is no record" in slip(record.read, str(tmp_path / "a"))
     assert "is no record" in slip(record.read, str(tmp_path / "nothing"))
+
+
+# ----- the terminal
+
+
+class Terminal:
+    """A screen with what has scrolled off above it: the codes that an animation sends, and no others."""
+
+    def __init__(self, height):
+        self.height, self.lines, self.at = height, [""], 0
+
+    def feed(self, text):
+        text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # colours
+        for up, code, words in re.findall(r"\x1b\[(\d*)([AKJ])|([^\x1b]+)", text):
+            if code == "A":  # no further than the top of the screen
+                self.at = max(len(self.lines) - self.height, self.at - int(up), 0)
+            elif code:
+                self.lines[self.at :] = [""] + ([] if code == "J" else self.lines[self.at + 1 :])
+            for part in re.findall(r"\n|[^\n]+", words):
+                if part != "\n":
+                    self.lines[self.at] += part
+                    continue
+                self.at += 1
+                self.lines += [""] * (self.at == len(self.lines))
+
+
+@pytest.mark.parametrize("marks", [{}, {"width": 5, "prompt_len": 5}])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_animation_ends_in_full_on_any_screen(monkeypatch, marks, rows):
+    """Whatever scrolled off the screen is there once, as it is at the end, and no line wraps."""
+    monkeypatch.setattr(screen, "time", SimpleNamespace(time=lambda: 0.0, sleep=lambda s: None))
+    monkeypatch.setattr(screen.shutil, "get_terminal_size", lambda: os.terminal_size((16, 9)))
+    chars = ["a", "漢", "b", "c"] if marks else ["a", "漢", "\t", "\n"]
+    tokenizer = Tokenizer({"vocab_size": 4, "tokenizer": "char", "chars": chars}, ".")
+    text, states = torch.arange(100).remainder(4).repeat(rows, 1), []
+    for k in range(0, 101, 20):
+        states.append(SimpleNamespace(x=torch.where(torch.arange(100) < k, text, NOTHING)))
+    seen, out = Terminal(9), io.StringIO()
+    out.write("what was there\n")
+    with contextlib.redirect_stdout(out):
+        for state in screen.animate(iter(states), tokenizer, None, marks, 1):
+            seen.feed(out.getvalue())
+            out.seek(0), out.truncate()
+            assert "a" in "".join(seen.lines[-9:]) or state is states[0], "one sees where it is written"
+    seen.feed(out.getvalue())
+    lines = screen.frame(states[-1], None, tokenizer, None, marks, whole=True)
+    plain = [line.rstrip() for line in seen.lines]
+    assert plain == ["what was there", *(re.sub("\x1b.*?m", "", line).rstrip() for line in lines), ""]
+    assert max(map(screen.columns_of, plain[1:])) < 16 and len(lines) > 9
+    assert "".join(lines).count("漢") == 25 * rows
+
+
+def test_a_grid_of_wide_letters_stays_a_grid():
+    chars = ["a", "漢", "e\u0301", "\u200d"]
+    tokenizer = Tokenizer({"vocab_size": 4, "tokenizer": "char", "chars": chars}, ".")
+    state = SimpleNamespace(x=torch.tensor([[0, 1, 2, 1, 1, 0, 2, 2]]))
+    lines = screen.frame(state, None, tokenizer, None, {"width": 4}, whole=True)
+    assert len(lines) == 2 and {screen.columns_of(line) for line in lines} == {4 * 2 + 3}
+    assert screen.columns_of("e\ufe0f\u200d") == 1
+
+
+def test_pages_stand_side_by_side(monkeypatch, capsys):
+    monkeypatch.setattr(screen.shutil, "get_terminal_size", lambda: os.terminal_size((12, 9)))
+    screen.pages(["漢\nb", "c\nd", "e\x1b"])
+    assert capsys.readouterr().out == "漢    c\nb     d\n\ne\\x1b\n\n"
