@@ -20,7 +20,7 @@ from run.cli import die, writable
 from samplers.pieces import entropy
 
 TEXTS = 16  # so many texts are recorded; the others are made as ever
-LOOKS = 16  # so many steps of a block keep all predictions; between them only those of tokens that changed
+LOOKS = 16  # so many steps of a block keep all predictions; between them those of tokens that were written
 TOP = 5  # alternatives of a token
 PAGE = Path(__file__).with_name("page.html")
 
@@ -219,10 +219,13 @@ class Record:
             what.append(event(open[j], noisy[j], noise, old[j] != now[j], drafted))
             still.append(noise)
         self.before[row] = now, still
-        changed = [j for j in range(size) if what[j] != "."]
+        # noise that can become any token has something new everywhere, at every step
+        every = -(-block.steps // (LOOKS if block.process.absorbing else LOOKS // 2))
+        ignored = "." if self.number % every == 0 else ".n"
+        changed = [j for j in range(size) if what[j] not in ignored]
         line |= {"at": [where[j] for j in changed], "to": [now[j] for j in changed]}
         line["what"] = "".join(what[j] for j in changed)
-        line |= self.words(row, where, now, open, what, -(-block.steps // LOOKS))
+        line |= self.words(row, where, now, open, what, every)
         return line | lanes(block, i, where)
 
     def words(self, row, where, now, open, what, every):
