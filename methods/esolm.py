@@ -113,14 +113,14 @@ def network(model_cfg, settings):
 
 
 class EsoLM(Transformer):
-    own_rule = "known tokens first, then the masks; each reads what stands before it in that order"
-
     """
     Three ways to call it. With rank (B, T): the two streams of training, see order_mask. With at (B, C + N)
     and real: clean tokens and masks at these positions, behind the cache, see `behind`. With neither: as any
     network is called, so that other samplers can; known tokens of a block come first, then its masks, both
     as they stand.
     """
+
+    own_rule = "known tokens first, then the masks; each reads what stands before it in that order"
 
     def hidden(
         self, clean, noisy, block_size, start=0, sigma=None, cache=None, rank=None, at=None, real=None
