@@ -34,6 +34,7 @@ from run.flags import load_with_sampler, options
 from run.restore import restore
 from samplers import SAMPLERS
 from samplers.constraint import writer
+from samplers.pieces import end_of
 
 
 def settled(cfg, sampler, own, trained):
@@ -89,6 +90,7 @@ def main():
         model.graphs = True
     spent = [0.0]
     write = writer(generate, cfg.regex, cfg.constraint, tokenizer, meta["vocab_size"], exact=cfg.exact)
+    ends = meta.get("eos_id") if cfg.regex or cfg.constraint else end_of(meta)
     holes = any(HOLE in ids for ids in prompts)
     if holes and (cfg.regex or cfg.constraint):
         die("a constraint reads text from left to right, and a prompt has holes", "leave --hole out")
@@ -100,7 +102,7 @@ def main():
     states = write(
         model, process, prompts, block_size=b, sampler=sampler, steps=cfg.steps or None,
         max_new_tokens=cfg.max_new_tokens or None, ar_tokens=cfg.ar_tokens, temperature=cfg.temperature,
-        top_p=cfg.top_p, seed=cfg.seed, eos_id=meta.get("eos_id"), schedule=SCHEDULES[run.schedule],
+        top_p=cfg.top_p, seed=cfg.seed, eos_id=ends, schedule=SCHEDULES[run.schedule],
         trained=trained, block_class=recorded and recorded.block_class, **own,
     )  # fmt: skip
     states = timed(states, spent)

@@ -4,10 +4,10 @@ vocabulary needs it) and a meta.json. The least that meta.json may say is {"voca
 "gpt2"}. All its keys:
 
     vocab_size   number of ids
-    tokenizer    "char" (with "chars": every character in id order), "gpt2", "smollm", "bert", or "none" (ids
-                 are shown as numbers)
+    tokenizer    "char" (with "chars": every character in id order), "gpt2", "smollm", "json" (the
+                 tokenizer.json "file"), "bert", or "none" (ids are shown as numbers)
     bos_id       every row, and every prompt, begins with it: no loss on it
-    eos_id       generation of a row ends here
+    eos_id       generation of a row ends here; eos_ids: a list, if several ids end it
     pad_id       behind the end of a row. It costs nothing behind the block in which the text ends, see
                  charged_tokens
     row_len      the file is rows of this length, not one stream; windows are then whole rows
@@ -33,9 +33,10 @@ from tqdm import tqdm
 from data.tokens import Tokenizer
 from run.cli import die
 
+KINDS = ("char", "gpt2", "smollm", "json", "bert", "none")
 IDS = ("bos_id", "eos_id", "pad_id", "separator")
 NUMBERS = {"vocab_size", "row_len", "prompt_len", "prompt_lens", "width", *IDS}
-KEYS = {"tokenizer", "chars", "prompt_end", "file", *NUMBERS}  # file: where the tokenizer lies
+KEYS = {"tokenizer", "chars", "prompt_end", "file", "eos_ids", *NUMBERS}  # file: where the tokenizer lies
 
 
 class Dataset:
@@ -245,15 +246,18 @@ def check_meta(meta, path):
         numbers = {k: meta[k] for k in NUMBERS if k in meta}
         if bad := sorted(k for k, v in numbers.items() if type(v) is not int or not 0 <= v < 1 << 31):
             raise ValueError(f"{bad[0]} is {numbers[bad[0]]!r}, not a number of tokens")
-        if vocab_size < 1 or tokenizer not in ("char", "gpt2", "smollm", "bert", "none"):
+        if vocab_size < 1 or tokenizer not in KINDS:
             raise ValueError(
                 f"vocab_size {vocab_size} must be at least 1, "
-                f"tokenizer {tokenizer!r} one of char, gpt2, smollm, bert, none"
+                f"tokenizer {tokenizer!r} one of {', '.join(KINDS)}"
             )
         if not isinstance(meta.get("prompt_end", ""), str):
             raise ValueError(f"prompt_end is {meta['prompt_end']!r}, not a text")
         if outside := [k for k in IDS if meta.get(k, 0) >= vocab_size]:
             raise ValueError(f"{outside[0]} {meta[outside[0]]} is not below vocab_size {vocab_size}")
+        ends = meta.get("eos_ids", [])
+        if type(ends) is not list or any(type(i) is not int or not 0 <= i < vocab_size for i in ends):
+            raise ValueError(f"eos_ids is {ends!r}, not a list of ids")
         if tokenizer == "char" and (
             not isinstance(meta["chars"], (str, list)) or len(set(meta["chars"])) != vocab_size
         ):

@@ -1,9 +1,10 @@
 """
-How does text become ids, and back? By one of five ways, which a dataset's meta.json names:
+How does text become ids, and back? By one of six ways, which a dataset's meta.json names:
 
     char     one id a character
     gpt2     GPT-2's byte pairs                            gpt2.tiktoken
     smollm   SmolLM-135M's byte pairs, digits one by one   smollm.json, its tokenizer.json
+    json     byte pairs of any tokenizer.json              data/bpe.py, meta["file"]
     bert     bert-base-uncased's WordPieces                bert.txt, its vocab.txt
     none     a text is a list of numbers
 
@@ -20,17 +21,12 @@ import unicodedata
 from itertools import pairwise
 from pathlib import Path
 
+from data.bpe import GPT2_PATTERN, LETTERS, JsonBPE
 from run.cli import die, said
 
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # The same between digits, and every digit alone. Where GPT-2's pattern asks for the end of the text, a digit
 # is one.
 SMOLLM_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"""
-# GPT-2's alphabet for bytes: the visible ones are their own letters, the others come after U+0100, in order
-VISIBLE = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
-LETTERS = {chr(b): b for b in VISIBLE} | {
-    chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in VISIBLE)
-}
 # What BERT takes for Chinese characters, each a word. The library's ranges, and its gap: U+2B820 to U+2B91F
 # are letters to it.
 CJK = (
@@ -60,6 +56,8 @@ class Tokenizer:
                 FILES["smollm"], folder, "HuggingFaceTB/SmolLM-135M", "tokenizer.json"
             )
             self.pieces = smollm(path)
+        elif self.kind == "json":
+            self.pieces = JsonBPE(meta.get("file") or Path(folder) / "tokenizer.json")
         elif self.kind == "bert":
             self.pieces = WordPieces(
                 file(FILES["bert"], folder, "google-bert/bert-base-uncased", "vocab.txt")

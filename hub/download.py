@@ -152,12 +152,13 @@ def locked(path):
         yield
 
 
-def fetch(address, instead="--input FILE"):
+def fetch(address, instead="--input FILE", optional=False):
     """
     The local copy (a Path) of the file at `address`, downloaded if need be: a connection that breaks is taken
     up again where it broke, in this run or a later one, and what has arrived must have the size and the
     checksum that the server promises, if it does. Without a network the copy that is there will do. Exits
-    with two lines if there is none to be had; instead: the flag for a file of one's own.
+    with two lines if there is none to be had; instead: the flag for a file of one's own. optional: None,
+    and no exit, if the server says that there is no such file.
     """
     try:
         parts = urlsplit(web(address))
@@ -169,6 +170,8 @@ def fetch(address, instead="--input FILE"):
         with locked(f"{path}.lock"):
             return up_to_date(parts._replace(path=quote(unquote(parts.path))).geturl(), path)
     except (*PROBLEMS, ValueError) as e:
+        if optional and getattr(e, "code", None) == 404:
+            return None
         fix = f"the network, or {instead}, of what is here already"
         if isinstance(e, urllib.error.HTTPError):
             fix = "another name" if e.code == 404 else f"later, or {instead}"

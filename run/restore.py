@@ -277,7 +277,9 @@ def begin_from(cfg, settings=None, method=None, asked=()):
     if "process" in state and not hasattr(method, "process"):
         # what the weights have learned to read: the settings do not say all of it
         facts["noise"] = state["process"]
-    return None if resume else state["ema"], facts
+    # published weights may be rounded; training goes on in float32
+    wide = {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in state["ema"].items()}
+    return None if resume else wide, facts
 
 
 def compare(state, cfg, settings, method, data, world, say):
