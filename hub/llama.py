@@ -74,7 +74,10 @@ def read_json(path):
     """What a JSON file says. Raises OSError or ValueError."""
     if (size := os.path.getsize(path)) > LARGEST:
         raise ValueError(f"{path} has {size:,} bytes")
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: {said(e)}") from e
 
 
 def downloaded(base, config_file, flag):
