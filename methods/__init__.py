@@ -11,6 +11,7 @@ the paper. It may define
     INHERITS      settings that come from the run of --init_from too, where the user says nothing
     FIXED         settings that a resumed run cannot change
     check         (cfg, settings): exits with two lines (run.cli.die) on what cannot be
+    begin         (settings, state): what the checkpoint of --init_from settles, before `check`
     network       (model_cfg, settings) -> a Transformer, or a subclass
     process       (cfg, settings, vocab_size) -> a NoiseProcess; vocab_size counts no mask
     Learner       a subclass of Learner below: the loss at a step, the batches, modules and state of its own

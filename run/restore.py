@@ -259,6 +259,8 @@ def begin_from(cfg, settings=None, method=None, asked=()):
         elif name not in may_change and mine != theirs:
             die(f"{source} has {name} {theirs}, not {mine}", f"leave --{name} out")
     cfg.__post_init__()
+    if hasattr(method, "begin"):
+        method.begin(settings, state)
     if hasattr(method, "check"):
         method.check(cfg, settings)
     if cfg.predicts != run.predicts:
