@@ -73,37 +73,39 @@ def sdar(block, *, rule="dynamic", threshold=0.85):
 @sampler("absorbing")
 def a2d(block):
     """
-    The sampler of dLLM, which released BD3-LM weights made of Qwen3: the surest tokens first, by the
-    probability before the temperature. Of n masks left at the kth of T steps, n / (T - k + 1) are committed,
-    rounded, halves to even. A step of no token is left out.
+    The sampler of dLLM for BD3-LM (arXiv 2503.09573), as with the weights it made of Qwen3: the surest tokens
+    first, by the probability before the temperature. Of n masks left at the kth of T steps, n / (T - k + 1)
+    are committed, rounded, halves to even. Steps of no token are left out.
     """
-    committed, n_left = ~block.open, block.open.sum(1)  # (R, b), (R,)
+    committed, n_left, counts = ~block.open, block.open.sum(1), []
     for k in range(block.steps):
-        n = (n_left.double() / (block.steps - k)).round().long()
-        n_left = n_left - n
-        if not n.any():
-            continue
+        counts.append((n_left.double() / (block.steps - k)).round().long())
+        n_left = n_left - counts[-1]
+    counts = torch.stack(counts, dim=1)  # (R, T)
+    counts = counts.gather(1, (counts == 0).int().argsort(dim=1, stable=True))  # each row's zeros at its end
+    for k in range(block.steps):
         logp = log_l(block, committed)
         y = block.draw(block.sharpen(logp), block.noise(k))
-        committed = commit(block, committed, top(pick(logp, y), n, ~committed), y)
+        committed = commit(block, committed, top(pick(logp, y), counts[:, k], ~committed), y)
         yield
         if not block.live.any():
             return
 
 
 @sampler("absorbing", "own pace")
-def fast_dllm(block, *, sub_block=8, threshold=0.9):
+def fast_dllm(block, *, sub_block=0, threshold=0.9):
     """
     Fast-dLLM v2 (arXiv 2509.26328): parts of a block from left to right. In a part every token above the
     threshold is committed, and at least the surest; then the next part. With a network that reads position i
     at i - 1, the first token of a block is what the clean text before it says, the likeliest one, before
     anything else.
 
-    sub_block: tokens of a part; it divides the block
+    sub_block: tokens of a part; it divides the block. 0: a quarter of the block, or all of it
     threshold: 1 is one token a pass
     """
     b = block.x.size(1)
-    need(sub_block >= 1 and b % sub_block == 0, "sub_block", sub_block, f"a divisor of the block size {b}")
+    need(sub_block >= 0 and b % (sub_block or 1) == 0, "sub_block", sub_block, f"a divisor of {b}, or 0")
+    sub_block = sub_block or (b // 4 if b % 4 == 0 else b)
     need(0 <= threshold <= 1, "threshold", threshold, "between 0 and 1")
     part = torch.arange(b, device=block.x.device) // sub_block  # (b,)
     committed, k = ~block.open, 0
@@ -111,7 +113,9 @@ def fast_dllm(block, *, sub_block=8, threshold=0.9):
         first = torch.zeros_like(committed)
         first[:, 0] = block.open[:, 0]
         if first.any():
+            live, block.live = block.live, block.live & first[:, 0]  # others need no such pass
             y = log_l(block, committed).argmax(-1)
+            block.live = live
             committed = commit(block, committed, first, y)
             yield
     while block.live.any():

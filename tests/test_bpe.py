@@ -8,6 +8,7 @@ import importlib.util
 import json
 import random
 import sys
+import unicodedata
 
 import pytest
 from conftest import ROOT
@@ -59,6 +60,15 @@ def strings(n, seed):
     return found
 
 
+def settled(text):
+    """
+    Are its characters known to every library? Letters and marks that are younger than some of them are cut, and
+    put in order, in different ways: `regex` is of this year, the library's normalizer of an older Unicode.
+    """
+    young = lambda c: unicodedata.ucd_3_2_0.category(c) == "Cn"
+    return not any(unicodedata.category(c) == "Cn" or unicodedata.combining(c) and young(c) for c in text)
+
+
 def trained(kind, texts):
     """A tokenizer of the library, trained on texts, as JSON."""
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -93,7 +103,10 @@ def test_ids_and_text_are_those_of_the_library(tmp_path, kind):
     (tmp_path / "tokenizer.json").write_text(json.dumps(file["tokenizer"]), encoding="utf-8")
     bpe = JsonBPE(tmp_path / "tokenizer.json")
     texts = strings(len(file["ids"]), seed=1)
+    assert sum(map(settled, texts)) > 200
     for text, ids, decoded in zip(texts, file["ids"], file["texts"], strict=True):
+        if not settled(text):
+            continue
         assert bpe.encode(text, special=True) == ids, repr(text)
         assert bpe.decode(ids) == decoded, repr(text)
         if not any(name in text for name in NAMES):
@@ -110,7 +123,8 @@ def test_many_hard_strings(tmp_path, kind):
     pytest.importorskip("tokenizers", reason="pip install tokenizers")
     made = trained(kind, strings(4000, seed=2))
     made.save(str(tmp_path / "tokenizer.json"))
-    bpe, texts = JsonBPE(tmp_path / "tokenizer.json"), strings(50_000, seed=3)
+    bpe, texts = JsonBPE(tmp_path / "tokenizer.json"), strings(80_000, seed=3)
+    texts = list(filter(settled, texts))[:50_000]
     wrong = [text for text in texts if bpe.encode(text, special=True) != made.encode(text).ids]
     assert not wrong, f"{len(wrong)} of {len(texts)}: {wrong[:5]!r}"
 

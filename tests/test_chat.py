@@ -19,7 +19,7 @@ from data.template import chatml, messages_of
 
 LINES = [
     {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"},
-                  {"role": "assistant", "content": "ho"}, {"role": "user", "content": "abc" * 9},
+                  {"role": "assistant", "content": "ho"}, {"role": "user", "content": "abc" * 12},
                   {"role": "assistant", "content": "xyz"}]},
     {"conversations": [{"from": "human", "value": "2+2"}, {"from": "gpt", "value": "<think> 4"}]},
     {"messages": [{"role": "user", "content": "long"}, {"role": "assistant", "content": "no" * 80}]},
@@ -61,7 +61,7 @@ def chat(tmp_path, monkeypatch):
     return module
 
 
-FLAGS = ("--input=chats.jsonl", "--bpe=tokenizer.json", "--seq_len=96")
+FLAGS = ("--input=chats.jsonl", "--bpe=tokenizer.json", "--seq_len=96", "--val=0.5")
 
 
 def test_the_template_and_the_two_forms():
@@ -130,7 +130,14 @@ def test_a_network_of_another_learns_from_them(chat, tmp_path, capsys):
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].repeat(3, 1)[:140].bfloat16()
     save_file(weights, home / "model.safetensors")
     bytes_tokenizer(home / "tokenizer.json")
-    run(chat.main, "--input=chats.jsonl", "--bpe=model/tokenizer.json", "--seq_len=96", "--vocab_size=140")
+    run(
+        chat.main,
+        "--input=chats.jsonl",
+        "--bpe=model/tokenizer.json",
+        "--seq_len=96",
+        "--vocab_size=140",
+        "--val=0.5",
+    )
     flags = [
         "--init_from=model",
         "--method=llama",

@@ -1013,7 +1013,7 @@ SERVED = [(k, f) for k in KINDS for f in served(k)]
 
 
 def test_every_sampler_is_served_by_some_noise():
-    assert len(ALL) == 26 and {f for _, f in SERVED} | {s.ar} == set(ALL.values())
+    assert len(ALL) == 29 and {f for _, f in SERVED} | {s.ar} == set(ALL.values())
 
 
 FIRST = list({f: (k, f) for k, f in reversed(SERVED)}.values())  # of each sampler, the first noise it serves
@@ -1110,6 +1110,8 @@ LESS_SURE = {  # options under which the networks below do not always do the sam
     "remdm_loop": {"alpha_on": 0.6, "eta": 0.3},
     "gibbs": {"resample": 1},
     "dynamic_blocks": {"choose": "random"},
+    "sdar": {"threshold": 0.4},
+    "fast_dllm": {"threshold": 0.4},
 }
 
 
