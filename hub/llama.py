@@ -116,8 +116,8 @@ def llama(spec, flag="--init_from", name=""):
     except (OSError, ValueError, RecursionError) as e:
         die(f"{where}: {said(e)}", "the files of one model")
     shape, settings = of_config(config, where)
-    noise = noise_of(config, beside, shape.vocab_size - 1, where)
-    meta = facts_of(config, beside, folder, where)
+    V = shape.vocab_size - 1
+    noise, meta = noise_of(config, beside, V, where), facts_of(config, beside, V, folder, where)
     return made(shape, settings, read_safetensors(folder, flag), meta, where, noise)
 
 
@@ -149,7 +149,7 @@ def noise_of(config, beside, V, where):
             raise ValueError(f"{key} is 1, and block diffusion needs more")
         if kind.startswith("a2d") and "mdlm" in Path(str(where)).name:
             raise ValueError("full diffusion without blocks, which is not read")
-    except (TypeError, ValueError) as e:
+    except (AttributeError, LookupError, TypeError, ValueError) as e:
         die(f"{where}: {said(e)}", "the config.json of the model, or its -bd3lm- sister")
     shifted = kind == "Fast_dLLM_Qwen"
     return {"mask_id": mask_id, "block_size": block_size, "shifted": shifted, "causal": causal}
@@ -162,11 +162,11 @@ def named_mask(beside):
     return [added[name] for name in MASKS if name in added]
 
 
-def facts_of(config, beside, folder, where):
+def facts_of(config, beside, V, folder, where):
     """What a dataset's meta.json would say of the tokens: where a text ends, and the tokenizer's file."""
-    ends = beside.get("generation_config.json", {}).get("eos_token_id", config.get("eos_token_id"))
+    ends = beside.get("generation_config.json", {}).get("eos_token_id")
+    ends = config.get("eos_token_id") if ends is None else ends
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    V = config["vocab_size"]
     if odd := [end for end in ends if type(end) is not int or not 0 <= end < V]:
         die(f"{where}: eos_token_id {odd[0]!r} is none of its {V:,} ids", "the files of one model")
     meta = {"eos_id": ends[0]} if ends else {}
@@ -218,7 +218,9 @@ def of_config(config, where):
         )
         if config.get("use_sliding_window") or config.get("mlp_bias"):
             raise ValueError("sliding windows and biases in the MLP are not read")
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+        if heads % settings.n_kv_heads or settings.head_dim < 2 or settings.head_dim % 2:
+            raise ValueError(f"{heads} heads of {settings.head_dim}, {settings.n_kv_heads} of keys")
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
         die(f"{where}: its config.json cannot be read as a {kind}: {said(e)}", "the config.json of the model")
     return shape, settings
 

@@ -384,6 +384,10 @@ def test_folders_that_are_wrong_end_in_two_lines(tmp_path, slip):
         ({"hidden_size": 10**12, "head_dim": 8}, "not (67, 1000000000000)"),
         ({"intermediate_size": 10**30}, "the shape it says"),
         ({"max_position_embeddings": 2}, "no block of 4"),
+        ({"num_key_value_heads": 3}, "4 heads of 16, 3 of keys"),
+        ({"head_dim": 15}, "4 heads of 15"),
+        ({"hidden_size": float("inf")}, "cannot be read as a qwen3"),
+        ({"rope_parameters": [1]}, "cannot be read as a qwen3"),
         ({"model_type": "a2d-qwen3", "vocab_size": "x"}, "cannot be read as a qwen3"),
     ):
         path.write_text(json.dumps({**config, **change}))
@@ -392,6 +396,9 @@ def test_folders_that_are_wrong_end_in_two_lines(tmp_path, slip):
     (tmp_path / "hub/generation_config.json").write_text("[")
     assert "generation_config.json" in slip(llama.llama, tmp_path / "hub")
     (tmp_path / "hub/generation_config.json").unlink()
+    (tmp_path / "hub/tokenizer.json").write_text('{"added_tokens": [{}]}')
+    assert "KeyError" in slip(llama.llama, tmp_path / "hub")
+    (tmp_path / "hub/tokenizer.json").unlink()
     weights = (tmp_path / "hub/model.safetensors").read_bytes()
     for damaged in (weights[:-100], b"\xff" * 8 + weights[8:], b"", b"PK\x03\x04 and a pickle"):
         (tmp_path / "hub/model.safetensors").write_bytes(damaged)
