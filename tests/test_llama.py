@@ -337,7 +337,7 @@ def test_weights_that_do_not_fit_end_in_two_lines(tmp_path, slip):
         assert words in slip(llama.llama, tmp_path / "hub")
     (tmp_path / "hub/config.json").write_text(json.dumps(config))
     (tmp_path / "hub/model.safetensors").unlink()
-    assert "no weights that can be read" in slip(llama.llama, tmp_path / "hub")
+    assert "model.safetensors not found" in slip(llama.llama, tmp_path / "hub")
 
 
 def test_bits_and_the_base_of_positions_are_changed_here_too(tmp_path):
