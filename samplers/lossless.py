@@ -1,0 +1,200 @@
+"""
+The text of a frozen language model, several tokens a pass: drafts by the adapters of methods/adapt.py, by its
+recurrent head, or by looking back in the text. See generate.py for letters.
+
+A pass reads the last token and d drafted ones behind it. The logits behind each say what AR sampling would write
+there. The drafts that agree stay, and one token more:
+
+    pass    x_n-1  y_1  y_2  ... y_d     behind each of them k masks: the drafts of the next pass
+    AR      x_n    x_n+1 ...             as long as y_i = x_n+i-1
+
+Row r of a batch may be ahead of the others: every row has its own place, and its keys lie at slots of their own.
+"""
+
+import copy
+
+import torch
+
+from generate import sampler
+from rng import Noise
+from samplers.pieces import need
+
+DRAFTS = ("masks", "head", "lookup", "masks+lookup", "head+lookup", "jacobi", "none")
+KEYS = 32  # the number of keys is rounded up to a multiple of it, so rounding does not depend on it
+
+
+class Lossless:
+    """
+    Rows of text that grow. tokens (R, W) ids, `n` (R,) of them written; drafts (R, d), `n_drafts` (R,) of them real.
+    offered, accepted (d,): drafts that were checked and that stayed, by their place.
+    """
+
+    def __init__(
+        self, model, process, text, rows, seed, temperature, top_p, draft, ahead, ngram=2, columns=0
+    ):
+        self.model, self.process, self.draft, self.d, self.ngram = model, process, draft, ahead, ngram
+        self.temperature, self.top_p, self.columns = temperature, top_p, columns
+        R, W = text.shape
+        self.n = (text >= 0).int().cumprod(1).sum(1)
+        if ((text >= 0).sum(1) > self.n).any():
+            raise ValueError("lossless reads a text from left to right, and a prompt has holes")
+        if (self.n < 1).any():
+            raise ValueError("nothing stands before the first token (bos_id): lossless needs a prompt")
+        self.tokens, self.W = text.clamp(min=0), W
+        self.noise = Noise(seed, rows, torch.arange(W, device=rows.device), 0)
+        self.drafts, self.n_drafts = text.new_zeros(R, ahead), torch.zeros_like(self.n)
+        self.offered, self.accepted = torch.zeros(2, ahead, dtype=torch.long)
+        self.k = ahead if "masks" in draft else 0  # masks behind a token
+        room = (ahead + 1) * (self.k + 1) + KEYS
+        self.slots = model.slots(R, -(-(W + room) // KEYS) * KEYS + KEYS)
+        longest = int(self.n.max()) - 1
+        if longest:
+            at = torch.arange(longest, device=text.device).expand(R, -1)
+            self.run(self.tokens[:, :longest], at, at < self.n[:, None] - 1, 0)
+
+    def keep(self, rows):
+        """Drop the batch rows not in `rows`."""
+        for name in ("n", "tokens", "drafts", "n_drafts"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.noise.key = self.noise.key[rows]
+        self.slots.keep(rows)
+
+    def run(self, clean, at, real, k):
+        """
+        Hidden vectors of clean tokens (R, C) at positions `at`, (R, C, D), and of k masks behind each, (R, C, k, D).
+        What is not `real` (R, C) leaves no trace.
+        """
+        C = clean.size(1)
+        if self.columns > C:
+            more = (0, self.columns - C)
+            clean, at, real = (torch.nn.functional.pad(y, more) for y in (clean, at, real))
+        h, masks = self.model.merged(clean, torch.where(real, at, 0), real, k, self.slots, self.W, KEYS)
+        return h[:, :C], masks[:, :C]
+
+    def choose(self, logits, at):
+        """The tokens AR sampling draws from logits (R, N, V) at positions `at` (R, N)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        noise = copy.copy(self.noise)
+        noise.key = noise.key.gather(1, at.clamp(max=self.W - 1))
+        pure = torch.full_like(at, self.process.mask_id)
+        return self.process.posterior_sample(logits, pure, 0.0, 1.0, self.temperature, self.top_p, noise)
+
+    def choose_draft(self, logits, at):
+        """The same of logits over the draft vocabulary: the same random numbers, so it agrees where it can."""
+        ids = self.model.draft_ids
+        if self.temperature == 0:
+            return ids[logits.argmax(-1)]
+        wide = logits.new_full((*logits.shape[:-1], self.process.vocab_size), -torch.inf)
+        return self.choose(wide.index_copy(-1, ids, logits), at)
+
+    def round(self, live):
+        """One pass. live (R,) bool: rows that are to grow. Returns how many tokens each has gained, (R,)."""
+        W, i = self.W, torch.arange(self.d + 1, device=self.n.device)
+        live = live & (self.n < W)
+        n_drafts = torch.minimum(self.n_drafts, W - 1 - self.n).clamp(min=0) * live
+        C = 1 + int(n_drafts.max())
+        i = i[:C]
+        last = self.tokens.gather(1, self.n[:, None] - 1)
+        y = torch.cat((last, self.drafts), dim=1)[:, :C]
+        at = self.n[:, None] - 1 + i
+        h, masks = self.run(y, at, (i <= n_drafts[:, None]) & live[:, None], self.k)
+        logits = self.process.loo_logits(self.model.all_logits(h))
+        own = self.choose(logits, at + 1)  # (R, C)
+        right = (own[:, :-1] == y[:, 1:]) & (i[1:] <= n_drafts[:, None])
+        m = right.int().cumprod(1).sum(1)  # drafts that stay
+        gained = (m + 1) * live
+        place = torch.where((i <= m[:, None]) & live[:, None], at + 1, W)  # W: nowhere
+        self.tokens = torch.cat((self.tokens, last), dim=1).scatter(1, place, own)[:, :W]
+        for j in range(C - 1):
+            checked = live & (m >= j) & (n_drafts > j)
+            self.offered[j] += int(checked.sum())
+            self.accepted[j] += int((checked & (m > j)).sum())
+        self.n = self.n + gained
+        self.make_drafts(h, masks, own, m)
+        return gained
+
+    def make_drafts(self, h, masks, own, m):
+        """Drafts for positions n, n + 1, ..., behind m accepted ones and the AR mode's own token."""
+        rows, d = torch.arange(len(m), device=m.device), self.d
+        self.n_drafts = torch.full_like(self.n, 0 if self.draft in ("none", "lookup") else d)
+        at = self.n[:, None] + torch.arange(d, device=m.device)
+        if "masks" in self.draft:
+            self.drafts = self.choose_draft(self.model.draft_logits(masks[rows, m]), at)
+        elif "head" in self.draft:
+            state, token, drafts = h[rows, m], own[rows, m], []
+            for j in range(d):
+                state = self.model.recur(state, token)
+                token = self.choose_draft(self.model.draft_logits(state)[:, None], at[:, j : j + 1])[:, 0]
+                drafts.append(token)
+            self.drafts = torch.stack(drafts, dim=1)
+        elif self.draft == "jacobi":  # what the AR mode said behind a wrong draft
+            guess = torch.cat((own, own[:, -1:].expand(-1, d)), dim=1)
+            self.drafts = guess.gather(1, m[:, None] + 1 + torch.arange(d, device=m.device))
+        if "lookup" in self.draft:
+            for r, (text, n) in enumerate(zip(self.tokens.tolist(), self.n.tolist(), strict=True)):
+                if found := look_up(text[:n], d, self.ngram):
+                    self.drafts[r] = torch.tensor(found, device=m.device)
+                    self.n_drafts[r] = d
+
+
+def look_up(text, d, ngram):
+    """
+    The d tokens that came last time behind the last tokens of `text`, up to four of them and at least `ngram`, or
+    nothing. What is copied may run into its own copy.
+    """
+    for g in range(4, ngram - 1, -1):
+        end = text[-g:]
+        for begin in range(len(text) - g - 1, -1, -1):
+            if text[begin : begin + g] == end:
+                whole = list(text)
+                for j in range(d):
+                    whole.append(whole[begin + g + j])
+                return whole[len(text) :]
+    return []
+
+
+@sampler("AR mode", "own pace")
+def lossless(block, *, draft="masks", ahead=3, ngram=2):
+    """
+    The text of block size 1, token for token, in fewer passes; for networks of --method adapt. The base model
+    checks in one pass what was drafted, and writes one token of its own. With temperature above 0 drafts and
+    text are drawn with the same random numbers, so a good draft is right often.
+
+    draft: masks: adapters behind each token that may be the last, in the same pass | head: the recurrent head |
+    lookup: what followed the last tokens earlier in the text (2304.04487) | masks+lookup, head+lookup: looked up
+    where it can be, else drafted | jacobi: the last pass's guesses again (2305.10427) | none: AR
+    ahead: d, how many tokens are drafted; masks: as many masks as tokens
+    ngram: so many tokens must have been there before, for lookup
+    """
+    need(draft in DRAFTS, "draft", draft, f"one of {', '.join(DRAFTS)}")
+    need(ahead >= 1, "ahead", ahead, "at least 1")
+    need(1 <= ngram <= 4, "ngram", ngram, "between 1 and 4")
+    if not hasattr(block.model, "merged"):
+        raise ValueError("lossless is not defined for this network: it has no adapters, see --method adapt")
+    need(
+        "masks" not in draft or ahead <= len(block.model.masks),
+        "ahead",
+        ahead,
+        f"at most {len(block.model.masks)}",
+    )
+    state = None if block.cache is None else block.cache.lossless
+    if state is None:
+        text = block.text[block.rows]
+        text[:, block.positions] = torch.where(block.open, -1, text[:, block.positions])
+        how = block.seed, block.temperature, block.top_p, draft, ahead, ngram
+        state = Lossless(block.model, block.process, text, block.rows, *how)
+        if block.cache is not None:
+            block.cache.lossless = state
+    end = torch.where(block.open, block.positions + 1, 0).amax(1)  # (R,) behind what this block is to write
+    while True:
+        block.write(
+            torch.where(block.positions < state.n[:, None], state.tokens[:, block.positions], block.x)
+        )
+        block.live = block.live & (state.n < end)
+        if not block.live.any():
+            break
+        yield
+        block.count(int(block.live.sum()))
+        state.round(block.live)
+    yield
