@@ -226,6 +226,7 @@ class SampleConfig:
     ckpt: str = "out/run"  # a training run's out_dir
     init_from: str = ""  # or published weights: hf:OWNER/REPO/SUBFOLDER, or a folder (hub/published.py)
     prompt: str = ""  # the text to go on from; for rows like sudoku's nothing means blanks
+    chat: str = ""  # or a question, for an instructed model: SmolLM2's template is put around it
     prompt_file: str = ""  # or one prompt a line, of any lengths, each with n_samples
     hole: str = ""  # what stands for a token to fill in, in a prompt: with --hole _, "3+_=07;" has one hole
     # draw so many fillings and choose one by how well the text behind it follows (methods/infilling.py)
@@ -276,6 +277,8 @@ class SampleConfig:
         ):
             if not fine:
                 die(f"{name} cannot be {getattr(self, name)}", f"--{name} {fix}")
+        if self.chat and (self.prompt or self.prompt_file or self.hole):
+            die("--chat is a prompt by itself", "leave --prompt, --prompt_file and --hole out")
         if self.prompt and self.prompt_file:
             die("--prompt and --prompt_file together", "--prompt_file FILE, one prompt a line")
         if self.regex and self.constraint:

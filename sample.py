@@ -65,6 +65,7 @@ def prompts_of(cfg, run, tokenizer):
     """The ids of each prompt, n_samples times; two lines for those that leave no room."""
     texts = read_prompts(cfg.prompt_file) if cfg.prompt_file else [cfg.prompt]
     prompts = [tokenizer.prompt(text, cfg.hole, HOLE) for text in texts]
+    prompts = [tokenizer.chat(cfg.chat)] if cfg.chat else prompts
     longest = max(map(len, prompts))
     if max(len(ids) + max(HOLE not in ids, cfg.max_new_tokens) for ids in prompts) > run.seq_len:
         asked = f"a prompt of {longest} tokens and {cfg.max_new_tokens or 'some'} more"
@@ -81,7 +82,7 @@ def main():
     cfg.ckpt, flag = cfg.init_from or cfg.ckpt, "--init_from" if cfg.init_from else "--ckpt"
     changes = cfg.weights, cfg.rope_factor, cfg.seq_len
     run, meta, _, model, process = restore(cfg.ckpt, cfg.device, cfg.plain, flag, *changes)
-    reads = cfg.prompt or cfg.prompt_file or cfg.regex or cfg.constraint
+    reads = cfg.prompt or cfg.chat or cfg.prompt_file or cfg.regex or cfg.constraint
     tokenizer = tokenizer_or_numbers(meta, Path("data") / run.dataset, reads=reads)
     trained = sorted(run.block_sizes)
     b, sampler, own = settled(cfg, sampler, own, trained)

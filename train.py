@@ -32,7 +32,7 @@ from eval import bounds, show_bounds
 from methods import Learner
 from options import TrainConfig
 from rng import Noise, stratified_draw
-from run import checkpoint, machine
+from run import checkpoint, machine, selftext
 from run.cli import die, said
 from run.flags import load_with_method
 from run.machine import pick_device
@@ -241,6 +241,10 @@ def train(cfg, settings=None, method=None, weights=None, facts=None):
 def main():
     asked = set()
     cfg, settings, method = load_with_method(TrainConfig, sys.argv[1:], asked)
+    if getattr(settings, "self_data", ""):
+        cfg.dataset = cfg.dataset if "dataset" in asked else "self"
+        asked.add("dataset")
+        selftext.write(cfg, settings)
     weights, facts = begin_from(cfg, settings, method, asked) if cfg.init_from else (None, None)
     train(cfg, settings, method, weights, facts)
 

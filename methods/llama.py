@@ -75,6 +75,18 @@ def network(model_cfg, settings):
     return Llama(replace(model_cfg, rope_base=settings.rope_base), settings)
 
 
+def grouped_attention(q, k, v, mask):
+    """
+    (B, S, H D) of q (B, H, S, D) and k, v (B, n_kv, keys, D): each head of keys serves its neighbours among the
+    queries. These stand one behind the other, so no key is copied.
+    """
+    B, H, S, D = q.shape
+    share = H // k.size(1)
+    q, mask = q.reshape(B, -1, share * S, D), mask.repeat(1, 1, share, 1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return y.reshape(B, H, S, D).transpose(1, 2).flatten(2)
+
+
 class Layer(nn.Module):
     def __init__(self, cfg, s):
         super().__init__()
@@ -101,10 +113,7 @@ class Layer(nn.Module):
         v = heads(self.v(n))
         if cache is not None:
             k, v = cache.extend(i, k, v)
-        # each head of keys and values serves its neighbours among the queries
-        k, v = (y.repeat_interleave(self.n_heads // self.n_kv, dim=1) for y in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + self.dropout(self.out(y.transpose(1, 2).flatten(2)))
+        x = x + self.dropout(self.out(grouped_attention(q, k, v, mask)))
         n = self.norm2(x)
         return x + self.dropout(self.down(F.silu(self.gate(n)) * self.up(n)))
 

@@ -34,6 +34,7 @@ class Lossless:
     ):
         self.model, self.process, self.draft, self.d, self.ngram = model, process, draft, ahead, ngram
         self.temperature, self.top_p, self.columns = temperature, top_p, columns
+        model.pack()
         R, W = text.shape
         self.n = (text >= 0).int().cumprod(1).sum(1)
         if ((text >= 0).sum(1) > self.n).any():
@@ -68,7 +69,7 @@ class Lossless:
         if self.columns > C:
             more = (0, self.columns - C)
             clean, at, real = (torch.nn.functional.pad(y, more) for y in (clean, at, real))
-        h, masks = self.model.merged(clean, torch.where(real, at, 0), real, k, self.slots, self.W, KEYS)
+        h, masks = self.model.merged(clean, torch.where(real, at, 0), real, k, self.slots, KEYS)
         return h[:, :C], masks[:, :C]
 
     def choose(self, logits, at):
@@ -99,7 +100,7 @@ class Lossless:
         y = torch.cat((last, self.drafts), dim=1)[:, :C]
         at = self.n[:, None] - 1 + i
         h, masks = self.run(y, at, (i <= n_drafts[:, None]) & live[:, None], self.k)
-        logits = self.process.loo_logits(self.model.all_logits(h))
+        logits = self.process.loo_logits(self.model.base_head(h))
         own = self.choose(logits, at + 1)  # (R, C)
         right = (own[:, :-1] == y[:, 1:]) & (i[1:] <= n_drafts[:, None])
         m = right.int().cumprod(1).sum(1)  # drafts that stay
@@ -120,12 +121,16 @@ class Lossless:
         self.n_drafts = torch.full_like(self.n, 0 if self.draft in ("none", "lookup") else d)
         at = self.n[:, None] + torch.arange(d, device=m.device)
         if "masks" in self.draft:
-            self.drafts = self.choose_draft(self.model.draft_logits(masks[rows, m]), at)
+            self.drafts = self.choose_draft(
+                self.model.draft_logits(masks[rows, m], self.model.draft_head), at
+            )
         elif "head" in self.draft:
             state, token, drafts = h[rows, m], own[rows, m], []
             for j in range(d):
                 state = self.model.recur(state, token)
-                token = self.choose_draft(self.model.draft_logits(state)[:, None], at[:, j : j + 1])[:, 0]
+                token = self.choose_draft(
+                    self.model.draft_logits(state, self.model.draft_head)[:, None], at[:, j : j + 1]
+                )[:, 0]
                 drafts.append(token)
             self.drafts = torch.stack(drafts, dim=1)
         elif self.draft == "jacobi":  # what the AR mode said behind a wrong draft

