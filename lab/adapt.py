@@ -1,9 +1,9 @@
 """
 How much faster does a language model write its own text with drafts? For python -m lab.bench --adapt RUN.
 
-Every draft of samplers/lossless.py answers the same questions, question by question in turn, in one process. The
-clock is processor time (one thread), so other programs count less. AR is the same code with no drafts. Each text
-is compared with AR's.
+Every draft of samplers/lossless.py answers the same questions, question by question in turn, in one process.
+The clock is processor time (one thread), so other programs count less. AR is the same code with no drafts.
+Each text is compared with AR's.
 """
 
 import textwrap
@@ -39,7 +39,7 @@ class Row:
 
 
 def network(source):
-    """(model, process, facts of its tokens, is it trained?) of a run of --method adapt, or of a base model."""
+    """(model, process, facts of its tokens, is it trained?) of a run of adapt, or of a base model."""
     state = checkpoint.load(source, "--adapt")
     if (state.get("method") or {}).get("name") == "adapt":
         _, meta, _, model, process = rebuild(source, torch.device("cpu"), state)

@@ -1,6 +1,6 @@
 """
-Questions about numbers in everyday words, one a line, made from patterns: no download. A language model answers
-them, and --method adapt learns from its answers.
+Questions about numbers in everyday words, one a line, made from patterns: no download. A language model
+answers them, and --method adapt learns from its answers.
 
     python -m lab.questions                writes out/questions/train.txt and out/questions/test.txt
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from run.cli import die, load_config
 
-NAMES = "Anna Ben Clara David Ella Finn Grace Hugo Iris Jack Lena Max Nora Omar Paula Rosa Sam Tom Vera Will".split()
+NAMES = "Anna Ben Clara David Ella Finn Grace Hugo Iris Jack Lena Max Nora Omar Paula Rosa Sam".split()
 THINGS = "apples books cards coins eggs flowers marbles pencils shells stamps stickers tickets".split()
 PLACES = "market school library park garden farm bakery museum".split()
 PATTERNS = (
@@ -24,7 +24,7 @@ PATTERNS = (
     "{a} and {b} share {z} {thing} equally. How many does each of them get?",
     "{a} reads {x} pages a day. How many pages does {a} read in {y} weeks?",
     "{a} is {x} years old. {b} is {y} years older. How old is {b}?",
-    "A ticket to the {place} costs ${x}. {a} buys {y} tickets and pays with ${w}. How much change does {a} get?",
+    "A ticket to the {place} costs ${x}. {a} buys {y} tickets and pays with ${w}. What is the change?",
     "{a} saves ${x} a week. How many weeks does it take {a} to save ${w}?",
     "There are {x} shelves at the {place}, and {y} {thing} on each. {a} takes {v}. How many {thing} remain?",
     "{a} bakes {x} cakes in the morning and twice as many in the afternoon. How many cakes does {a} bake?",

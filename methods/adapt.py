@@ -1,8 +1,8 @@
 """
 Adapt: a pretrained language model learns to draft by diffusion, and not one bit of it changes.
 
-The base is frozen. It is the clean stream, and clean tokens never read noisy ones. Only noisy tokens go through
-the adapters (LoRA, arXiv 2106.09685), beside each product of a layer:
+The base is frozen. It is the clean stream, and clean tokens never read noisy ones. Only noisy tokens go
+through the adapters (LoRA, arXiv 2106.09685), beside each product of a layer:
 
     y = W x + B A x        noisy tokens        B = 0 at first
     y = W x                clean tokens        so AR logits, keys and values are the base's own
@@ -14,9 +14,9 @@ says the one at e + 1. What a mask learns, by --learn:
     masked     block diffusion (diffusion.token_loss) at the sizes of block_sizes
     both       their sum
 
---form anchored: a noisy token stands one place before the one it predicts, as in the base; the first input of a
-block is the last clean token. in_place: it stands where its token will. A recurrent head (--head) drafts from
-the base's own hidden state h_e, without masks:
+--form anchored: a noisy token stands one place before the one it predicts, as in the base; the first input of
+a block is the last clean token. in_place: it stands where its token will. A recurrent head (--head) drafts
+from the base's own hidden state h_e, without masks:
 
     s_0 = h_e,   s_j = s_j-1 + W_2 silu(W_1 [norm(s_j-1), embed(x_e+j)]),   q_j = softmax(head(norm(s_j)))
 
@@ -138,7 +138,7 @@ class Layer(llama.Layer):
         }[name]
 
     def product(self, name, x, C, cache):
-        """W x of x (B, S, in), and B A x more behind the first C, the clean ones. Slots: by packed weights."""
+        """W x of x (B, S, in), and B A x more behind the first C, the clean ones. Slots: packed weights."""
         if isinstance(cache, Slots):
             return self.packed[name](x, C)
         y = torch.cat([module(x) for module in self.products(name)], dim=-1)
@@ -161,8 +161,9 @@ class Layer(llama.Layer):
 
 class Cache(KVCache):
     """
-    A KVCache with one layer more, for what a later pass asks of the clean tokens: their embeddings, in the place
-    of keys, and their last hidden vectors. `lossless`: what samplers/lossless.py keeps from block to block.
+    A KVCache with one layer more, for what a later pass asks of the clean tokens: their embeddings, in the
+    place of keys, and their last hidden vectors. `lossless`: what samplers/lossless.py keeps from block to
+    block.
     """
 
     lossless = None
@@ -175,8 +176,9 @@ class Cache(KVCache):
 
 class Packed:
     """
-    [W; A] x in one product, and B (A x) more for noisy tokens: the product of a layer, for writing text. Several
-    rows of float32 on a CPU go through oneDNN, which has its own order of the weights; one row does not gain.
+    [W; A] x in one product, and B (A x) more for noisy tokens: the product of a layer, for writing text.
+    Several rows of float32 on a CPU go through oneDNN, which has its own order of the weights; one row does
+    not gain.
     """
 
     def __init__(self, modules, adapter):
@@ -320,7 +322,7 @@ class Adapted(llama.Llama):
         return x
 
     def read(self, clean, cache):
-        """The clean stream goes on: an ordinary AR pass. Returns the last hidden vectors of all of it, (B, n, D)."""
+        """The clean stream goes on, an ordinary AR pass: the last hidden vectors of all of it, (B, n, D)."""
         n, C = cache.length, clean.size(1)
         position, x = n + torch.arange(C, device=clean.device), self.embed(clean)
         mask = position[:, None] >= torch.arange(n + C, device=clean.device)
@@ -358,8 +360,8 @@ class Adapted(llama.Llama):
 
     def base_logits(self, h, at):
         """
-        The base's logits (B, N, V) of positions `at` (N,), read off the clean tokens before them. h (B, n, D): their
-        last hidden vectors. Before position 0 stands nothing: all its tokens are equally likely.
+        The base's logits (B, N, V) of positions `at` (N,), read off the clean tokens before them. h (B, n,
+        D): their last hidden vectors. Before position 0 stands nothing: all its tokens are equally likely.
         """
         if at.max() > h.size(1):
             raise ValueError(
@@ -371,8 +373,8 @@ class Adapted(llama.Llama):
 
     def noisy_input(self, noisy, at, edge, clean):
         """
-        (x (B, N, D), 0 clean ones, their positions) of blocks of the noisy stream: ids (B, N) at positions `at`.
-        clean (B, n, D): embeddings of the text.
+        (x (B, N, D), 0 clean ones, their positions) of blocks of the noisy stream: ids (B, N) at positions
+        `at`. clean (B, n, D): embeddings of the text.
         """
         distance = at - edge  # (B or 1, N), place in the block
         anchored = self.settings.form == "anchored"
@@ -390,8 +392,8 @@ class Adapted(llama.Llama):
 
     def behind(self, end, k, cache, n):
         """
-        Hidden vectors (B, E, k, D) of k masks behind each clean token `end` (B, E). They read the clean tokens up to
-        it, of n in the cache, and the masks before them.
+        Hidden vectors (B, E, k, D) of k masks behind each clean token `end` (B, E). They read the clean
+        tokens up to it, of n in the cache, and the masks before them.
         """
         B, E = end.shape
         x = self.masks[:k].expand(B, E, k, -1).flatten(1, 2)
@@ -417,9 +419,9 @@ class Adapted(llama.Llama):
 
     def merged(self, clean, at, real, k, slots, unit):
         """
-        One pass of clean tokens (B, C) at positions `at`, and k masks behind each: hidden vectors (B, C, D) and
-        (B, C, k, D). slots: a Slots, of which the first `first` are for positions; masks lie behind what is used.
-        real (B, C) bool: others go to the last slot, which nobody reads. The keys are a multiple of `unit`.
+        One pass of clean tokens (B, C) at positions `at`, and k masks behind each: hidden vectors (B, C, D)
+        and (B, C, k, D). slots: a Slots; masks lie behind what is used. real (B, C) bool: others go to the
+        last slot, which nobody reads. The keys are a multiple of `unit`.
         """
         (B, C), N, device = clean.shape, clean.size(1) * k, clean.device
         up = lambda n: -(-n // unit) * unit

@@ -77,8 +77,8 @@ def network(model_cfg, settings):
 
 def grouped_attention(q, k, v, mask):
     """
-    (B, S, H D) of q (B, H, S, D) and k, v (B, n_kv, keys, D): each head of keys serves its neighbours among the
-    queries. These stand one behind the other, so no key is copied.
+    (B, S, H D) of q (B, H, S, D) and k, v (B, n_kv, keys, D): each head of keys serves its neighbours among
+    the queries. These stand one behind the other, so no key is copied.
     """
     B, H, S, D = q.shape
     share = H // k.size(1)

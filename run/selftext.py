@@ -3,7 +3,8 @@ A language model's own texts as a dataset: it answers questions, and a method le
 
     write    answers to a file of questions, as data/NAME
 
-The answers are greedy and end where the model ends them. The next run with the same model and questions finds them.
+The answers are greedy and end where the model ends them. The next run with the same model and questions finds
+them.
 """
 
 import hashlib

@@ -2,13 +2,14 @@
 The text of a frozen language model, several tokens a pass: drafts by the adapters of methods/adapt.py, by its
 recurrent head, or by looking back in the text. See generate.py for letters.
 
-A pass reads the last token and d drafted ones behind it. The logits behind each say what AR sampling would write
-there. The drafts that agree stay, and one token more:
+A pass reads the last token and d drafted ones behind it. The logits behind each say what AR sampling would
+write there. The drafts that agree stay, and one token more:
 
     pass    x_n-1  y_1  y_2  ... y_d     behind each of them k masks: the drafts of the next pass
     AR      x_n    x_n+1 ...             as long as y_i = x_n+i-1
 
-Row r of a batch may be ahead of the others: every row has its own place, and its keys lie at slots of their own.
+Row r of a batch may be ahead of the others: every row has its own place, and its keys lie at slots of their
+own.
 """
 
 import copy
@@ -25,8 +26,8 @@ KEYS = 32  # the number of keys is rounded up to a multiple of it, so rounding d
 
 class Lossless:
     """
-    Rows of text that grow. tokens (R, W) ids, `n` (R,) of them written; drafts (R, d), `n_drafts` (R,) of them real.
-    offered, accepted (d,): drafts that were checked and that stayed, by their place.
+    Rows of text that grow. tokens (R, W) ids, `n` (R,) of them written; drafts (R, d), `n_drafts` (R,) of
+    them real. offered, accepted (d,): drafts that were checked and that stayed, by their place.
     """
 
     def __init__(
@@ -62,8 +63,8 @@ class Lossless:
 
     def run(self, clean, at, real, k):
         """
-        Hidden vectors of clean tokens (R, C) at positions `at`, (R, C, D), and of k masks behind each, (R, C, k, D).
-        What is not `real` (R, C) leaves no trace.
+        Hidden vectors of clean tokens (R, C) at positions `at`, (R, C, D), and of k masks behind each, (R, C,
+        k, D). What is not `real` (R, C) leaves no trace.
         """
         C = clean.size(1)
         if self.columns > C:
@@ -82,7 +83,7 @@ class Lossless:
         return self.process.posterior_sample(logits, pure, 0.0, 1.0, self.temperature, self.top_p, noise)
 
     def choose_draft(self, logits, at):
-        """The same of logits over the draft vocabulary: the same random numbers, so it agrees where it can."""
+        """The same of logits over the draft vocabulary, by the same random numbers."""
         ids = self.model.draft_ids
         if self.temperature == 0:
             return ids[logits.argmax(-1)]
@@ -145,8 +146,8 @@ class Lossless:
 
 def look_up(text, d, ngram):
     """
-    The d tokens that came last time behind the last tokens of `text`, up to four of them and at least `ngram`, or
-    nothing. What is copied may run into its own copy.
+    The d tokens that came last time behind the last tokens of `text`, up to four of them and at least
+    `ngram`, or nothing. What is copied may run into its own copy.
     """
     for g in range(4, ngram - 1, -1):
         end = text[-g:]
@@ -166,9 +167,10 @@ def lossless(block, *, draft="masks", ahead=3, ngram=2):
     checks in one pass what was drafted, and writes one token of its own. With temperature above 0 drafts and
     text are drawn with the same random numbers, so a good draft is right often.
 
-    draft: masks: adapters behind each token that may be the last, in the same pass | head: the recurrent head |
-    lookup: what followed the last tokens earlier in the text (2304.04487) | masks+lookup, head+lookup: looked up
-    where it can be, else drafted | jacobi: the last pass's guesses again (2305.10427) | none: AR
+    draft: masks: adapters behind each token that may be the last, in the same pass | head: the recurrent
+        head | lookup: what followed the last tokens earlier in the text (2304.04487) | masks+lookup,
+        head+lookup: looked up where it can be, else drafted | jacobi: the last pass's guesses again
+        (2305.10427) | none: AR
     ahead: d, how many tokens are drafted; masks: as many masks as tokens
     ngram: so many tokens must have been there before, for lookup
     """

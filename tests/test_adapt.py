@@ -14,10 +14,10 @@ from test_llama import write_gguf
 
 import sample
 import train
-from lab import questions
 from data.tokens import LETTERS
 from diffusion import Masked
 from generate import SAMPLERS, generate
+from lab import questions
 from methods import adapt, llama
 from methods.adapt import Settings, distance
 from model import ModelConfig
