@@ -469,7 +469,7 @@ class Learner(methods.Learner):
         """The most frequent ids of the data are those that drafts are made of."""
         ids = self.model.draft_ids
         count = torch.bincount(
-            torch.as_tensor(self.data.tokens["train"]).long(), minlength=self.model.cfg.vocab_size
+            torch.from_numpy(self.data.tokens["train"].astype("int64")), minlength=self.model.cfg.vocab_size
         )
         ids.copy_(count.argsort(descending=True, stable=True)[: len(ids)].sort().values)
 

@@ -5,6 +5,7 @@ networks. The base stays as it is to the bit, and every text is its own.
 
 import copy
 import importlib.metadata
+import json
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from conftest import TINY, resumed, run
 from test_llama import write_gguf
 
+import eval as evaluate
 import sample
 import train
 from data.tokens import LETTERS
@@ -200,7 +202,9 @@ def test_distances_are_zero_between_equals():
 # ----- lossless
 
 
-@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (1.0, 1.0), (0.8, 0.7)])
+@pytest.mark.parametrize(
+    "temperature, top_p", [(0.0, 1.0), (1.0, 1.0), pytest.param(0.8, 0.7, marks=pytest.mark.slow)]
+)
 def test_every_draft_writes_the_text_of_ar(temperature, top_p):
     """In float64, ragged prompts in one batch, and each row by itself."""
     base, model = pair()
@@ -386,16 +390,23 @@ def chatty(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "questions.txt").write_text("\n".join(QUESTIONS) + "\n", encoding="utf-8")
+    return tmp_path
 
 
-def test_it_answers_learns_resumes_and_writes_the_base_s_own_text(chatty, monkeypatch, capsys):
+@pytest.mark.slow  # three runs
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(chatty, capsys):
     resumed(train.main, *FLAGS, "--learn=both")
     assert "the answers to questions.txt are there" in capsys.readouterr().out
+
+
+def test_it_answers_learns_and_writes_the_base_s_own_text(chatty, capsys):
+    run(train.main, *FLAGS, "--max_steps=1", "--out_dir=run", "--learn=both", "--n_eval=2")
+    capsys.readouterr()
     texts = []
     for source in (
-        ["--ckpt=parts", "--sampler=lossless"],
-        ["--ckpt=parts", "--sampler=lossless", "--draft=head+lookup"],
-        ["--ckpt=parts", "--sampler=ar"],
+        ["--ckpt=run", "--sampler=lossless"],
+        ["--ckpt=run", "--sampler=lossless", "--draft=head+lookup"],
+        ["--ckpt=run", "--sampler=ar"],
         ["--init_from=gguf:tiny.gguf"],
     ):
         run(sample.main, *source, "--chat=Who?", "--temperature=0", "--max_new_tokens=30", "--seq_len=256")
@@ -461,3 +472,25 @@ def test_smollm2_with_random_adapters_writes_its_own_text(tmp_path):
         found.append(texts(last))
     assert found[0] == found[1] == found[2]
     assert "7" in tokenizer.decode(found[0][0][len(prompts[0]) :])
+
+
+def test_a_text_in_the_tokens_of_a_gguf_file_has_a_perplexity(chatty, monkeypatch, capsys, slip):
+    """eval.py against the base's own log-probabilities, row by row. Rows overlap by one token."""
+    from data.text import prepare
+    from run.restore import rebuild
+
+    monkeypatch.setattr(prepare, "__file__", str(chatty / "data/text/prepare.py"))
+    (chatty / "data/text").mkdir(parents=True)
+    (chatty / "a.txt").write_text("the sea, the hill and the sea again. " * 4, encoding="utf-8")
+    run(prepare.main, "--input=a.txt", "--bpe=tiny.gguf", "--seq_len=16")
+    run(evaluate.main, "--init_from=gguf:tiny.gguf", "--dataset=text", "--json=out.json", "--n_eval=0")
+    found = json.loads((chatty / "out.json").read_text(encoding="utf-8"))
+    rows = np.fromfile("data/text/val.bin", np.uint16).reshape(-1, 16).astype(np.int64)
+    assert (rows[1:, 0] == rows[:-1, -1]).all()
+    model, x = rebuild("gguf:tiny.gguf", torch.device("cpu"))[3].double(), torch.from_numpy(rows)
+    with torch.no_grad():
+        logits = model(x, x[:, 1:], 1, 1)[..., :-1]  # without the mask
+    nats = -logits.log_softmax(-1).gather(-1, x[:, 1:, None]).mean()
+    assert abs(found["lines"][0]["nats"] - nats) < 1e-4 * nats, (found, nats)
+    assert "does not fit" in slip(prepare.main, argv=["--input=a.txt", "--bpe=tiny.gguf", "--seq_len=1000"])
+    assert "not found" in slip(prepare.main, argv=["--input=a.txt"])
