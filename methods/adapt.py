@@ -118,24 +118,20 @@ class Adapter(nn.Module):
 class Layer(llama.Layer):
     def __init__(self, cfg, s):
         super().__init__(cfg, s)
-        D, H, wide = cfg.d_model, self.n_heads * self.dim, self.gate.out_features
+        D, H, M = cfg.d_model, self.n_heads * self.dim, self.gate.out_features
         shapes = {
             "qkv": (D, H + 2 * self.n_kv * self.dim),
             "out": (H, D),
-            "wide": (D, 2 * wide),
-            "down": (wide, D),
+            "wide": (D, 2 * M),
+            "down": (M, D),
         }
         self.adapters = nn.ModuleDict({name: Adapter(*shape, s.rank) for name, shape in shapes.items()})
         self.packed = None  # see Adapted.pack
 
     def products(self, name):
         """The modules whose outputs stand side by side in a product."""
-        return {
-            "qkv": (self.q, self.k, self.v),
-            "out": (self.out,),
-            "wide": (self.gate, self.up),
-            "down": (self.down,),
-        }[name]
+        both = {"qkv": (self.q, self.k, self.v), "wide": (self.gate, self.up)}
+        return both[name] if name in both else (getattr(self, name),)
 
     def product(self, name, x, C, cache):
         """W x of x (B, S, in), and B A x more behind the first C, the clean ones. Slots: packed weights."""
@@ -201,11 +197,8 @@ class Packed:
 def packed_linear(weight, bias=None):
     """A function x -> x W^T + bias."""
     plain = lambda x: F.linear(x, weight, bias)
-    if (
-        weight.device.type != "cpu"
-        or weight.dtype != torch.float32
-        or not torch.backends.mkldnn.is_available()
-    ):
+    here = weight.device.type == "cpu" and weight.dtype == torch.float32
+    if not here or not torch.backends.mkldnn.is_available():
         return plain
     reordered = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
     several = lambda x: torch.ops.mkldnn._linear_pointwise(x, reordered, bias, "none", [], "")
@@ -246,9 +239,8 @@ class Adapted(llama.Llama):
         self.layers = nn.ModuleList(Layer(cfg, settings) for _ in range(cfg.n_layers))
         self.requires_grad_(False)
         D, s = cfg.d_model, settings
-        self.masks = nn.Parameter(
-            torch.zeros(s.masks, D)
-        )  # the input of mask j = 1..k; the last for those behind
+        # the input of mask j = 1..k; in a longer block the last serves the rest
+        self.masks = nn.Parameter(torch.zeros(s.masks, D))
         self.drafter = nn.Sequential(nn.Linear(2 * D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D, bias=False))
         self.register_buffer("draft_ids", torch.arange(min(s.draft_vocab, cfg.vocab_size)))
         for layer in self.layers:
@@ -261,12 +253,9 @@ class Adapted(llama.Llama):
         """The weights may be of the base alone. What learns is then new."""
         state = dict(state)
         for name, old in self.state_dict().items():
-            if (
-                name not in state
-                and name.startswith(("masks", "drafter.", "draft_ids"))
-                or ".adapters." in name
-            ):
-                state.setdefault(name, self.new(name, old, state))
+            learned = ".adapters." in name or name.startswith(("masks", "drafter.", "draft_ids"))
+            if learned and name not in state:
+                state[name] = self.new(name, old, state)
         return super().load_state_dict(state, **how)
 
     def new(self, name, old, state):
@@ -280,7 +269,8 @@ class Adapted(llama.Llama):
         return torch.randn(old.shape) * old.shape[-1] ** -0.5
 
     def __deepcopy__(self, memo):
-        """The frozen weights are shared: an average of them is what they are."""
+        """The frozen weights and draft_ids are shared: an average of them is what they are."""
+        memo[id(self.draft_ids)] = self.draft_ids
         for p in self.parameters():
             if not p.requires_grad:
                 memo[id(p)] = p
@@ -349,10 +339,9 @@ class Adapted(llama.Llama):
             before = cache.k[-1][:, 0, :n], cache.v[-1][:, 0, :n]
         logits = None
         if not ar.all():
-            h = self.through(
-                *self.noisy_input(noisy, at, edge, before[0]), attention_mask(edge, group, n)[:, None], cache
-            )
-            logits = self.to_logits(h)
+            x, position = self.noisy_input(noisy, at, edge, before[0])
+            mask = attention_mask(edge, group, n)[:, None]
+            logits = self.to_logits(self.through(x, 0, position, mask, cache))
         if ar.any():
             own = self.base_logits(before[1], at)
             logits = own if logits is None else torch.where(ar[..., None], own, logits)
@@ -373,22 +362,21 @@ class Adapted(llama.Llama):
 
     def noisy_input(self, noisy, at, edge, clean):
         """
-        (x (B, N, D), 0 clean ones, their positions) of blocks of the noisy stream: ids (B, N) at positions
-        `at`. clean (B, n, D): embeddings of the text.
+        What blocks of the noisy stream are fed, (B, N, D), and at which positions (N,): ids (B, N) of
+        positions `at`. clean (B, n, D): embeddings of the text.
         """
         distance = at - edge  # (B or 1, N), place in the block
         anchored = self.settings.form == "anchored"
         x = self.embed(noisy)
         if anchored:  # each is fed one place earlier, and the last clean token comes first
-            clean = torch.cat(
-                (self.masks[:1].expand(len(clean), 1, -1), clean), dim=1
-            )  # before the first token
+            first = self.masks[:1].expand(len(clean), 1, -1)  # where there is no clean token yet
+            clean = torch.cat((first, clean), dim=1)
             last = clean[:, at.clamp(max=clean.size(1) - 1)]
             x = torch.where((distance == 0)[..., None], last, x.roll(1, dims=1))
             noisy, distance = noisy.roll(1, dims=1), distance - 1
         which = self.masks[distance.clamp(0, len(self.masks) - 1)]
         x = torch.where(((noisy == self.cfg.vocab_size - 1) & (distance >= 0))[..., None], which, x)
-        return x, 0, (at - int(anchored)).clamp(min=0)
+        return x, (at - int(anchored)).clamp(min=0)
 
     def behind(self, end, k, cache, n):
         """
@@ -429,10 +417,8 @@ class Adapted(llama.Llama):
         slots.n = used + up(N)
         here = torch.arange(used, used + N, device=device).expand(B, -1)
         slots.at = torch.cat((torch.where(real, at, slots.slots - 1), here), dim=1)
-        rows = torch.cat(
-            (at, at.repeat_interleave(k, dim=1)), dim=1
-        )  # (B, C + N) the last token that each may read
-        mask = torch.arange(slots.n, device=device) <= rows[..., None]
+        last = torch.cat((at, at.repeat_interleave(k, dim=1)), dim=1)  # (B, C + N) that each may read
+        mask = torch.arange(slots.n, device=device) <= last[..., None]
         mask[:, :, used:] = False
         x, position = self.embed(clean), at
         if N:
@@ -461,16 +447,18 @@ class Adapted(llama.Llama):
 
 class Learner(methods.Learner):
     def loss(self, step):
-        if step == 0:
-            self.choose_ids()
         return self.cost
 
-    def choose_ids(self):
+    @property
+    def data(self):
+        return self.dataset
+
+    @data.setter
+    def data(self, data):
         """The most frequent ids of the data are those that drafts are made of."""
-        ids = self.model.draft_ids
-        count = torch.bincount(
-            torch.from_numpy(self.data.tokens["train"].astype("int64")), minlength=self.model.cfg.vocab_size
-        )
+        self.dataset, ids = data, self.model.draft_ids
+        text = torch.from_numpy(data.tokens["train"].astype("int64"))
+        count = torch.bincount(text, minlength=self.model.cfg.vocab_size)
         ids.copy_(count.argsort(descending=True, stable=True)[: len(ids)].sort().values)
 
     def note(self):
@@ -478,19 +466,9 @@ class Learner(methods.Learner):
         return f"{n:,} of them learn: adapters of rank {self.settings.rank}, masks, a head"
 
     def cost(
-        self,
-        model,
-        process,
-        x0,
-        block_size,
-        t,
-        objective,
-        given=None,
-        charged=None,
-        noise=None,
-        device=None,
-        **how,
-    ):
+        self, model, process, x0, block_size, t, objective, given, charged, noise, device=None, **how
+    ):  # fmt: skip
+        """Called as token_loss is."""
         s, total = self.settings, 0.0
         x0, given, charged = (y.to(device or x0.device) for y in (x0, given, charged))
         if s.learn != "masked":

@@ -380,7 +380,7 @@ def tiny_gguf(path, seed=0):
 QUESTIONS = ["What is 3 + 4?", "Who?", "How far is it to the sea?", "And then?", "Why the the the?", "Is it?"]
 FLAGS = [
     *TINY[3:], "--method=adapt", "--init_from=gguf:tiny.gguf", "--self_data=questions.txt", "--self_tokens=24",
-    "--rank=4", "--masks=3", "--ends=6", "--draft_vocab=64", "--self_batch=4",
+    "--rank=4", "--masks=3", "--ends=6", "--draft_vocab=256", "--self_batch=4",
 ]  # fmt: skip
 
 
@@ -402,6 +402,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(chatty, capsys):
 def test_it_answers_learns_and_writes_the_base_s_own_text(chatty, capsys):
     run(train.main, *FLAGS, "--max_steps=1", "--out_dir=run", "--learn=both", "--n_eval=2")
     capsys.readouterr()
+    state = torch.load("run/ckpt.pt", weights_only=True)
+    ids = np.fromfile("data/self/train.bin", np.uint16).astype(np.int64)
+    kept = state["ema"]["draft_ids"]
+    assert torch.equal(kept, state["model"]["draft_ids"]) and set(ids) <= set(kept.tolist())
     texts = []
     for source in (
         ["--ckpt=run", "--sampler=lossless"],
