@@ -38,9 +38,12 @@ import torch.nn.functional as F
 
 import methods
 from diffusion import wide
+from generate import sampler
 from methods import llama
 from model import KVCache, attention_mask, rotate
 from run.cli import die
+from samplers.lossless import DRAFTS, Lossless
+from samplers.pieces import need
 
 
 @dataclass
@@ -516,3 +519,48 @@ def distance(p, q, kind):
         return (p - log_q.exp()).abs().sum(-1) / 2
     cost = -(p * log_q).sum(-1)
     return cost if kind == "ce" else cost - torch.special.entr(p).sum(-1)
+
+
+# ----- writing
+
+
+@sampler("AR mode", "own pace")
+def lossless(block, *, draft="masks", ahead=3, ngram=2):
+    """
+    The text of block size 1, token for token, in fewer passes; for networks of --method adapt. The base model
+    checks in one pass what was drafted, and writes one token of its own. With temperature above 0 drafts and
+    text are drawn with the same random numbers, so a good draft is right often.
+
+    draft: masks: adapters behind each token that may be the last, in the same pass | head: the recurrent
+        head | lookup: what followed the last tokens earlier in the text (arXiv 2304.04487) | masks+lookup,
+        head+lookup: looked up where it can be, else drafted | jacobi: the last pass's guesses again
+        (arXiv 2305.10427) | none: AR
+    ahead: d, how many tokens are drafted; masks: as many masks as tokens
+    ngram: so many tokens must have been there before, for lookup
+    """
+    need(draft in DRAFTS, "draft", draft, f"one of {', '.join(DRAFTS)}")
+    need(ahead >= 1, "ahead", ahead, "at least 1")
+    need(1 <= ngram <= 4, "ngram", ngram, "between 1 and 4")
+    if not isinstance(block.model, Adapted):
+        raise ValueError("lossless is not defined for this network: it has no adapters, see --method adapt")
+    most = len(block.model.masks)
+    need("masks" not in draft or ahead <= most, "ahead", ahead, f"at most {most}")
+    state = None if block.cache is None else block.cache.lossless
+    if state is None:
+        text = block.text[block.rows]
+        text[:, block.positions] = torch.where(block.open, -1, text[:, block.positions])
+        how = block.seed, block.temperature, block.top_p, draft, ahead, ngram
+        state = Lossless(block.model, block.process, text, block.rows, *how)
+        if block.cache is not None:
+            block.cache.lossless = state
+    end = torch.where(block.open, block.positions + 1, 0).amax(1)  # (R,) behind what this block is to write
+    while True:
+        there = block.positions < state.n[:, None]
+        block.write(torch.where(there, state.tokens[:, block.positions], block.x))
+        block.live = block.live & (state.n < end)
+        if not block.live.any():
+            break
+        yield
+        block.count(int(block.live.sum()))
+        state.round(block.live)
+    yield

@@ -16,9 +16,7 @@ import copy
 
 import torch
 
-from generate import sampler
 from rng import Noise
-from samplers.pieces import need
 
 DRAFTS = ("masks", "head", "lookup", "masks+lookup", "head+lookup", "jacobi", "none")
 KEYS = 32  # the number of keys is rounded up to a multiple of it, so rounding does not depend on it
@@ -158,50 +156,3 @@ def look_up(text, d, ngram):
                     whole.append(whole[begin + g + j])
                 return whole[len(text) :]
     return []
-
-
-@sampler("AR mode", "own pace")
-def lossless(block, *, draft="masks", ahead=3, ngram=2):
-    """
-    The text of block size 1, token for token, in fewer passes; for networks of --method adapt. The base model
-    checks in one pass what was drafted, and writes one token of its own. With temperature above 0 drafts and
-    text are drawn with the same random numbers, so a good draft is right often.
-
-    draft: masks: adapters behind each token that may be the last, in the same pass | head: the recurrent
-        head | lookup: what followed the last tokens earlier in the text (2304.04487) | masks+lookup,
-        head+lookup: looked up where it can be, else drafted | jacobi: the last pass's guesses again
-        (2305.10427) | none: AR
-    ahead: d, how many tokens are drafted; masks: as many masks as tokens
-    ngram: so many tokens must have been there before, for lookup
-    """
-    need(draft in DRAFTS, "draft", draft, f"one of {', '.join(DRAFTS)}")
-    need(ahead >= 1, "ahead", ahead, "at least 1")
-    need(1 <= ngram <= 4, "ngram", ngram, "between 1 and 4")
-    if not hasattr(block.model, "merged"):
-        raise ValueError("lossless is not defined for this network: it has no adapters, see --method adapt")
-    need(
-        "masks" not in draft or ahead <= len(block.model.masks),
-        "ahead",
-        ahead,
-        f"at most {len(block.model.masks)}",
-    )
-    state = None if block.cache is None else block.cache.lossless
-    if state is None:
-        text = block.text[block.rows]
-        text[:, block.positions] = torch.where(block.open, -1, text[:, block.positions])
-        how = block.seed, block.temperature, block.top_p, draft, ahead, ngram
-        state = Lossless(block.model, block.process, text, block.rows, *how)
-        if block.cache is not None:
-            block.cache.lossless = state
-    end = torch.where(block.open, block.positions + 1, 0).amax(1)  # (R,) behind what this block is to write
-    while True:
-        block.write(
-            torch.where(block.positions < state.n[:, None], state.tokens[:, block.positions], block.x)
-        )
-        block.live = block.live & (state.n < end)
-        if not block.live.any():
-            break
-        yield
-        block.count(int(block.live.sum()))
-        state.round(block.live)
-    yield
