@@ -142,15 +142,11 @@ def normalizer(part):
     return bool(kinds)
 
 
-def compiled(pattern):
-    """A pattern of Oniguruma for `regex`. Their white space differs by four control characters."""
-    import regex  # tiktoken needs it too
-
-    return regex.compile(pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}"))
-
-
 def isolated(pattern):
     """A function that cuts a text before and behind each match."""
+    import regex  # tiktoken needs it too
+
+    pattern = regex.compile(pattern)
 
     def cut(text):
         parts, at = [], 0
@@ -173,19 +169,16 @@ def rules(part):
             pattern = step["pattern"]
             if step["behavior"] != "Isolated" or step.get("invert"):
                 raise ValueError(f"a Split that is {step['behavior']}, not Isolated")
-            cuts.append(
-                isolated(
-                    compiled(pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"]))
-                )
-            )
+            words = pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"])
+            cuts.append(isolated(words))
         elif kind == "Digits":
-            cuts.append(isolated(compiled(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")))
+            cuts.append(isolated(r"\p{N}" if step.get("individual_digits") else r"\p{N}+"))
         elif kind == "ByteLevel":
             if step.get("add_prefix_space", True):
                 raise ValueError("it puts a space before the text")
             is_byte_level = True
             if step.get("use_regex", True):
-                cuts.append(isolated(compiled(GPT2_PATTERN)))
+                cuts.append(isolated(GPT2_PATTERN))
         else:
             raise ValueError(f"it cuts by {kind}, not Split, Digits or ByteLevel")
     if not is_byte_level:

@@ -157,6 +157,16 @@ def test_the_lowest_rank_joins_first_and_of_equals_the_leftmost():
         assert joined(parts, ranks) == wanted
 
 
+def test_a_piece_that_is_a_token_may_stay_whole(tmp_path):
+    """Llama 3 has tokens that its merges do not reach."""
+    step = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}, "merges": ["a b"]}
+    for ignores, ids in ((True, [4]), (False, [3, 2])):
+        about = {"pre_tokenizer": step, "model": {**model, "ignore_merges": ignores}}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(about), encoding="utf-8")
+        assert JsonBPE(tmp_path / "tokenizer.json").encode("abc") == ids
+
+
 def test_files_that_are_no_such_tokenizer_end_in_two_lines(tmp_path, slip):
     good = json.loads(GOLDEN.read_text(encoding="utf-8"))["qwen"]["tokenizer"]
     path = tmp_path / "tokenizer.json"

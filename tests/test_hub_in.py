@@ -179,6 +179,8 @@ def network_of(shifted, seed=0):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
     model.head.weight.data *= 1.5
+    for layer in model.layers:  # what stands beside a token matters
+        layer.v.weight.data *= 3
     return model
 
 
@@ -273,14 +275,14 @@ PROMPTS = [
 def test_sdar_is_the_published_loop(rule):
     model = network_of(False)
     for b, steps in ((4, 4), (8, 3)):
-        wanted = [plain_sdar(model, p, 10, b, steps, rule, 0.5) for p in PROMPTS]
-        for found, _ in ours(model, PROMPTS, 10, b, "sdar", steps, rule=rule, threshold=0.5):
+        wanted = [plain_sdar(model, p, 10, b, steps, rule, 0.05) for p in PROMPTS]
+        for found, _ in ours(model, PROMPTS, 10, b, "sdar", steps, rule=rule, threshold=0.05):
             assert found == wanted
 
 
 def test_a2d_is_the_published_loop():
     model = network_of(False)
-    for steps in (8, 3):
+    for steps in (8, 5, 3):
         wanted = [plain_a2d(model, p, 10, 8, steps) for p in PROMPTS]
         for found, _ in ours(model, PROMPTS, 10, 8, "a2d", steps):
             assert found == wanted
