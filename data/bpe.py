@@ -146,7 +146,10 @@ def isolated(pattern):
     """A function that cuts a text before and behind each match."""
     import regex  # tiktoken needs it too
 
-    pattern = regex.compile(pattern)
+    try:
+        pattern = regex.compile(pattern)
+    except regex.error as e:
+        raise ValueError(f"the pattern {pattern[:40]!r}: {e}") from e
 
     def cut(text):
         parts, at = [], 0

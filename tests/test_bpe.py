@@ -175,6 +175,7 @@ def test_files_that_are_no_such_tokenizer_end_in_two_lines(tmp_path, slip):
         ({"normalizer": {"type": "Lowercase"}}, "not NFC"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "it cuts by Whitespace"),
         ({"pre_tokenizer": None}, "not byte-level"),
+        ({"pre_tokenizer": {**SPLIT, "pattern": {"Regex": "("}}}, "the pattern '('"),
         ({"model": {**good["model"], "type": "Unigram"}}, "Unigram, not BPE"),
         ({"model": {**good["model"], "byte_fallback": True}}, "byte_fallback"),
         ({"model": {**good["model"], "merges": [["a", "no such"]]}}, "makes no token"),
