@@ -288,6 +288,14 @@ def test_a2d_is_the_published_loop():
             assert found == wanted
 
 
+def test_a2d_commits_halves_to_even():
+    """Of 8 masks in 3 steps: 8 / 3 is 3, 5 / 2 is 2, and the last 3. Text alone need not show it."""
+    how = {"block_size": 8, "sampler": SAMPLERS["a2d"], "steps": 3, "temperature": 0.0, "max_new_tokens": 8}
+    states = generate(network_of(False), Masked(V, 61), [[]], **how)
+    left = [(state.x == 61).sum().item() for state in states if not state.finished]
+    assert left == [8, 5, 3], left
+
+
 @pytest.mark.parametrize("sub_block", [2, 8])
 def test_fast_dllm_is_the_published_loop(sub_block):
     model = network_of(True)
