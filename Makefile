@@ -50,7 +50,7 @@ test-all: browser smollm2 test
 # For tests/test_page.py. CI installs one where it may; without a browser, or offline, those tests skip.
 browser:
 	@test -z "$$CI" || command -v chromium > /dev/null \
-	|| { apt-get update && apt-get install -y --no-install-recommends chromium; } > /dev/null 2>&1 \
+	|| { timeout 120 apt-get update && timeout 240 apt-get install -y --no-install-recommends chromium; } > /dev/null 2>&1 \
 	|| echo "no browser, and none to be had: tests of the page that need one skip"
 
 # The language model of two slow tests, 93 MB. Offline they skip.
