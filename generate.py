@@ -236,7 +236,7 @@ def generate(
     max_new_tokens  behind a prompt; default up to seq_len, none behind holes. A block's surplus is cut off
     ar_tokens       so many tokens first by block size 1, then blocks (AR-then-block)
     temperature, top_p   sharpen the predicted p(x_0), for uniform noise its leave-one-out form; 0 is greedy
-    eos_id          a row ends at its first eos_id behind all given tokens; ended rows leave the batch
+    eos_id          id, or list of ids: a row ends at the first behind all given tokens, and leaves the batch
     seed            same seed, row number and prompt: same text, whatever else is in the batch
     trained         the block sizes the network was trained with, to refuse others; None: anything goes
     use_cache       False recomputes everything at every pass: slow, equal, for tests
@@ -315,7 +315,7 @@ def generate(
             cut = end[rows]  # (R,) where each row ends
             if eos_id is not None:
                 hit = open & (span < cut[:, None]) & (span >= given_end[rows, None])
-                hit = hit & (process.tokens(block.x) == eos_id).cpu()
+                hit = hit & torch.isin(process.tokens(block.x).cpu(), torch.tensor(eos_id))
                 cut = torch.where(hit.any(1), span[hit.int().argmax(1)] + 1, cut)
             over = written[rows] >= cut
             done[rows[over]] = True

@@ -34,7 +34,6 @@ from run.flags import load_with_sampler, options
 from run.restore import restore
 from samplers import SAMPLERS
 from samplers.constraint import writer
-from samplers.pieces import end_of
 
 
 def settled(cfg, sampler, own, trained):
@@ -91,7 +90,7 @@ def main():
         model.graphs = True
     spent = [0.0]
     write = writer(generate, cfg.regex, cfg.constraint, tokenizer, meta["vocab_size"], exact=cfg.exact)
-    ends = meta.get("eos_id") if cfg.regex or cfg.constraint else end_of(meta)
+    ends = meta.get("eos_id") if cfg.regex or cfg.constraint else meta.get("eos_ids", meta.get("eos_id"))
     holes = any(HOLE in ids for ids in prompts)
     if holes and (cfg.regex or cfg.constraint):
         die("a constraint reads text from left to right, and a prompt has holes", "leave --hole out")

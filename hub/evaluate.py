@@ -27,7 +27,6 @@ from run.cli import die, load_config, writable
 from run.machine import guard
 from run.restore import restore
 from samplers import SAMPLERS
-from samplers.pieces import end_of
 
 
 @dataclass
@@ -75,7 +74,7 @@ def scores(model, process, pairs, block_size, n_mc=32, seed=1, schedule=SCHEDULE
         draws = n_mc if block_size > 1 or not process.exact_ar else 1
         total = torch.zeros((), dtype=torch.float64)
         for k in range(draws):
-            t = ((torch.rand(1, generator=torch.Generator().manual_seed(seed + i)) + k) / draws % 1).double()
+            t = ((torch.rand(1, generator=torch.Generator().manual_seed(seed + i)) + k) / draws).double()
             noise = Noise(seed + k, torch.tensor([i], device=device), torch.arange(x0.size(1), device=device))
             how = {
                 "given": at < n,
@@ -155,7 +154,11 @@ def main():
         )
     how = {"block_size": block_size, "sampler": SAMPLERS["ar" if block_size == 1 else cfg.sampler]}
     how |= {"temperature": cfg.temperature, "max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
-    how |= {"eos_id": end_of(meta), "schedule": SCHEDULES[run.schedule], "trained": trained}
+    how |= {
+        "eos_id": meta.get("eos_ids", meta.get("eos_id")),
+        "schedule": SCHEDULES[run.schedule],
+        "trained": trained,
+    }
     network = adapter(LM, model, process, tokenizer, block_size, cfg.n_mc, cfg.seed, how)
     found = lm_eval.simple_evaluate(
         network, tasks=cfg.tasks.split(","), num_fewshot=cfg.few_shot, limit=cfg.limit or None

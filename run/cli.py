@@ -150,21 +150,7 @@ def kinds_of(cls):
     return {f.name: f.type for f in fields(cls)}
 
 
-PATHS = {
-    "bpe",
-    "ckpt",
-    "gif",
-    "html",
-    "init_from",
-    "input",
-    "judge",
-    "json",
-    "out",
-    "out_dir",
-    "prompt_file",
-    "trace",
-}
-PATHS |= {"val_input"}
+PATHS = set("bpe ckpt gif html init_from input judge json out out_dir prompt_file trace val_input".split())
 
 
 def given_settings(cls, argv, help="--help"):

@@ -43,20 +43,3 @@ def another(block, rows, positions, open, cache, steps=None):
     how = {name: getattr(block, name) for name in names} | {"steps": steps or block.steps}
     where = (y.cpu() for y in (rows, positions, open))
     return type(block)(block.model, block.process, block.text, cache, block.counts, *where, how)
-
-
-class AnyOf:
-    """What an id is compared with where several would do: tokens == AnyOf([1, 2]) is true at 1 and at 2."""
-
-    def __init__(self, ids):
-        self.ids = torch.tensor(ids)
-
-    def __eq__(self, tokens):
-        return torch.isin(tokens, self.ids.to(tokens.device))
-
-    __hash__ = None
-
-
-def end_of(meta):
-    """generate's eos_id, by a dataset's meta.json: an id, several, or None."""
-    return AnyOf(meta["eos_ids"]) if meta.get("eos_ids") else meta.get("eos_id")

@@ -27,7 +27,6 @@ from methods.llama import Llama, Settings
 from methods.shifted import Shifted
 from model import ModelConfig
 from run.restore import rebuild
-from samplers.pieces import AnyOf
 
 GOLDEN = ROOT / "tests/golden/llama/blocks.npz"
 CPU = torch.device("cpu")
@@ -344,7 +343,7 @@ def test_a_text_ends_at_any_of_several_ids():
     new = whole[3:]
     at = next(i for i in range(2, len(new)) if new[i] not in new[:i])
     later = next(i for i in new[at + 1 :] if i not in new[: at + 1])
-    for state in generate(model, Masked(V, 61), PROMPTS[:1], eos_id=AnyOf([later, new[at]]), **how):
+    for state in generate(model, Masked(V, 61), PROMPTS[:1], eos_id=[later, new[at]], **how):
         pass
     assert [i for i in state.x[0].tolist() if i >= 0] == whole[: 3 + at + 1]
 
