@@ -5,11 +5,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 
 import methods
 import train
 from lab import paper, zoo
+from run.cli import tomllib
 
 
 def test_every_row_is_complete():
@@ -45,6 +46,19 @@ def test_another_control_or_other_code_is_another_place(tmp_path, monkeypatch):
     code.write_text('"""Words."""\nx = 1\nROWS = []\n')
     (tmp_path / "config/zoo/sudoku.toml").write_text("lr = 1\n")
     assert at("--method mine --ckpt {control}") != first
+
+
+def test_a_row_may_be_written_whole():
+    """Its block size and its flags are the length of a task's row, which are those of the presets."""
+    cfg = zoo.ZooConfig()
+    for task, n in zoo.ROW.items():
+        assert zoo.block_of({"block": "row"}, task) == n and zoo.block_of({"block": 16}, task) == 16
+        assert f"block_sizes_{n}_1/" in zoo.folder(cfg, task, "--block_sizes {row}:1", 0)
+    assert zoo.number({"nats": {"1": [2.0], "16": [3.0], "32": [4.0]}}, "pgm", "nats row") == 4.0
+    assert zoo.number({"nats": {"1": [2.0], "16": [3.0]}}, "ancestral", "nats 1") == 2.0
+    recipe = lambda name: tomllib.loads((ROOT / name).read_text(encoding="utf-8"))
+    assert recipe("config/zoo/digits.toml")["seq_len"] == zoo.ROW["digits"]
+    assert "seq_len" not in recipe("config/zoo/sudoku.toml") and zoo.ROW["sudoku"] == 2 * 4 * 4
 
 
 @pytest.mark.slow  # a dozen small trainings
