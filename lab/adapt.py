@@ -2,10 +2,12 @@
 How much faster does a language model write its own text with drafts? For python -m lab.bench --adapt RUN.
 
 Every draft of samplers/lossless.py answers the same questions, question by question in turn, in one process.
-The clock is processor time (one thread), so other programs count less. AR is the same code with no drafts.
-Each text is compared with AR's.
+The clock is processor time (one thread), so other programs count less. AR is the same code with no drafts;
+with --transformers, theirs comes first. Each text is compared with AR's. The prompt is read before the clock
+starts, for all alike.
 """
 
+import tempfile
 import textwrap
 import time
 from dataclasses import dataclass, field
@@ -16,11 +18,14 @@ from tqdm import tqdm
 import hub.published  # noqa: F401  package:..., gguf:...
 import methods
 from data.tokens import Tokenizer, read_prompts
+from hub import export
 from run import checkpoint
 from run.cli import die, shown
+from run.machine import pick_dtype
 from run.restore import load_state, rebuild
 from samplers.lossless import Lossless
 
+CONTEXT = 2048  # tokens of question and answer, however short the rows were that the run learnt from
 UNTRAINED = ("none", "jacobi", "lookup")
 TRAINED = (*UNTRAINED, "masks", "head", "masks+lookup", "head+lookup")
 
@@ -39,22 +44,23 @@ class Row:
 
 
 def network(source):
-    """(model, process, facts of its tokens, is it trained?) of a run of adapt, or of a base model."""
+    """(model, process, facts of its tokens, its base) of a run of adapt, or of a base model: base is None."""
     state = checkpoint.load(source, "--adapt")
     if (state.get("method") or {}).get("name") == "adapt":
-        _, meta, _, model, process = rebuild(source, torch.device("cpu"), state)
-        return model, process, meta, True
+        longer = max(CONTEXT, state["config"]["seq_len"])
+        _, meta, _, model, process = rebuild(source, torch.device("cpu"), state, seq_len=longer)
+        return model, process, meta, state["config"]["init_from"]
     adapt = methods.load("adapt")
     settings = adapt.Settings()
     adapt.begin(settings, state)
     with torch.device("meta"):
         model = adapt.network(checkpoint.ModelConfig(**state["network"]), settings)
     load_state(source, {"weights": state["ema"]}, weights=model)
-    return model.eval(), checkpoint.process_of(state["process"]), state["meta"], False
+    return model.eval(), checkpoint.process_of(state["process"]), state["meta"], None
 
 
 @torch.inference_mode()
-def answer(model, process, prompts, draft, ahead, n_new, temperature, eos_id):
+def answer(model, process, prompts, draft, ahead, n_new, temperature, eos_id, dtype=None):
     """(ids of each answer, passes, processor seconds, the Lossless) of prompts written together."""
     longest = max(map(len, prompts))
     text = torch.full((len(prompts), longest + n_new), -1)
@@ -62,7 +68,7 @@ def answer(model, process, prompts, draft, ahead, n_new, temperature, eos_id):
         row[: len(prompt)] = torch.tensor(prompt)
     first = torch.tensor([len(p) for p in prompts])
     rows, passes = torch.arange(len(prompts)), 0
-    state = Lossless(model, process, text, rows, 0, temperature, 1.0, draft, ahead)
+    state = Lossless(model, process, text, rows, 0, temperature, 1.0, draft, ahead, dtype=dtype)
     live, start = torch.ones(len(prompts), dtype=torch.bool), time.process_time()
     while live.any():
         state.round(live)
@@ -77,30 +83,67 @@ def answer(model, process, prompts, draft, ahead, n_new, temperature, eos_id):
     return answers, passes, seconds, state
 
 
-def measure(model, process, prompts, drafts, ahead, n_new, temperature, eos_id, batch=1):
-    """A Row for each draft; the first is AR's."""
-    table = [Row(draft, offered=[0] * ahead, accepted=[0] * ahead) for draft in drafts]
+def of_transformers(base, dtype):
+    """A function (prompts) -> as answer, by transformers' network and its cache, one question at a time."""
+    try:
+        import transformers
+    except ImportError:
+        die("transformers is not installed", "pip install transformers")
+    with tempfile.TemporaryDirectory() as folder:
+        export.export(export.ExportConfig(init_from=base, to=f"{folder}/base"), checkpoint.load(base))
+        net = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/base", dtype=dtype).eval()
+
+    @torch.inference_mode()
+    def write(prompts, n_new, eos_id):
+        answers, begun = [], 0.0
+        for prompt in prompts:
+            past = net(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values
+            ids, start = [prompt[-1]], time.process_time()
+            while len(ids) <= n_new and (len(ids) == 1 or ids[-1] != eos_id):
+                out = net(torch.tensor([ids[-1:]]), past_key_values=past, use_cache=True)
+                ids.append(int(out.logits[0, -1].argmax()))
+            begun += time.process_time() - start
+            answers.append(ids[1:])
+        return answers, sum(map(len, answers)), begun, None
+
+    return write
+
+
+def measure(writers, prompts, ahead, batch=1):
+    """A Row for each of writers {name: prompts -> what answer returns}. "none" is AR, and comes first."""
+    table = {name: Row(name, offered=[0] * ahead, accepted=[0] * ahead) for name in writers}
     for first in tqdm(range(0, len(prompts), batch), desc="questions", leave=False, disable=None):
         some, wanted = prompts[first : first + batch], None
-        for row in table:
-            found, passes, seconds, state = answer(
-                model, process, some, row.draft, ahead, n_new, temperature, eos_id
-            )
+        for name, row in table.items():
+            found, passes, seconds, state = writers[name](some)
             wanted = wanted or found
             row.tokens += sum(map(len, found))
             row.passes += passes
             row.seconds += seconds
             row.equal += sum(a == b for a, b in zip(found, wanted, strict=True))
-            row.offered = [a + b for a, b in zip(row.offered, state.offered.tolist(), strict=True)]
-            row.accepted = [a + b for a, b in zip(row.accepted, state.accepted.tolist(), strict=True)]
-    return table
+            if state is not None:
+                row.offered = [a + b for a, b in zip(row.offered, state.offered.tolist(), strict=True)]
+                row.accepted = [a + b for a, b in zip(row.accepted, state.accepted.tolist(), strict=True)]
+    return list(table.values())
+
+
+def reading(model, dtype):
+    """(bytes, milliseconds) of reading all weights of a pass once: of adding up as many bytes."""
+    layers = [p.numel() for name, p in model.layers.named_parameters() if ".adapters." not in name]
+    n = (sum(layers) + model.head.weight.numel()) * dtype.itemsize
+    x, took = torch.ones(n // 8, dtype=torch.int64), []
+    for _ in range(5):
+        start = time.process_time()
+        x.sum()
+        took.append(time.process_time() - start)
+    return n, 1000 * min(took)
 
 
 def lines(table, n):
     """The rows of a Markdown table. n: how many questions."""
     out = ["| draft | tokens a pass | accepted, by place | ms a pass | ms a token | times AR | texts equal |"]
     out.append("| --- | --- | --- | --- | --- | --- | --- |")
-    base = table[0].seconds / table[0].tokens
+    base = table[0].seconds / table[0].tokens  # AR's
     for row in table:
         places = zip(row.accepted, row.offered, strict=True)
         rate = " ".join(f"{100 * a / b:.0f}%" if b else "-" for a, b in places) if any(row.offered) else "-"
@@ -130,7 +173,7 @@ def side_by_side(model, process, tokenizer, question, prompt, draft, *how):
 def bench(cfg):
     """Print the table. cfg: a lab.bench.BenchConfig."""
     torch.set_num_threads(1)
-    model, process, meta, trained = network(cfg.adapt)
+    model, process, meta, base = network(cfg.adapt)
     tokenizer = Tokenizer(meta, ".")
     questions = read_prompts(cfg.questions)[: cfg.n_questions]
     if cfg.n_questions < 1 or cfg.new_tokens < 1 or cfg.ahead < 1:
@@ -138,20 +181,37 @@ def bench(cfg):
             "n_questions, new_tokens and ahead must be at least 1",
             "--n_questions 8 --new_tokens 64 --ahead 3",
         )
-    if trained and cfg.ahead > len(model.masks):
+    if base and cfg.ahead > len(model.masks):
         die(
             f"ahead is {cfg.ahead}, and {cfg.adapt} has {len(model.masks)} masks",
             f"--ahead {len(model.masks)}",
         )
+    if cfg.transformers and (cfg.batch > 1 or cfg.temperature):
+        die("transformers is measured greedily, one question at a time", "--batch 1 --temperature 0")
+    if cfg.dtype not in ("auto", "float32", "bfloat16"):
+        die(f"dtype {cfg.dtype!r} is none of auto, float32, bfloat16", "--dtype auto")
+    dtype, why = pick_dtype(cfg.dtype, torch.device("cpu"), sum(p.numel() for p in model.parameters()))
     prompts = [tokenizer.chat(question) for question in questions]
-    drafts = TRAINED if trained else UNTRAINED
-    how = cfg.ahead, cfg.new_tokens, cfg.temperature, meta.get("eos_id"), cfg.batch
+    drafts = (TRAINED if base else UNTRAINED) if cfg.drafts == "all" else ("none", *cfg.drafts.split(","))
+    if unknown := set(drafts) - set(TRAINED if base else UNTRAINED):
+        die(f"drafts {', '.join(sorted(unknown))}: {cfg.adapt} has none such", "--drafts lookup")
+    how = cfg.ahead, cfg.new_tokens, cfg.temperature, meta.get("eos_id"), dtype
     if cfg.show:
-        draft = "head+lookup" if trained else "lookup"
+        draft = "head+lookup" if base else "lookup"
         for question, prompt in zip(questions[: cfg.show], prompts, strict=False):
-            side_by_side(model, process, tokenizer, question, prompt, draft, *how[:-1])
+            side_by_side(model, process, tokenizer, question, prompt, draft, *how)
         return
-    table = measure(model, process, prompts, drafts, *how)
+    ours = lambda draft: lambda some: answer(model, process, some, draft, *how)
+    writers = {draft: ours(draft) for draft in drafts}
+    if cfg.transformers:
+        theirs = of_transformers(base or cfg.adapt, dtype)
+        writers["transformers' AR"] = lambda some: theirs(some, cfg.new_tokens, meta.get("eos_id"))
+    answer(model, process, prompts[:1], "none", cfg.ahead, 2, *how[2:])  # the weights are put in order
+    table = measure(writers, prompts, cfg.ahead, cfg.batch)
     what = f"{len(questions)} questions, up to {cfg.new_tokens} tokens, temperature {cfg.temperature:g}"
-    print(f"{what}, batch {cfg.batch}, {cfg.ahead} drafted tokens, float32, one thread, processor time")
+    print(f"{what}, batch {cfg.batch}, {cfg.ahead} drafted tokens, one thread, processor time")
+    size, ms = reading(model, dtype)
+    print(
+        f"products in {str(dtype)[6:]} ({why}); reading their weights, {size / 1e6:.0f} MB, takes {ms:.1f} ms"
+    )
     print("\n".join(lines(table, len(questions))))

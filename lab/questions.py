@@ -1,8 +1,9 @@
 """
-Questions about numbers in everyday words, one a line, made from patterns: no download. A language model
+Questions about numbers in everyday words, one a line: made from patterns, or GSM8K's. A language model
 answers them, and --method adapt learns from its answers.
 
     python -m lab.questions                writes out/questions/train.txt and out/questions/test.txt
+    python -m lab.questions --input train.jsonl --test_input test.jsonl --out_dir out/gsm8k
 """
 
 import random
@@ -10,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.shards import Bad, read, texts_of
 from run.cli import die, load_config
 
 NAMES = "Anna Ben Clara David Ella Finn Grace Hugo Iris Jack Lena Max Nora Omar Paula Rosa Sam".split()
@@ -33,6 +35,8 @@ PATTERNS = (
 
 @dataclass
 class QuestionsConfig:
+    input: str = ""  # lines {"question": ...}, as in GSM8K's train.jsonl; empty: questions from patterns
+    test_input: str = ""  # the same, its test.jsonl
     out_dir: str = "out/questions"
     n_train: int = 120  # questions to learn from
     n_test: int = 50  # and others, to measure on
@@ -48,19 +52,38 @@ def question(rng):
     )
 
 
+def drawn(name, n, rng):
+    """n questions of a .jsonl file, each on one line."""
+    try:
+        lines = [texts_of(name, where, line, ["question"])[0] for where, line, _ in read(name, ["question"])]
+    except Bad as e:
+        die(*e.args)
+    except OSError as e:
+        die(f"{name}: {e.strerror}", "python -m lab.questions --input train.jsonl --test_input test.jsonl")
+    if len(lines) < n:
+        die(f"{name} has {len(lines)} questions, not {n}", f"--n_train {len(lines)} --n_test {len(lines)}")
+    return [" ".join(text.split()) for text in rng.sample(lines, n)]
+
+
 def main():
     cfg = load_config(QuestionsConfig, sys.argv[1:])
     n = cfg.n_train + cfg.n_test
+    if bool(cfg.input) != bool(cfg.test_input):
+        die("questions are needed for both files, or for none", "--input train.jsonl --test_input test.jsonl")
     if not 1 <= min(cfg.n_train, cfg.n_test) <= n <= 10**5:
         die(
             "n_train and n_test must be at least 1, and 100,000 together at most", "--n_train 120 --n_test 50"
         )
     rng, made = random.Random(cfg.seed), {}
-    while len(made) < n:
-        made[question(rng)] = None  # none twice
-    folder, lines = Path(cfg.out_dir), list(made)
+    if cfg.input:
+        train, test = drawn(cfg.input, cfg.n_train, rng), drawn(cfg.test_input, cfg.n_test, rng)
+    else:
+        while len(made) < n:
+            made[question(rng)] = None  # none twice
+        train, test = list(made)[: cfg.n_train], list(made)[cfg.n_train :]
+    folder = Path(cfg.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", lines[: cfg.n_train]), ("test", lines[cfg.n_train :])):
+    for name, part in (("train", train), ("test", test)):
         (folder / f"{name}.txt").write_text("\n".join(part) + "\n", encoding="utf-8")
         print(f"{folder / name}.txt: {len(part)} questions, such as: {part[0]}")
 

@@ -29,11 +29,11 @@ class Lossless:
     """
 
     def __init__(
-        self, model, process, text, rows, seed, temperature, top_p, draft, ahead, ngram=2, columns=0
+        self, model, process, text, rows, seed, temperature, top_p, draft, ahead, ngram=2, dtype=None, width=0
     ):
         self.model, self.process, self.draft, self.d, self.ngram = model, process, draft, ahead, ngram
-        self.temperature, self.top_p, self.columns = temperature, top_p, columns
-        model.pack()
+        self.temperature, self.top_p, self.width = temperature, top_p, width
+        model.pack(dtype)
         R, W = text.shape
         self.n = (text >= 0).int().cumprod(1).sum(1)
         if ((text >= 0).sum(1) > self.n).any():
@@ -65,8 +65,8 @@ class Lossless:
         k, D). What is not `real` (R, C) leaves no trace.
         """
         C = clean.size(1)
-        if self.columns > C:
-            more = (0, self.columns - C)
+        if self.width > C:
+            more = (0, self.width - C)
             clean, at, real = (torch.nn.functional.pad(y, more) for y in (clean, at, real))
         h, masks = self.model.merged(clean, torch.where(real, at, 0), real, k, self.slots, KEYS)
         return h[:, :C], masks[:, :C]
@@ -120,15 +120,13 @@ class Lossless:
         self.n_drafts = torch.full_like(self.n, 0 if self.draft in ("none", "lookup") else d)
         at = self.n[:, None] + torch.arange(d, device=m.device)
         if "masks" in self.draft:
-            self.drafts = self.choose_draft(
-                self.model.draft_logits(masks[rows, m], self.model.draft_head), at
-            )
+            self.drafts = self.choose_draft(self.model.draft_logits(masks[rows, m], packed=True), at)
         elif "head" in self.draft:
             state, token, drafts = h[rows, m], own[rows, m], []
             for j in range(d):
-                state = self.model.recur(state, token)
+                state = self.model.recur(state, token, packed=True)
                 token = self.choose_draft(
-                    self.model.draft_logits(state, self.model.draft_head)[:, None], at[:, j : j + 1]
+                    self.model.draft_logits(state, packed=True)[:, None], at[:, j : j + 1]
                 )[:, 0]
                 drafts.append(token)
             self.drafts = torch.stack(drafts, dim=1)
