@@ -9,6 +9,7 @@ How do others load our networks? A checkpoint becomes a folder in a layout that 
     block-causal, without them              a2d-llama, a2d-qwen2                 dLLM
     shifted and block-causal, with biases   Fast_dLLM_QwenForCausalLM            Fast-dLLM's code
     the network of model.py                 modeling_nanoblock.py                transformers, by that code
+    adapters of --method adapt              LoRA                                 PEFT, beside the base
 
 sample.py, eval.py and train.py read each of them back: --init_from FOLDER. docs/hub.md says more.
 """
@@ -23,7 +24,9 @@ import torch
 
 import hub.published  # noqa: F401  --init_from hf:...
 from data.bpe import LETTER_OF
+from hub import lora
 from hub.llama import HUGGING_FACE
+from methods.adapt import Adapted
 from methods.llama import Llama
 from methods.shifted import Shifted
 from model import Transformer
@@ -121,7 +124,7 @@ def llama_config(model, kind, vocab_size):
                 "low_freq_factor": s.rope_low,
                 "high_freq_factor": s.rope_high,
             }
-    weights = dict(model.state_dict())
+    weights = model.merged()
     if s.tied:
         del weights["head.weight"]
     for name in {"embed.weight", "head.weight"} & set(weights):
@@ -196,11 +199,17 @@ def results(out_dir):
     ]
 
 
+def layout_of(config):
+    """The name of a layout, from its config.json or adapter_config.json."""
+    return "LoRA" if "peft_type" in config else config["architectures"][0]
+
+
 def card(cfg, config, state, tokenizer):
     """README.md: what it is, in YAML and in words."""
-    run, layout = trained_with(state), config["architectures"][0]
-    head = [f"license: {cfg.license}", "pipeline_tag: text-generation", "library_name: transformers"]
-    head += [f"base_model: {cfg.base_model}"] if cfg.base_model else []
+    run, layout, base = trained_with(state), layout_of(config), cfg.base_model
+    library = "peft" if layout == "LoRA" else "transformers"
+    head = [f"license: {cfg.license}", "pipeline_tag: text-generation", f"library_name: {library}"]
+    head += [f"base_model: {base}"] if base else []
     head += ["tags:", "- nanoblock", *(["- diffusion"] if set(run.block_sizes) != {1} else [])]
     sizes = ", ".join(f"{b} ({w:g})" for b, w in sorted(run.block_sizes.items()))
     lines = [f"A network of nanoblock in the layout `{layout}`. {tokenizer}", "", f"- block sizes: {sizes}"]
@@ -215,6 +224,14 @@ def export(cfg, state):
     from safetensors.torch import save_file
 
     run, meta, _, model, process = rebuild(cfg.init_from or cfg.ckpt, torch.device("cpu"), state, plain=True)
+    folder = Path(cfg.to)
+    if isinstance(model, Adapted):
+        folder.mkdir(parents=True)
+        config = lora.write(folder, model, state, cfg.base_model, DTYPES[cfg.dtype])
+        (folder / "README.md").write_text(
+            card(cfg, config, state, write_tokenizer(folder, meta)), encoding="utf-8"
+        )
+        return config
     if type(model) is Transformer:
         config, weights = own(model, process, state)
     elif type(model) not in (Llama, Shifted):
@@ -228,7 +245,6 @@ def export(cfg, state):
         config, weights = blocks(model, process, max(run.block_sizes))
     ends = meta.get("eos_ids") or ([meta["eos_id"]] if "eos_id" in meta else [])
     config |= {"torch_dtype": cfg.dtype} | ({"eos_token_id": ends if ends[1:] else ends[0]} if ends else {})
-    folder = Path(cfg.to)
     folder.mkdir(parents=True)
     # a copy each: slices and tied tensors may not share memory in a file
     save_file({k: v.to(DTYPES[cfg.dtype], copy=True).contiguous() for k, v in weights.items()},
@@ -254,8 +270,8 @@ def main():
         die(f"dtype {cfg.dtype!r} is none of {', '.join(DTYPES)}", "--dtype float32")
     source, flag = cfg.init_from or cfg.ckpt, "--init_from" if cfg.init_from else "--ckpt"
     config = export(cfg, checkpoint.load(source, flag))
-    size = (Path(cfg.to) / "model.safetensors").stat().st_size
-    print(f"{cfg.to}: {config['architectures'][0]}, {size:,} bytes of weights")
+    size = sum(file.stat().st_size for file in Path(cfg.to).glob("*.safetensors"))
+    print(f"{cfg.to}: {layout_of(config)}, {size:,} bytes of weights")
 
 
 if __name__ == "__main__":

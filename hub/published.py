@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from hub import exported, llama  # noqa: F401  their readers come first
+from hub import exported, llama, lora  # noqa: F401  their readers come first
 from hub.download import fetch, url
 from model import ModelConfig, Transformer
 from options import TrainConfig
