@@ -278,8 +278,11 @@ def read_safetensors(folder, flag):
         weights = {}
         for name in names:
             with safe_open(folder / name, "pt") as file:
-                # a copy: tensors in a mapped file begin anywhere, and a CPU multiplies ten times slower there
-                weights |= {key: file.get_tensor(key).clone() for key in file.keys()}
+                keys = file.keys()
+            for key in keys:  # opened again each time: what is mapped of a file counts as memory until then
+                with safe_open(folder / name, "pt") as file:
+                    # a copy: tensors in a mapped file begin anywhere; a CPU multiplies ten times slower there
+                    weights[key] = file.get_tensor(key).clone()
     except MemoryError:
         raise
     except Exception as e:  # a damaged file fails in many ways
