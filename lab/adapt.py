@@ -181,11 +181,6 @@ def bench(cfg):
             "n_questions, new_tokens and ahead must be at least 1",
             "--n_questions 8 --new_tokens 64 --ahead 3",
         )
-    if base and cfg.ahead > len(model.masks):
-        die(
-            f"ahead is {cfg.ahead}, and {cfg.adapt} has {len(model.masks)} masks",
-            f"--ahead {len(model.masks)}",
-        )
     if cfg.transformers and (cfg.batch > 1 or cfg.temperature):
         die("transformers is measured greedily, one question at a time", "--batch 1 --temperature 0")
     if cfg.dtype not in ("auto", "float32", "bfloat16"):
@@ -195,6 +190,9 @@ def bench(cfg):
     drafts = (TRAINED if base else UNTRAINED) if cfg.drafts == "all" else ("none", *cfg.drafts.split(","))
     if unknown := set(drafts) - set(TRAINED if base else UNTRAINED):
         die(f"drafts {', '.join(sorted(unknown))}: {cfg.adapt} has none such", "--drafts lookup")
+    if cfg.ahead > len(model.masks) and any("masks" in draft for draft in drafts):
+        fix = f"--ahead {len(model.masks)}, or --drafts head,lookup,head+lookup"
+        die(f"ahead is {cfg.ahead}, and {cfg.adapt} has {len(model.masks)} masks", fix)
     how = cfg.ahead, cfg.new_tokens, cfg.temperature, meta.get("eos_id"), dtype
     if cfg.show:
         draft = "head+lookup" if base else "lookup"

@@ -30,6 +30,7 @@ Rows that share a control share its training. A method whose code changed is tra
 
 import ast
 import hashlib
+import os
 import re
 import statistics
 import sys
@@ -115,8 +116,10 @@ def block_of(row, task):
 
 
 def trained(cfg, task, flags, seed, control, may_begin):
-    """(the folder of a network, seconds), trained now if need be and if may_begin(); else (None, 0)."""
-    out_dir, began = Path(folder(cfg, task, flags, seed, control)), time.time()
+    """
+    (the folder of a network, processor seconds), trained now if need be and if may_begin(); else (None, 0).
+    """
+    out_dir, began = Path(folder(cfg, task, flags, seed, control)), of_children()
     beside = folder(cfg, task, control, seed)
     flags = flags.replace("{control}", beside).replace("{row}", str(ROW[task]))
     argv = [*flags.split(), f"--seed={seed}", f"--out_dir={out_dir}"]
@@ -126,7 +129,13 @@ def trained(cfg, task, flags, seed, control, may_begin):
             return None, 0.0
         toml = f"config/zoo/{task}.toml"
         train_row([*argv, f"--device={cfg.device}"], toml, out_dir, resume=state is not None)
-    return out_dir, time.time() - began
+    return out_dir, of_children() - began
+
+
+def of_children():
+    """Processor seconds of the programs that were run so far."""
+    now = os.times()
+    return now.children_user + now.children_system
 
 
 def compared(cfg, task, row, seed, lines, may_begin):
@@ -228,7 +237,7 @@ Nats per token of the largest blocks ({BLOCK}, or a whole row) and of block size
 steps a block: percent right, token-forwards a token, and different right answers. Means over seeds, in
 brackets the smallest and the largest.
 
-| row | task | sampler | seconds of training | nats | nats 1 | {head} | own pace |
+| row | task | sampler | processor seconds of training | nats | nats 1 | {head} | own pace |
 | --- | --- | --- | --- | --- | --- |{" --- |" * (len(STEPS) + 1)}""")
     for name, row, task, several in table:
         for side, sampler in (("system", row["sampler"]), ("control", row["control_sampler"])):
