@@ -205,13 +205,14 @@ class Slots:
     """
     Keys and values at slots of their own, one a position: rows may be at different places. Of each layer
     (B, n_kv, slots, D). `at` (B, S) says where the tokens of a pass go. A pass reads the first `n` slots.
+    The first `used` hold text; masks go behind them, each time anew.
     """
 
     def __init__(self, model, B, slots):
         layer, device = model.layers[0], model.embed.weight.device
         shape = len(model.layers), B, layer.n_kv, slots, layer.dim
         self.k, self.v = (torch.zeros(shape, dtype=model.packed_as, device=device) for _ in range(2))
-        self.slots, self.at, self.n = slots, None, 0
+        self.slots, self.at, self.n, self.used = slots, None, 0, 0
 
     def extend(self, i, k, v):
         rows = torch.arange(len(k), device=k.device)[:, None]
@@ -407,12 +408,11 @@ class Adapted(llama.Llama):
         """
         One pass of clean tokens (B, C) at positions `at`, and k masks behind each: hidden vectors (B, C, D)
         and (B, C, k, D). slots: a Slots; masks lie behind what is used. real (B, C) bool: others go to the
-        last slot, which nobody reads. The keys are a multiple of `unit`.
+        last slot, which nobody reads. The keys are a multiple of `unit`, or all slots.
         """
         (B, C), N, device = clean.shape, clean.size(1) * k, clean.device
-        up = lambda n: -(-n // unit) * unit
-        used = up(int(at.max()) + 1)
-        slots.n = used + up(N)
+        slots.used = used = max(slots.used, int(at.max()) + 1)
+        slots.n = min(-(-(used + N) // unit) * unit, slots.slots)
         here = torch.arange(used, used + N, device=device).expand(B, -1)
         slots.at = torch.cat((torch.where(real, at, slots.slots - 1), here), dim=1)
         last = torch.cat((at, at.repeat_interleave(k, dim=1)), dim=1)  # (B, C + N) that each may read

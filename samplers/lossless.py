@@ -19,7 +19,10 @@ import torch
 from rng import Noise
 
 DRAFTS = ("masks", "head", "lookup", "masks+lookup", "head+lookup", "jacobi", "none")
-KEYS = 32  # the number of keys is rounded up to a multiple of it, so rounding does not depend on it
+# Rounding should not depend on what else is in a pass. A CPU adds up 512 keys at a time. So a pass has a
+# multiple of KEYS, or all slots of the text with ROOM for masks, and hides the others. It has TOGETHER tokens
+# at least: one alone is computed otherwise, and not faster.
+KEYS, ROOM, TOGETHER = 512, 64, 4
 
 
 class Lossless:
@@ -45,8 +48,7 @@ class Lossless:
         self.drafts, self.n_drafts = text.new_zeros(R, ahead), torch.zeros_like(self.n)
         self.offered, self.accepted = torch.zeros(2, ahead, dtype=torch.long)
         self.k = ahead if "masks" in draft else 0  # masks behind a token
-        room = (ahead + 1) * (self.k + 1) + KEYS
-        self.slots = model.slots(R, -(-(W + room) // KEYS) * KEYS + KEYS)
+        self.slots = model.slots(R, W + max(ROOM, max(ahead + 1, TOGETHER) * self.k + 1))
         longest = int(self.n.max()) - 1
         if longest:
             at = torch.arange(longest, device=text.device).expand(R, -1)
@@ -65,8 +67,9 @@ class Lossless:
         k, D). What is not `real` (R, C) leaves no trace.
         """
         C = clean.size(1)
-        if self.width > C:
-            more = (0, self.width - C)
+        width = max(self.width, -(-TOGETHER // len(clean)))
+        if width > C:
+            more = (0, width - C)
             clean, at, real = (torch.nn.functional.pad(y, more) for y in (clean, at, real))
         h, masks = self.model.merged(clean, torch.where(real, at, 0), real, k, self.slots, KEYS)
         return h[:, :C], masks[:, :C]

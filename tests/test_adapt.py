@@ -99,7 +99,7 @@ def test_adapters_change_no_bit_of_the_base(dtype):
     seen = []
     for net in (model, off):
         net.pack()
-        slots, at = net.slots(3, 4 * KEYS), torch.arange(24).expand(3, -1)
+        slots, at = net.slots(3, 2 * KEYS), torch.arange(24).expand(3, -1)
         h, masks = net.merged(clean, at, torch.ones_like(at, dtype=torch.bool), 3, slots, KEYS)
         seen.append((h, slots.k[..., :24, :], slots.v[..., :24, :], masks))
     for mine, theirs in list(zip(*seen, strict=True))[:3]:
@@ -115,7 +115,7 @@ def test_the_merged_pass_is_the_passes_it_merges():
     cache = model.new_cache(3, 40)
     h = model.read(text, cache)
     model.pack()
-    slots, first = model.slots(3, 4 * KEYS), torch.tensor([20, 9, 30])
+    slots, first = model.slots(3, 2 * KEYS), torch.tensor([20, 9, 30])
     all_at = torch.arange(30).expand(3, -1)
     model.merged(
         text[:, :30], torch.where(all_at < first[:, None], all_at, 0), all_at < first[:, None], 0, slots, KEYS
