@@ -25,11 +25,14 @@ A row of the table is an entry of ROWS in a file of methods/:
         "tasks": ["sudoku", "digits"],       default both
     }]
 
-Rows that share a control share its training. A method whose code changed is trained again, and nothing else.
+Rows that share a control share its training. A method whose code changed is trained again, and nothing else:
+a measurement that is in docs/zoo.jsonl is not made a second time. After a change of model.py, diffusion.py,
+generate.py or train.py, delete that file.
 """
 
 import ast
 import hashlib
+import json
 import os
 import re
 import statistics
@@ -64,7 +67,7 @@ class ZooConfig:
     seeds: int = 3  # trainings of a system, and of its control
     minutes: float = 240.0  # no training begins that would end later, by the longest so far
     out: str = "out/zoo"  # checkpoints go to out/TASK/FLAGS/SEED, measurements to out/results.jsonl
-    page: str = "docs/zoo"  # this path with .md and .png
+    page: str = "docs/zoo"  # this path with .md, .png, and the measurements behind them in .jsonl
     n_eval: int = 256  # windows and texts a measurement
     n_mc: int = 8  # draws of noise a window
     device: str = "auto"
@@ -140,21 +143,23 @@ def of_children():
 
 def compared(cfg, task, row, seed, lines, may_begin):
     """{"system": results, "control": results} of a row, task and seed; None: there was no time."""
-    control, took = trained(cfg, task, row["control"], seed, "", may_begin)
-    if control is None:
-        return None
-    system, took_too = control, took
-    if row["train"] != row["control"]:
-        system, took_too = trained(cfg, task, row["train"], seed, row["control"], may_begin)
-        if system is None:
-            return None
     found = {}
-    asked = [("control", control, row["control_sampler"], took), ("system", system, row["sampler"], took_too)]
-    for side, out_dir, sampler, seconds in asked:
+    asked = [("control", row["control"], "", row["control_sampler"]),
+             ("system", row["train"], row["control"], row["sampler"])]  # fmt: skip
+    for side, flags, control, sampler in asked:
         name, own = asked_for([sampler])[0]
         plan = [[name, own, block_of(row, task), n] for n in steps_of(name)]
-        label = str(out_dir.relative_to(cfg.out))
-        found[side] = measured(label, seed, out_dir, cfg, lines, seconds, plan)
+        control = control if "{control}" in flags else ""
+        label = str(Path(folder(cfg, task, flags, seed, control)).relative_to(cfg.out))
+        what = {"row": label, "seed": seed, "n_eval": cfg.n_eval, "n_mc": cfg.n_mc, "asked": plan}
+        found[side] = next((one for one in lines if all(one.get(k) == v for k, v in what.items())), None)
+        if found[side] is None:
+            if "{control}" in flags and trained(cfg, task, control, seed, "", may_begin)[0] is None:
+                return None  # what it begins with may be gone
+            out_dir, seconds = trained(cfg, task, flags, seed, control, may_begin)
+            if out_dir is None:
+                return None
+            found[side] = measured(label, seed, out_dir, cfg, lines, seconds, plan)
     return found
 
 
@@ -287,7 +292,9 @@ def main():
         die(f"{page} is not a page of ours, and would be written over", "--page docs/my_zoo")
     # complain now, not after an hour
     writable(f"{cfg.page}.md", "page"), writable(f"{cfg.out}/results.jsonl", "out"), plots.pyplot()
-    lines, longest, found = read(f"{cfg.out}/results.jsonl", mend=True), 0.0, {}
+    kept = read(f"{cfg.page}.jsonl")
+    lines = kept + read(f"{cfg.out}/results.jsonl", mend=True)
+    longest, found, used = 0.0, {}, {json.dumps(line): None for line in kept}
     jobs = [
         (seed, i, task)
         for seed in range(cfg.seeds)
@@ -304,10 +311,12 @@ def main():
             continue
         lines += [line for line in pair.values() if line not in lines]  # the next row may share its control
         found.setdefault((i, task), []).append(pair)
+        used |= {json.dumps(line): None for line in pair.values()}
         longest = max(longest, time.time() - began)
     table = [(*rows[i], task, several) for (i, task), several in sorted(found.items())]
     if not table:
         die("nothing was measured", "--minutes 240")
+    Path(f"{cfg.page}.jsonl").write_text("\n".join(used) + "\n", encoding="utf-8")
     print(write(cfg, table))
     print(f"{cfg.page}.md, {cfg.page}.png: {(time.time() - start) / 60:.0f} minutes")
 

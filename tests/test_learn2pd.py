@@ -93,7 +93,8 @@ def by_the_rule(model, process, prompt, b, tau, end, guess):
 @PATHS
 def test_it_follows_its_rule_with_the_end_of_text(path, sees):
     process, texts = KINDS["masked"][0](), set()
-    prompts = [(), (0,), (1,), (2,), (0, 1), (1, 2), (2, 2)]
+    # never all masks: they would tie, and each processor breaks ties its own way
+    prompts = [(0,), (1,), (2,), (0, 1), (1, 2), (2, 2)]
     for seed in range(2):
         lesson = with_part(process, random_filter(sees=sees, seed=seed), seed=seed)
         model, quick = on(path, with_part(process, random_filter(sees=sees, seed=seed), seed=seed), process)
