@@ -1,9 +1,10 @@
 """
-How are others' weights read? The public BlockGen, MDLM, Duo and AR layouts become checkpoints of ours, to
-sample, judge or go on from.
+How are others' weights read? The public BlockGen, MDLM, Duo, AR and BD3-LM layouts become checkpoints of
+ours, to sample, judge or go on from.
 
     python sample.py --init_from hf:jdeschena/blockgen/blockgen/multi_block_size/16/owt/0.05_0.95/absorb
     --max_new_tokens 64
+    python sample.py --init_from hf:kuleshov-group/bd3lm-owt-block_size16 --max_new_tokens 64
     python sample.py --init_from DIR     a local copy: config.json and model.safetensors, or a Lightning .ckpt
                                          beside a config.json
 """
@@ -76,8 +77,8 @@ def published(spec, flag="--init_from"):
         if folder is not None:
             return llama.llama(folder, flag, spec)
     where, config_file, weights_file = files_of(spec, flag)
-    config = read_config(config_file)
-    weights = read_weights(weights_file)
+    config = of_the_hub(read_config(config_file), config_file)
+    weights = {k: v for k, v in read_weights(weights_file).items() if not k.startswith("sampling_eps_")}
     network, state = network_of(config, weights, where)
     process, sizes = how_trained(config, where, network)
     V, masked = network.vocab_size, NOISE[process] == "masked"
@@ -176,6 +177,24 @@ def read_config(file):
         return {k.removeprefix("cfg."): v for k, v in config.get("model", config).items()} | algo
     except (ValueError, OSError, AttributeError, TypeError, RecursionError) as e:
         die(f"{file}: {said(e)}", "the config.json of the model: hidden_size, n_heads, n_blocks, length, ...")
+
+
+def of_the_hub(config, file):
+    """
+    The settings in BlockGen's words, if MDLM's or BD3-LM's own code wrote them (kuleshov-group/mdlm-owt,
+    bd3lm-owt-block_size16). BD3-LM with cross_attn is a BlockDiT with a block-causal clean stream.
+    """
+    kind = config.get("model_type")
+    if kind not in ("mdlm", "bd3lm"):
+        return config
+    if config.get("time_conditioning") or config.get("causal"):
+        die(f"{file}: {kind} with time_conditioning or causal attention is not read", "another checkpoint")
+    words = {"hidden_dim": "hidden_size", "model_length": "length"}
+    ours = {"cond_dim": 129} | {words.get(k, k): v for k, v in config.items()}
+    if kind == "mdlm" or not config.get("cross_attn", True):
+        return ours | {"type": "dit", "process": "mdlm"}
+    size = whole(config, "block_size", 1, 1, 1 << 24, file)
+    return ours | {"type": "block-dit", "x0_causal": False, "process": "absorb", "block_sizes": {size: 1.0}}
 
 
 class Inert:

@@ -20,6 +20,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from exact import agree, rounded
 from safetensors.torch import save_file
 from test_checkpoint import squeeze
@@ -523,6 +524,70 @@ def test_the_collection(tmp_path, path, more, kind, V, process, sizes, mask_id, 
         assert loss.isfinite() and loss > 0 and abs(loss / want - 1) < 1e-4, (
             "the lesson's loss of the same weights"
         )
+
+
+BD3 = {"model_type": "bd3lm", "hidden_dim": 16, "n_heads": 2, "n_blocks": 2, "cond_dim": 8, "model_length": 16,
+       "block_size": 4, "vocab_size": 12, "cross_attn": True, "adaln": True, "causal": False,
+       "time_conditioning": False, "attn_backend": "flex", "var_min": True, "dropout": 0.1}  # fmt: skip
+
+
+def bd3_lm(w, noisy, clean, b, config):
+    """The logits (B, n, V) of BD3-LM's public forward: noisy and clean tokens side by side, sigma 0."""
+    D, H, n = config["hidden_dim"], config["n_heads"], noisy.size(1)
+    x = w["vocab_embed.embedding"][torch.cat((noisy, clean), dim=1)]
+    t = torch.cat((torch.ones(128), torch.zeros(128))).double()  # cos and sin of 0
+    c = w["sigma_map.mlp.0.weight"] @ t + w["sigma_map.mlp.0.bias"]
+    c = w["sigma_map.mlp.2.weight"] @ F.silu(c) + w["sigma_map.mlp.2.bias"]
+    linear = lambda y, name: y @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+    modulation = lambda name, parts: linear(F.silu(c), f"{name}.adaLN_modulation").chunk(parts)
+    norm = lambda y, name, shift, scale: F.layer_norm(y, (D,)) * w[f"{name}.weight"] * (1 + scale) + shift
+    block, is_clean = torch.arange(n).repeat(2) // b, torch.arange(2 * n) >= n
+    q, k = block[:, None], block
+    sees = (q == k) & (is_clean[:, None] == is_clean)
+    sees |= (q > k) & is_clean & ~is_clean[:, None]
+    sees |= (q >= k) & is_clean & is_clean[:, None]
+    half = D // H // 2
+    angle = torch.arange(n).repeat(2)[:, None] * 10000.0 ** (-torch.arange(half).double() / half)
+    cos, sin = (f(angle).repeat(1, 2)[:, None] for f in (torch.cos, torch.sin))
+    turn = lambda y: y * cos + torch.cat((-y[..., half:], y[..., :half]), dim=-1) * sin
+    for i in range(config["n_blocks"]):
+        s1, m1, g1, s2, m2, g2 = modulation(f"blocks.{i}", 6)
+        y = linear(norm(x, f"blocks.{i}.norm1", s1, m1), f"blocks.{i}.attn_qkv")
+        q, k, v = y.unflatten(-1, (3, H, D // H)).unbind(2)
+        score = torch.einsum("bqhd,bkhd->bhqk", turn(q), turn(k)) / (D // H) ** 0.5
+        p = score.masked_fill(~sees, -torch.inf).softmax(-1)
+        x = x + g1 * linear(torch.einsum("bhqk,bkhd->bqhd", p, v).flatten(2), f"blocks.{i}.attn_out")
+        y = linear(norm(x, f"blocks.{i}.norm2", s2, m2), f"blocks.{i}.mlp.0")
+        x = x + g2 * linear(F.gelu(y, approximate="tanh"), f"blocks.{i}.mlp.2")
+    shift, scale = modulation("output_layer", 2)
+    return linear(norm(x, "output_layer.norm_final", shift, scale), "output_layer.linear")[:, :n]
+
+
+def test_bd3_lm(tmp_path, slip):
+    """Its logits are those of its own forward, written out; block by block with a cache too."""
+    weights = theirs(12, "block-dit", {**TINY, "length": 16})
+    buffers = {"sampling_eps_min": torch.tensor(1e-3), "sampling_eps_max": torch.tensor(1.0)}
+    put(tmp_path / "m", {f"backbone.{k}": v for k, v in weights.items()} | buffers, BD3)
+    run, meta, _, model, process = rebuild(tmp_path / "m", "cpu", plain=True)
+    assert run.block_sizes == {4: 1.0} and process.mask_id == 11 and not model.cfg.clean_causal
+    model, w = model.double(), {k: v.double() for k, v in weights.items()}
+    g = torch.Generator().manual_seed(1)
+    clean = torch.randint(11, (2, 16), generator=g)
+    noisy = torch.where(torch.rand(2, 16, generator=g) < 0.5, 11, clean)
+    with torch.no_grad():
+        want = bd3_lm(w, noisy, clean, 4, BD3)
+        assert (model(clean, noisy, 4) - want).abs().max() < 1e-10
+        cache = model.new_cache(2, 16)
+        for at in range(0, 16, 4):
+            before = clean[:, at - 4 : at] if at else None
+            found = model(before, noisy[:, at : at + 4], 4, start=at, cache=cache)
+            assert (found - want[:, at : at + 4]).abs().max() < 1e-10
+    put(tmp_path / "full", weights, {**BD3, "cross_attn": False})
+    assert rebuild(tmp_path / "full", "cpu")[0].block_sizes == {16: 1.0}, "its pretraining, full diffusion"
+    put(tmp_path / "mdlm", weights, {**BD3, "model_type": "mdlm"})
+    assert rebuild(tmp_path / "mdlm", "cpu")[0].block_sizes == {16: 1.0}
+    put(tmp_path / "timed", weights, {**BD3, "time_conditioning": True})
+    assert "time_conditioning" in slip(checkpoint.load, tmp_path / "timed")
 
 
 def test_unknown_layouts_are_named(tmp_path, slip):
