@@ -116,7 +116,16 @@ def llama_config(model, kind, vocab_size):
     }
     if s.rope_factor != 1:
         config["rope_scaling"] = {"rope_type": "linear", "factor": s.rope_factor}
-        if s.rope_original:
+        if s.rope_yarn:
+            config["rope_scaling"] = {
+                "rope_type": "yarn",
+                "factor": s.rope_factor,
+                "original_max_position_embeddings": s.rope_original,
+                "beta_slow": s.rope_low,
+                "beta_fast": s.rope_high,
+                "attention_factor": s.rope_scale,
+            }
+        elif s.rope_original:
             config["rope_scaling"] = {
                 "rope_type": "llama3",
                 "factor": s.rope_factor,

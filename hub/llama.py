@@ -14,6 +14,7 @@ Read are Llama, Qwen2, Qwen3, and what RELEASED lists. Nothing in a folder is ru
 
 import importlib.metadata
 import json
+import math
 import os
 import re
 from dataclasses import asdict, replace
@@ -230,8 +231,8 @@ def rope_of(config):
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     found = {"rope_base": float(config.get("rope_theta") or scaling.get("rope_theta", 10000.0))}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"rope_scaling of type {kind!r}, not linear or llama3")
+    if kind not in ("default", "linear", "llama3", "yarn") or scaling.get("truncate") is False:
+        raise ValueError(f"rope_scaling of type {kind!r}, not linear, llama3 or yarn")
     if kind != "default":
         found["rope_factor"] = float(scaling["factor"])
     if kind == "llama3":
@@ -239,6 +240,21 @@ def rope_of(config):
             "rope_original": int(scaling["original_max_position_embeddings"]),
             "rope_low": float(scaling["low_freq_factor"]),
             "rope_high": float(scaling["high_freq_factor"]),
+        }
+    if kind == "yarn":
+        factor = found["rope_factor"]
+        grown = lambda mscale: 0.1 * float(mscale) * math.log(factor) + 1.0 if factor > 1 else 1.0
+        scale = scaling.get("attention_factor") or grown(1.0)
+        if not scaling.get("attention_factor") and scaling.get("mscale") and scaling.get("mscale_all_dim"):
+            scale = grown(scaling["mscale"]) / grown(scaling["mscale_all_dim"])
+        found |= {
+            "rope_yarn": True,
+            "rope_scale": float(scale),
+            "rope_original": int(
+                scaling.get("original_max_position_embeddings") or config["max_position_embeddings"]
+            ),
+            "rope_low": float(scaling.get("beta_slow") or 1),
+            "rope_high": float(scaling.get("beta_fast") or 32),
         }
     return found
 

@@ -42,6 +42,8 @@ class Settings:
     rope_original: int = 0  # the context before it was stretched
     rope_low: float = 1.0  # turns in that context: fewer than this are divided in full
     rope_high: float = 4.0  # and more than this not at all
+    rope_yarn: bool = False  # YaRN (2309.00071): in between by the place of a frequency, not by its turns
+    rope_scale: float = 1.0  # cos and sin times this (YaRN)
     qkv_bias: bool = False  # biases on q, k and v (Qwen2)
     qk_norm: bool = False  # RMSNorm of q and k, head by head (Qwen3)
     tied: bool = False  # the head is the embedding
@@ -57,6 +59,8 @@ def check(cfg, settings):
         die(f"head_dim is {settings.head_dim}: rotary positions turn pairs", "--head_dim=32")
     if not settings.rope_base > 0 or not settings.rope_factor > 0 or not settings.norm_eps >= 0:
         die("rope_base and rope_factor must be above 0, norm_eps at least 0", "--rope_base=10000")
+    if settings.rope_yarn and not (settings.rope_original > 0 and 0 < settings.rope_low < settings.rope_high):
+        die("YaRN needs the context of before, and rope_low below rope_high", "--rope_original=4096")
     if settings.lora < 0:
         die(f"lora is {settings.lora}: a rank is at least 1, and 0 is none", "--lora=32")
     if settings.lora and not cfg.init_from and not cfg.resume:
@@ -208,12 +212,20 @@ class Llama(Transformer):
         exponent = -torch.arange(dim // 2, device=position.device, dtype=dtype) / (dim // 2)
         frequency = self.cfg.rope_base**exponent
         slow = torch.ones_like(frequency)
-        if s.rope_original:  # Llama 3.1: by how many turns a frequency makes in the context of before
+        if s.rope_yarn:  # between the places of those that make rope_high and rope_low turns
+            place = lambda turns: (
+                dim * math.log(s.rope_original / (2 * math.pi * turns)) / (2 * math.log(self.cfg.rope_base))
+            )
+            first = max(math.floor(place(s.rope_high)), 0)
+            last = min(math.ceil(place(s.rope_low)), dim - 1)
+            j = torch.arange(dim // 2, device=position.device, dtype=dtype)
+            slow = ((j - first) / max(last - first, 1e-3)).clamp(0, 1)
+        elif s.rope_original:  # Llama 3.1: by how many turns a frequency makes in the context of before
             turns = s.rope_original * frequency / (2 * math.pi)
             slow = ((s.rope_high - turns) / (s.rope_high - s.rope_low)).clamp(0, 1)
         frequency = frequency * (1 - slow) + frequency / s.rope_factor * slow
         angle = position[:, None] * frequency
-        return angle.cos(), angle.sin()
+        return angle.cos() * s.rope_scale, angle.sin() * s.rope_scale
 
     def to_logits(self, h, cond=None):
         """The final norm and the head, (..., D) -> (..., V), float32 or better; a rounded head in pieces."""

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, resumed
+from conftest import run as run_in_place
 
 import sample
 import train
@@ -21,7 +22,7 @@ from data.dataset import write_dataset
 from data.tokens import LETTERS, Tokenizer
 from generate import SAMPLERS, generate
 from hub import export, gguf, llama
-from methods.llama import Llama, Settings, check
+from methods.llama import Llama, Settings, check, network
 from model import ModelConfig
 from options import TrainConfig
 from run import checkpoint
@@ -154,6 +155,40 @@ def test_a_stretched_context():
             smooth = (8192 / wave - 1) / (4 - 1)
             wanted.append((1 - smooth) * frequency / 8 + smooth * frequency)
     assert (angle(stretched) - torch.tensor(wanted, dtype=torch.float64)).abs().max() < 1e-15
+
+
+# of transformers 4.57.1: base, context, rope_scaling -> frequencies of 16 wide heads, what cos and sin are times
+YARN = [
+    (1e6, 131072, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+     [1.0, 0.17782794, 0.031622779, 0.0042175599, 0.00050000002, 4.4456985e-05, 7.9056936e-06, 1.4058534e-06],
+     1.138629436111989),
+    (1e4, 1024, {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 64, "beta_fast": 8.0,
+                 "beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim": 0.5},
+     [1.0, 0.167996, 0.0062500001, 0.0019764237, 0.00062499999, 0.00019764237, 6.2500003e-05, 1.9764237e-05],
+     1.121751143713058),
+    (1e4, 1024, {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5},
+     [1.0, 0.31622776, 0.087500006, 0.023717083, 0.0062499996, 0.0015811389, 0.00050000002, 0.00015811389], 1.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("base, context, scaling, frequencies, scale", YARN)
+def test_yarn(tmp_path, base, context, scaling, frequencies, scale):
+    """A stretched context as transformers has it, and as our export says it again."""
+    folder(tmp_path / "in", "qwen3")
+    config = json.loads((tmp_path / "in/config.json").read_text())
+    config |= {"rope_theta": base, "max_position_embeddings": context, "rope_scaling": scaling}
+    (tmp_path / "in/config.json").write_text(json.dumps(config))
+    run_in_place(export.main, f"--init_from={tmp_path / 'in'}", f"--to={tmp_path / 'out'}")
+    for home in ("in", "out"):
+        model = network(*shape_of(tmp_path / home)).double()
+        cos, sin = model.rope(torch.tensor([1.0], dtype=torch.float64))
+        found = torch.atan2(sin, cos)[0]
+        assert (found / torch.tensor(frequencies, dtype=torch.float64) - 1).abs().max() < 1e-6
+        assert abs((cos**2 + sin**2).sqrt().max() - scale) < 1e-12
+
+
+def shape_of(home):
+    return llama.of_config(json.loads((home / "config.json").read_text()), home)
 
 
 # ----- GGUF files, written here
@@ -333,7 +368,8 @@ def test_weights_that_do_not_fit_end_in_two_lines(tmp_path, slip):
         ({"model_type": "qwen3"}, "k_norm.weight is missing"),
         ({"num_hidden_layers": 1}, "is left over"),
         ({"intermediate_size": 71}, "is (72, 48), not (71, 48)"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "'yarn', not linear or llama3"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "'longrope', not linear, llama3 or yarn"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "truncate": False}}, "'yarn', not linear"),
         ({"num_attention_heads": None}, "cannot be read as a qwen2"),
     ):
         (tmp_path / "hub/config.json").write_text(json.dumps({**config, **change}))
