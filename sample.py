@@ -92,10 +92,8 @@ def main():
     write = writer(generate, cfg.regex, cfg.constraint, tokenizer, meta["vocab_size"], exact=cfg.exact)
     ends = meta.get("eos_id") if cfg.regex or cfg.constraint else meta.get("eos_ids", meta.get("eos_id"))
     holes = any(HOLE in ids for ids in prompts)
-    if holes and (cfg.regex or cfg.constraint):
-        die("a constraint reads text from left to right, and a prompt has holes", "leave --hole out")
     if cfg.gaps > 1:
-        write = functools.partial(infilling.fill, gaps=cfg.gaps, generate=generate)
+        write = functools.partial(infilling.fill, gaps=cfg.gaps, generate=write)
     elif holes and sampler.__name__ in infilling.BLIND:
         print(f"{sampler.__name__} reads nothing behind a hole: --gaps 16 would weigh fillings by it")
     recorded = record.wanted(cfg, model)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusion import column, pick
-from generate import NOTHING, Block, ancestral
+from generate import HOLE, NOTHING, Block, ancestral
 from rng import Noise, exponential, sharpen, uniforms
 from run.cli import die
 from samplers.language import Asked, Refused, load
@@ -154,7 +154,7 @@ class Rule:
     A DFA for each row of a batch, with all that is known of the texts beforehand: prompts and lengths.
 
     dfas        one for each row
-    prompt      a list of id sequences; NOTHING where a token is not given
+    prompt      a list of id sequences; HOLE where a token is to be written
     end         (B,) where each row ends at the latest
     process     of noise: how many ids there are, and which is the mask
     eos_id      a text may end early with it, where it is in the language with eos_id or without
@@ -196,7 +196,8 @@ class Rule:
             silent[d, list(dfa.silent)] = True
         self.given = torch.full((B, W), NOTHING)
         for row, ids in enumerate(prompt):
-            self.given[row, : len(ids)] = torch.as_tensor(ids)
+            ids = torch.as_tensor(ids)
+            self.given[row, : len(ids)] = torch.where(ids == HOLE, NOTHING, ids)
         known = self.given != NOTHING
         self.skipped = known & (behind | silent[self.which[:, None], self.given.clamp(min=0)])
         self.skipped |= torch.arange(W) >= end[:, None]
@@ -233,6 +234,9 @@ class Rule:
         n = int((self.given[row] != NOTHING).int().cumprod(0).sum())
         for at in range(n):
             q = int(self.jump(torch.tensor([row]), at)[0, q])
+        if (self.given[row, n:] != NOTHING).any():
+            problem = f"no text of the language fits the prompt of row {row // self.copies} and its holes"
+            raise Refused(problem, "another --prompt or --regex")
         room, now = int(self.end[row]) - n, torch.zeros(self.next.size(1), dtype=torch.bool)
         now[q] = True
         lengths = []  # numbers of tokens behind the prompt that make a text of the language
@@ -468,8 +472,13 @@ def generate(
         eos_id=eos_id, temperature=temperature, seed=seed, block_class=block_class, **how,
     )  # fmt: skip
     state = next(states)  # it has checked the rest
+    holes = torch.tensor([HOLE in p for p in rows])
+    if constraint.behind and holes.any():
+        problem = "a function says what stands behind a prompt, and a prompt has holes"
+        raise Refused(problem, "a regular expression, which reads the whole text")
     first = torch.tensor([len(p) for p in rows])
-    end = first + max_new_tokens if max_new_tokens is not None else first.clamp(min=model.cfg.seq_len)
+    end = torch.where(holes, first, first.clamp(min=model.cfg.seq_len))  # by default
+    end = end if max_new_tokens is None else first + max_new_tokens
     dfas = [dfa for dfa in constraint.dfas(prompt) for _ in range(exact)]
     rule = Rule(dfas, rows, end, process, eos_id, constraint.behind, exact, seed)
     rule.check()

@@ -37,7 +37,7 @@ from test_loopholing import loop
 import diffusion as d
 import sample
 import train as training
-from generate import NOTHING
+from generate import HOLE, NOTHING
 from lab import quality, sweep
 from samplers import SAMPLERS, constraint, language
 from samplers.constraint import WEIGHTED, Rule
@@ -181,6 +181,12 @@ def test_dead_tokens_alone_are_another_law():
 
 # ----- through the loop
 
+SERVED = "ancestral psi confidence threshold factor entropy_bound rcr saber arpc edlm agreement gibbs".split()
+SERVED += "max_coupling first_hitting remdm_cap remdm_rescale remdm_conf remdm_loop".split()
+QUICK = [("masked", name) for name in ("psi", "confidence", "arpc", "remdm_conf")]
+QUICK += [("uniform denoiser, ar token", name) for name in ("psi", "threshold")]
+random_network = functools.cache(setup)
+
 
 def written(path, constraint_, model, process, prompts, b, sampler="ancestral", **how):
     """The last State. Without a cache rows are what the network is asked."""
@@ -212,6 +218,56 @@ def test_one_step_is_drawn_in_proportion(path, kind):
     want = conditioned(enumerated(model, process, 3, 1, 3, prompt), EVEN, 3)
     state = written(path, EVEN, model, process, [prompt] * 1500, 3, steps=1, max_new_tokens=3 - len(prompt))
     draws(counted(state, 3), want)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "masked" in kind])
+@PATHS
+def test_holes_are_filled_in_proportion(path, kind):
+    """
+    Given tokens behind a hole, in its block and in the next one: a step of the first block is the product given
+    that the whole text can still be of the language. Chi-squared, against every filling.
+    """
+    model, process = setup(kind, path=path)
+    prompt = (HOLE, 1, HOLE, 2, 0, HOLE)  # blocks of 3
+    with torch.no_grad():
+        z = torch.tensor([[process.mask_id, 1, process.mask_id]])
+        p = process.loo_logits(model(z[:, :0], z, 3, 0, None).double()).softmax(-1)[0]
+    first, want = states(V3, 3), []
+    for x in first.tolist():
+        ends = any(EVEN.accepts([*x, 2, 0, v]) for v in range(V3))
+        blind = any(EVEN.accepts([*x, *y]) for y in states(V3, 3).tolist())
+        want.append([(x[1] == 1) * known * p[0, x[0]] * p[2, x[2]] for known in (ends, blind)])
+    want, blind = (torch.tensor(want) / torch.tensor(want).sum(0)).T
+    assert (want - blind).abs().sum() > 0.4, "one that does not know the given tokens of the next block"
+    state = written(path, EVEN, model, process, [prompt] * 1500, 3, steps=1)
+    found = texts(state)
+    assert all(EVEN.accepts(x) and x[1] == 1 and x[3:5] == [2, 0] and len(x) == 6 for x in found)
+    draws(counted(state, 3), want)
+
+
+HOLED = [
+    (HOLE, 1, HOLE),
+    (0, HOLE, HOLE, HOLE, 1, 0, HOLE),
+    (HOLE, HOLE, 1, HOLE, HOLE, 2),
+    (1, 1),
+    (0, HOLE, HOLE, 1),
+]
+
+
+@pytest.mark.parametrize("kind, name", slow(list(itertools.product(KINDS, SERVED)), QUICK[:2] + QUICK[-1:]))
+def test_no_filling_leaves_the_language(kind, name):
+    """Ragged prompts with holes in every place, and without; what is given stays; greedy too."""
+    needs = SAMPLERS[name].needs
+    for path in GENERATE:
+        model, process = random_network(kind, path=path)
+        if "absorbing" in needs and not process.absorbing or "redraws" in needs and process.absorbing:
+            return
+        how = {"sampler": name} | ({} if "own pace" in needs else {"steps": 2})
+        for more in ({"temperature": 0.0}, {"max_new_tokens": 1}):
+            state = written(path, EVEN, model, process, HOLED, 4, **how, **{"max_new_tokens": 0} | more)
+            for text, prompt in zip(texts(state), HOLED, strict=True):
+                assert EVEN.accepts(text), (path, more, prompt, text)
+                assert all(a in (HOLE, b) for a, b in zip(prompt, text, strict=False))
 
 
 def two_steps(model, process, dfa, b):
@@ -353,12 +409,6 @@ def two_samples(a, b):
 
 
 # ----- no text leaves the language
-
-SERVED = "ancestral psi confidence threshold factor entropy_bound rcr saber arpc edlm agreement gibbs".split()
-SERVED += "max_coupling first_hitting remdm_cap remdm_rescale remdm_conf remdm_loop".split()
-QUICK = [("masked", name) for name in ("psi", "confidence", "arpc", "remdm_conf")]
-QUICK += [("uniform denoiser, ar token", name) for name in ("psi", "threshold")]
-random_network = functools.cache(setup)
 
 
 @pytest.mark.parametrize("kind, name", slow(list(itertools.product(KINDS, SERVED)), QUICK))
@@ -594,6 +644,11 @@ def test_the_commands_take_constraints(project, slip, capsys):
         run(sample.main, *ask, *more)
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ab.")]
         assert len(lines) == 3 and all(re.fullmatch(want, line) for line in lines), lines
+    for more in ([], ["--gaps=3"]):
+        capsys.readouterr()
+        run(sample.main, "--ckpt=b", "--device=cpu", "--prompt=a_b.a_", "--hole=_", "--regex=[ab.]*a", *more)
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("a")]
+        assert re.fullmatch(r"a[ab.]b\.aa", line), line
     for more, says in (
         (["--regex=(a"], "is missing"),
         (["--regex=b.*"], "the prompt of row 0 leaves the language"),
@@ -602,6 +657,8 @@ def test_the_commands_take_constraints(project, slip, capsys):
         (["--exact=4"], "there is none"),
         (["--constraint=mine.py:nothing"], "has no nothing"),
         (["--regex=.*", "--sampler=prophet"], "cannot be constrained"),
+        (["--regex=b.*", "--prompt=a_b.a", "--hole=_"], "fits the prompt of row 0 and its holes"),
+        (["--constraint=mine.py:answer", "--prompt=a_b.a", "--hole=_"], "a prompt has holes"),
     ):
         assert says in slip(sample.main, argv=[*ask, *more])
     capsys.readouterr()
