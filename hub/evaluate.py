@@ -34,6 +34,7 @@ class EvaluateConfig:
     ckpt: str = "out/run"  # a training run's out_dir
     init_from: str = ""  # or published weights (hub/published.py)
     tasks: str = ""  # of lm-evaluation-harness, with commas between
+    include: str = ""  # a folder of task files of your own, .yaml
     limit: int = 0  # questions of each task; 0: all
     few_shot: int = 0  # solved examples before each question
     block_size: int = 0  # one of those it was trained with; 0: 1 if that was trained, else the largest
@@ -136,10 +137,13 @@ def main():
     try:
         import lm_eval
         from lm_eval.api.model import LM
+        from lm_eval.tasks import TaskManager
     except ImportError:
         die("python -m hub.evaluate runs the tasks of lm-evaluation-harness", "pip install lm_eval")
     if not cfg.tasks:
         die("no --tasks", "--tasks arc_easy,hellaswag")
+    if cfg.include and not Path(cfg.include).is_dir():
+        die(f"{cfg.include} is no folder", "--include FOLDER, with .yaml files of tasks")
     if cfg.json:
         writable(cfg.json, "json")
     source, flag = cfg.init_from or cfg.ckpt, "--init_from" if cfg.init_from else "--ckpt"
@@ -161,7 +165,11 @@ def main():
     }
     network = adapter(LM, model, process, tokenizer, block_size, cfg.n_mc, cfg.seed, how)
     found = lm_eval.simple_evaluate(
-        network, tasks=cfg.tasks.split(","), num_fewshot=cfg.few_shot, limit=cfg.limit or None
+        network,
+        tasks=cfg.tasks.split(","),
+        num_fewshot=cfg.few_shot,
+        limit=cfg.limit or None,
+        task_manager=TaskManager(include_path=cfg.include or None),
     )["results"]
     exact = block_size == 1 and process.exact_ar
     kind = "exact" if exact else f"lower bounds by {cfg.n_mc} draws"

@@ -201,7 +201,7 @@ def test_flags_in_the_text_are_those_of_some_program(page):
         "eval.py",
         *(f"-m lab.{m}" for m in ("quality", "sweep", "gsm8k", "bench", "paper", "plots")),
     ]
-    programs += ["-m course"]
+    programs += ["-m course", "-m hub.export", "-m hub.evaluate"]
     programs += sorted(f"data/{p.parent.name}/prepare.py" for p in (ROOT / "data").glob("*/prepare.py"))
     known = set().union(*map(flags_of, programs)) | METHODS_OF_RECIPES
     # torchrun's

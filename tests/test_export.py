@@ -239,6 +239,47 @@ def test_the_harness_asks_and_is_answered(tmp_path):
     assert cut == whole[: whole.index(whole[2])]
 
 
+def test_the_harness_itself(tmp_path, monkeypatch, capsys):
+    """A task of ours in its own words: how many answers are right is what the scores say."""
+    pytest.importorskip("lm_eval", reason="pip install lm_eval")
+    monkeypatch.chdir(tmp_path)
+    for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    asked = [(q, ["ab", "ca", "ihg"], i % 3) for i, q in enumerate(["abc", "ddc", "fa", "ghia", "b", "cc"])]
+    lines = [json.dumps({"q": q, "choices": choices, "gold": gold}) for q, choices, gold in asked]
+    (tmp_path / "asked.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/letters.yaml").write_text(
+        f"""
+task: letters
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "asked.jsonl"}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{gold}}}}"
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+""",
+        encoding="utf-8",
+    )
+    own_run(tmp_path / "run")
+    run(
+        evaluate.main, "--ckpt=run", "--device=cpu", "--tasks=letters", "--include=tasks", "--json=found.json"
+    )
+    assert "log-likelihoods are exact, block size 1" in capsys.readouterr().out
+    _, meta, _, model, process = rebuild("run", CPU)
+    from data.tokens import Tokenizer
+
+    encode, right = Tokenizer(meta, tmp_path).encode, 0
+    for q, choices, gold in asked:
+        pairs = [(list(encode(q)), list(encode(answer))) for answer in choices]
+        right += int(evaluate.scores(model, process, pairs, 1).argmax()) == gold
+    found = json.loads((tmp_path / "found.json").read_text())["letters"]["acc,none"]
+    assert abs(found - right / len(asked)) < 1e-12
+
+
 def test_without_the_harness_two_lines_say_what_to_install(slip, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert "pip install lm_eval" in slip(evaluate.main, argv=["--tasks=arc_easy"])
