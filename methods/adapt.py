@@ -416,8 +416,7 @@ class Adapted(llama.Llama):
         here = torch.arange(used, used + N, device=device).expand(B, -1)
         slots.at = torch.cat((torch.where(real, at, slots.slots - 1), here), dim=1)
         last = torch.cat((at, at.repeat_interleave(k, dim=1)), dim=1)  # (B, C + N) that each may read
-        mask = torch.arange(slots.n, device=device) <= last[..., None]
-        mask[:, :, used:] = False
+        mask = torch.arange(slots.n, device=device) <= last[..., None]  # of text; masks lie behind it
         x, position = self.embed(clean), at
         if N:
             mask[:, C:, used : used + N] = self.sees_masks(C, k)
