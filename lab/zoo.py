@@ -5,6 +5,7 @@ data, rows and number of steps, measures both, and writes docs/zoo.md.
     python -m lab.zoo                                    everything, as far as the minutes go; again: go on
     python -m lab.zoo --methods loopholing,gidd --seeds 1    two of them, a first look
     python -m lab.zoo --minutes 0                        only write the page, from what was measured
+    python -m lab.zoo --rows config/recipes --page docs/recipes    other rows: adapting a language model
 
 A row of the table is an entry of ROWS in a file of methods/:
 
@@ -15,6 +16,7 @@ A row of the table is an entry of ROWS in a file of methods/:
         "train": "--method loopholing",      flags of train.py, behind config/zoo/TASK.toml
         "control": "",                       the control's; in "train", {control} is its folder, and {row}
                                              the length of a row in both
+        "base": "",                          of a third run, whose folder is {base} in both
         "sampler": "loopholing",             with options as in "psi kappa=pc"; default ancestral
         "control_sampler": "ancestral",      default ancestral
         "by": "right 4",                     what decides: percent right in so many steps ("right pace": at
@@ -25,9 +27,9 @@ A row of the table is an entry of ROWS in a file of methods/:
         "tasks": ["sudoku", "digits"],       default both
     }]
 
-Rows that share a control share its training. A method whose code changed is trained again, and nothing else:
-a measurement that is in docs/zoo.jsonl is not made a second time. After a change of model.py, diffusion.py,
-generate.py or train.py, delete that file.
+Or it is a .toml file of --rows, with the same keys. Rows that share a control share its training. A method
+whose code changed is trained again, and nothing else: a measurement that is in docs/zoo.jsonl is not made a
+second time. After a change of model.py, diffusion.py, generate.py or train.py, delete that file.
 """
 
 import ast
@@ -49,11 +51,19 @@ from lab import plots
 from lab.paper import T_975, measured, over_seeds, train_row, verdict
 from lab.sweep import asked_for, read
 from run import checkpoint
-from run.cli import die, load_config, writable
+from run.cli import die, load_config, said, tomllib, writable
 from run.machine import guard
 from samplers import SAMPLERS
 
-HEAD = "# The zoo"
+HEADS = {
+    "# The zoo": """Do the field's systems do what they say? Each one is trained beside its control: the same
+network, data, rows and number of steps, on the lesson as it stands (`--plain`). Made by
+`python -m lab.zoo`.""",
+    "# Recipes": """How does a network that writes from left to right learn to write in blocks? The published
+recipes contradict each other. Each row changes one thing; both sides go on from the same network, with equal
+rows and steps, on the lesson as it stands (`--plain`). Made by `make recipes`.""",
+}
+ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("sudoku", "digits")
 STEPS = (1, 2, 4, 8, 16)
 BLOCK = 16  # the larger block size of config/zoo
@@ -63,6 +73,7 @@ ROW = {"sudoku": 32, "digits": 64}  # tokens of a row there
 @dataclass
 class ZooConfig:
     methods: str = ""  # as in gidd,loopholing; empty: every file of methods/ that has rows
+    rows: str = ""  # a folder of .toml files, a row each, instead; methods are then names of its files
     tasks: str = "sudoku,digits"
     seeds: int = 3  # trainings of a system, and of its control
     minutes: float = 240.0  # no training begins that would end later, by the longest so far
@@ -76,15 +87,33 @@ class ZooConfig:
 # ----- what is trained
 
 
-def entries(names):
-    """[(method's name, its row with every key there)] of the files that have ROWS."""
+def entries(cfg):
+    """[(method's name or file's, its row with every key there)] of methods/, or of the files in cfg.rows."""
+    names = cfg.methods.split(",") if cfg.methods else None
+    if cfg.rows:
+        files = {file.stem: file for file in sorted(Path(cfg.rows).glob("*.toml"))}
+        if lacking := set(names or ()) - set(files):
+            die(f"{cfg.rows} has no {min(lacking)}.toml", f"--methods {','.join(files)}")
+        some = [(name, [read_toml(files[name])]) for name in names or files]
+    else:
+        some = [(name, getattr(methods.load(name), "ROWS", [])) for name in names or methods.names()]
     found = []
-    for name in names:
-        for row in getattr(methods.load(name), "ROWS", []):
+    for name, rows in some:
+        for row in rows:
             defaults = {"sampler": "ancestral", "control_sampler": "ancestral", "tasks": list(TASKS)}
-            defaults |= {"block": BLOCK}
+            defaults |= {"block": BLOCK, "base": "", "control": "", "paper": ""}
             found.append((name, {**defaults, "control_by": row["by"], **row}))
     return found
+
+
+def read_toml(file):
+    try:
+        row = tomllib.loads(file.read_text(encoding="utf-8"))
+        if lacking := {"system", "claim", "train", "by"} - set(row):
+            raise ValueError(f"no {min(lacking)}")
+        return row
+    except ValueError as e:
+        die(f"{file} is no row: {said(e)}", "see python -m lab.zoo --help")
 
 
 def code_of(flags):
@@ -98,10 +127,12 @@ def code_of(flags):
     return "-" + hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:8]
 
 
-def folder(cfg, task, flags, seed, control=""):
+def folder(cfg, task, flags, seed, row):
     """Where a network lies. Another recipe, control, or code of its method, is another place."""
-    whole = flags.replace("{control}", control or "masked").replace("{row}", str(ROW[task]))
-    words = re.sub(r"[^A-Za-z0-9.]+", "_", whole).strip("_") or "masked"
+    whole = flags.replace("{control}", row["control"] or "masked").replace("{base}", row["base"])
+    words = re.sub(r"[^A-Za-z0-9.]+", "_", whole.replace("{row}", str(ROW[task]))).strip("_") or "masked"
+    if len(words) > 160:
+        words = words[:150] + hashlib.sha256(words.encode()).hexdigest()[:8]
     recipe = hashlib.sha256(Path(f"config/zoo/{task}.toml").read_bytes()).hexdigest()[:4]
     return f"{cfg.out}/{task}-{recipe}/{words}{code_of(flags)}/{seed}"
 
@@ -118,14 +149,19 @@ def block_of(row, task):
     return ROW[task] if row["block"] == "row" else row["block"]
 
 
-def trained(cfg, task, flags, seed, control, may_begin):
+def trained(cfg, task, flags, seed, row, may_begin):
     """
     (the folder of a network, processor seconds), trained now if need be and if may_begin(); else (None, 0).
+    What it begins with comes first.
     """
-    out_dir, began = Path(folder(cfg, task, flags, seed, control)), of_children()
-    beside = folder(cfg, task, control, seed)
-    flags = flags.replace("{control}", beside).replace("{row}", str(ROW[task]))
-    argv = [*flags.split(), f"--seed={seed}", f"--out_dir={out_dir}"]
+    out_dir, words = Path(folder(cfg, task, flags, seed, row)), flags.replace("{row}", str(ROW[task]))
+    for name in ("control", "base"):
+        if f"{{{name}}}" in words:
+            beside = trained(cfg, task, row[name], seed, row, may_begin)[0]
+            if beside is None:
+                return None, 0.0
+            words = words.replace(f"{{{name}}}", str(beside))
+    began, argv = of_children(), [*words.split(), f"--seed={seed}", f"--out_dir={out_dir}"]
     state = checkpoint.load(out_dir) if (out_dir / "ckpt.pt").exists() else None
     if state is None or state["step"] < state["config"]["max_steps"]:
         if not may_begin():
@@ -144,19 +180,17 @@ def of_children():
 def compared(cfg, task, row, seed, lines, may_begin):
     """{"system": results, "control": results} of a row, task and seed; None: there was no time."""
     found = {}
-    asked = [("control", row["control"], "", row["control_sampler"]),
-             ("system", row["train"], row["control"], row["sampler"])]  # fmt: skip
-    for side, flags, control, sampler in asked:
+    for side, flags, sampler in (
+        ("control", row["control"], row["control_sampler"]),
+        ("system", row["train"], row["sampler"]),
+    ):
         name, own = asked_for([sampler])[0]
         plan = [[name, own, block_of(row, task), n] for n in steps_of(name)]
-        control = control if "{control}" in flags else ""
-        label = str(Path(folder(cfg, task, flags, seed, control)).relative_to(cfg.out))
+        label = str(Path(folder(cfg, task, flags, seed, row)).relative_to(cfg.out))
         what = {"row": label, "seed": seed, "n_eval": cfg.n_eval, "n_mc": cfg.n_mc, "asked": plan}
         found[side] = next((one for one in lines if all(one.get(k) == v for k, v in what.items())), None)
         if found[side] is None:
-            if "{control}" in flags and trained(cfg, task, control, seed, "", may_begin)[0] is None:
-                return None  # what it begins with may be gone
-            out_dir, seconds = trained(cfg, task, flags, seed, control, may_begin)
+            out_dir, seconds = trained(cfg, task, flags, seed, row, may_begin)
             if out_dir is None:
                 return None
             found[side] = measured(label, seed, out_dir, cfg, lines, seconds, plan)
@@ -199,15 +233,19 @@ def at_steps(several, side, sampler):
     return " | ".join(cells)
 
 
+def head_of(cfg):
+    return list(HEADS)[bool(cfg.rows)]
+
+
 def write(cfg, table):
     """The page and the plot. table: [(method, row, task, [found for each seed])]."""
+    head = head_of(cfg)
     out = [
-        HEAD,
+        head,
         f"""
-Do the field's systems do what they say? Each one is trained beside its control: the same network, data, rows
-and number of steps, on the lesson as it stands (`--plain`). Made by `python -m lab.zoo`. The tasks are 4x4
-sudoku with clues, and sums of two digits. {cfg.n_eval} windows and texts a measurement, {cfg.n_mc} draws of
-noise a window. The recipes are `config/zoo/TASK.toml`; the flags of a row come behind them.
+{HEADS[head]}
+The tasks are 4x4 sudoku with clues, and sums of two digits. {cfg.n_eval} windows and texts a measurement,
+{cfg.n_mc} draws of noise a window. A run begins with `config/zoo/TASK.toml`; the flags of a row come behind.
 
 A claim is one number a seed that should be above 0: percent right minus the control's, or nats of the
 control's bound minus the system's. **Confirmed**: the 95 % interval of its mean by Student's t lies above 0.
@@ -219,17 +257,18 @@ are the defaults of its file.
     ]
     marks = []
     for name, row, task, several in table:
-        said, mean, low, high = verdict([gain(found, row) for found in several])
+        word, mean, low, high = verdict([gain(found, row) for found in several])
         nats = row["by"].startswith("nats")
         digits, unit = (3, "nats") if nats else (1, "points")
         interval = f" ({low:+.{digits}f} to {high:+.{digits}f})" if len(several) > 1 else ""
-        lines = len(Path(methods.load(name).__file__).read_text(encoding="utf-8").splitlines())
-        paper = f"[{row['paper']}](https://arxiv.org/abs/{row['paper']})"
+        file = Path(cfg.rows, f"{name}.toml") if cfg.rows else Path(f"methods/{name}.py")
+        lines = len(Path(ROOT, file).read_text(encoding="utf-8").splitlines())
+        paper = f"[{row['paper']}](https://arxiv.org/abs/{row['paper']})" if row["paper"] else ""
         ours = f"`{row['train'] or 'none'}`, `{row['sampler']}`, {row['by']}"
         theirs = f"`{row['control'] or 'none'}`, `{row['control_sampler']}`, {row['control_by']}"
         out.append(
-            f"| [{row['system']}](../methods/{name}.py) | {paper} | {row['claim']} | {task} | "
-            f"{mean:+.{digits}f}{interval} {unit} | {len(several)} | {said} | {lines} | {ours} | {theirs} |"
+            f"| [{row['system']}](../{file}) | {paper} | {row['claim']} | {task} | "
+            f"{mean:+.{digits}f}{interval} {unit} | {len(several)} | {word} | {lines} | {ours} | {theirs} |"
         )
         marks.append((f"{row['system']}, {task}", nats, mean, low, high))
     head = " | ".join(f"{n} step" + "s" * (n > 1) for n in STEPS)
@@ -284,11 +323,11 @@ def main():
     tasks = cfg.tasks.split(",")
     if unknown := set(tasks) - set(TASKS):
         die(f"no task {', '.join(sorted(unknown))}, only {', '.join(TASKS)}", "--tasks sudoku")
-    rows = entries(cfg.methods.split(",") if cfg.methods else methods.names())
+    rows = entries(cfg)
     if not rows:
-        die(f"{cfg.methods or 'methods/'} has no ROWS to train", "see python -m lab.zoo --help")
+        die(f"{cfg.rows or cfg.methods or 'methods/'} has no rows to train", "see python -m lab.zoo --help")
     page = Path(f"{cfg.page}.md")
-    if page.exists() and not page.read_text(encoding="utf-8").startswith(HEAD + "\n"):
+    if page.exists() and not page.read_text(encoding="utf-8").startswith(head_of(cfg) + "\n"):
         die(f"{page} is not a page of ours, and would be written over", "--page docs/my_zoo")
     # complain now, not after an hour
     writable(f"{cfg.page}.md", "page"), writable(f"{cfg.out}/results.jsonl", "out"), plots.pyplot()

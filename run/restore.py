@@ -248,8 +248,8 @@ def begin_from(cfg, settings=None, method=None, asked=()):
         "method",
         *inherited,
     }
-    if run.next_token:
-        may_change.add("next_token")  # it may learn to read noise: the same layers get a noisy stream
+    if run.next_token:  # it may learn to read noise: the same layers get a noisy stream
+        may_change |= {"next_token", "clean_causal"}
     for name in (*SHAPES, "block_sizes", "objective", "schedule", "clean_padding", *inherited):
         mine, theirs = getattr(cfg, name), getattr(run, name)
         if name == "method":

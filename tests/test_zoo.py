@@ -14,13 +14,15 @@ from run.cli import tomllib
 
 
 def test_every_row_is_complete():
-    rows = zoo.entries(methods.names())
-    assert len(rows) >= 7
+    rows = zoo.entries(zoo.ZooConfig())
+    recipes = zoo.entries(zoo.ZooConfig(rows=str(ROOT / "config/recipes")))
+    assert len(rows) >= 7 and len(recipes) == 12
+    rows += recipes
     for name, row in rows:
         what, at = row["by"].split()
         assert what in ("nats", "right") and row["control_by"].split()[0] == what, name
         assert set(row) == {"system", "paper", "claim", "train", "control", "sampler", "control_sampler",
-                            "by", "control_by", "block", "tasks"}  # fmt: skip
+                            "by", "control_by", "block", "tasks", "base"}  # fmt: skip
         for side, by in (("sampler", "by"), ("control_sampler", "control_by")):
             sampler = zoo.asked_for([row[side]])[0][0]
             at = row[by].split()[1]
@@ -35,10 +37,15 @@ def test_another_control_or_other_code_is_another_place(tmp_path, monkeypatch):
     code, cfg = tmp_path / "mine.py", zoo.ZooConfig()
     monkeypatch.setattr(methods, "load", lambda name: SimpleNamespace(__file__=str(code)))
     code.write_text('"""Words."""\nx = 1\nROWS = []\n')
-    at = lambda flags, control="": zoo.folder(cfg, "sudoku", flags, 0, control)
+    at = lambda flags, control="", base="": zoo.folder(
+        cfg, "sudoku", flags, 0, {"control": control, "base": base}
+    )
     first = at("--method mine --ckpt {control}")
     assert first != at("--method mine --ckpt {control}", "--process uniform") and first.startswith("out/zoo/")
     assert at("") != at("--process uniform")
+    assert at("--init_from {base}", base="--next_token") != at("--init_from {base}", base="")
+    long = [at(f"--method mine --init_from {{base}} --seed {i}", base="--lr 1 " * 40) for i in range(2)]
+    assert long[0] != long[1] and max(map(len, long[0].split("/"))) < 200
     code.write_text('"""Other words."""\nx = 1  # a comment\nROWS = [1]\n')
     assert at("--method mine --ckpt {control}") == first
     code.write_text('"""Words."""\nx = 2\nROWS = []\n')
@@ -50,10 +57,10 @@ def test_another_control_or_other_code_is_another_place(tmp_path, monkeypatch):
 
 def test_a_row_may_be_written_whole():
     """Its block size and its flags are the length of a task's row, which are those of the presets."""
-    cfg = zoo.ZooConfig()
+    cfg, none = zoo.ZooConfig(), {"control": "", "base": ""}
     for task, n in zoo.ROW.items():
         assert zoo.block_of({"block": "row"}, task) == n and zoo.block_of({"block": 16}, task) == 16
-        assert f"block_sizes_{n}_1/" in zoo.folder(cfg, task, "--block_sizes {row}:1", 0)
+        assert f"block_sizes_{n}_1/" in zoo.folder(cfg, task, "--block_sizes {row}:1", 0, none)
     assert zoo.number({"nats": {"1": [2.0], "16": [3.0], "32": [4.0]}}, "pgm", "nats row") == 4.0
     assert zoo.number({"nats": {"1": [2.0], "16": [3.0]}}, "ancestral", "nats 1") == 2.0
     recipe = lambda name: tomllib.loads((ROOT / name).read_text(encoding="utf-8"))
