@@ -127,8 +127,9 @@ def llama(spec, flag="--init_from", name=""):
 
 def noise_of(config, beside, V, where):
     """
-    None for a language model, else {"mask_id", "block_size", "shifted", "causal"}: the mask among its V ids,
-    the size of its blocks, whether it reads position i at i - 1, whether its clean text is token-causal.
+    None for a language model, else {"mask_id", "block_size", "shifted", "causal", "window"}: the mask among
+    its V ids, the size of its blocks, whether it reads position i at i - 1, whether its clean text is
+    token-causal, whether it is SDLM.
     """
     kind = config["model_type"]
     released = kind in RELEASED
@@ -153,7 +154,10 @@ def noise_of(config, beside, V, where):
     except (AttributeError, LookupError, TypeError, ValueError) as e:
         die(f"{where}: {said(e)}", "the config.json of the model, or its -bd3lm- sister")
     shifted = kind == "Fast_dLLM_Qwen"
-    return {"mask_id": mask_id, "block_size": block_size, "shifted": shifted, "causal": causal}
+    window = sequential and block_size > 1 and not config.get("causal_attn")
+    return {
+        "mask_id": mask_id, "block_size": block_size, "shifted": shifted, "causal": causal, "window": window
+    }  # fmt: skip
 
 
 def named_mask(beside):
@@ -355,7 +359,8 @@ def made(shape, settings, weights, meta, where, noise=None):
     V = shape.vocab_size - 1
     keep = lambda value: value if value.dtype == torch.bfloat16 else value.to(torch.float32)
     weights = {name: keep(value) for name, value in weights.items()}
-    diffuses, block_size = noise is not None and not noise["causal"], 1
+    window = noise is not None and noise["window"]
+    diffuses, sizes = noise is not None and not noise["causal"] or window, {1: 1.0}
     if noise is None:
         mask_id = V
         for name in ("embed.weight", "head.weight"):  # the mask's row: nobody has read it yet
@@ -369,16 +374,17 @@ def made(shape, settings, weights, meta, where, noise=None):
         seq_len = shape.seq_len // block_size * block_size  # whole blocks
         if not seq_len:
             die(f"{where}: no block of {block_size} goes into {shape.seq_len} positions", "its config.json")
-        shape = replace(shape, next_token=False, clean_causal=False, seq_len=seq_len)
+        shape = replace(shape, next_token=False, clean_causal=window, seq_len=seq_len)
+        sizes = {1: 0.5, block_size: 0.5} if window else {block_size: 1.0}
     if settings.tied and "embed.weight" in weights:
         weights["head.weight"] = weights["embed.weight"]
     check(shape, settings, weights, where)
-    method = "shifted" if diffuses and noise["shifted"] else "llama"
+    method = "sequential" if window else "shifted" if diffuses and noise["shifted"] else "llama"
     run = TrainConfig(
         dataset=re.sub(r"[^\w.-]", "_", Path(str(where)).name) or "model",
         process="masked",
         method=method,
-        block_sizes={block_size: 1.0},
+        block_sizes=sizes,
         time_conditioning="false",
         next_token=shape.next_token,
         clean_causal=shape.clean_causal,

@@ -5,6 +5,7 @@ against the published loops, written out plainly.
     python -m tests.test_hub_in        writes tests/golden/llama/blocks.npz anew, with transformers
 """
 
+import dataclasses
 import http.server
 import importlib.util
 import json
@@ -15,14 +16,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY, resumed, run
 from test_llama import folder, golden
 
 import sample
+import train
 from diffusion import Masked
 from generate import SAMPLERS, generate
 from hub import llama
 from hub.published import published
+from methods import sequential
 from methods.llama import Llama, Settings
 from methods.shifted import Shifted
 from model import ModelConfig
@@ -154,7 +157,8 @@ def test_logits_of_fresh_networks_are_those_of_transformers(tmp_path, kind):
 
 def test_a_token_causal_release_is_an_ordinary_language_model(tmp_path):
     """SDLM and I-DLM at block size 1: logits of their causal mode are transformers' (the vectors of test_llama)."""
-    for kind, layers, changes in (("qwen2", "qwen2", {}), ("sdar", "qwen3", {"block_size": 2})):
+    causal = {"causal_attn": True}
+    for kind, layers, changes in (("qwen2", "qwen2", causal), ("sdar", "qwen3", {"block_size": 2})):
         home = write(tmp_path / layers, kind, **changes)
         run, meta, _, model, process = rebuild(str(home), CPU)
         *_, file = golden(layers)
@@ -251,6 +255,112 @@ def plain_fast_dllm(model, prompt, n_new, b, small, threshold):
                     if p[i - first] > threshold or i == surest:
                         x[i] = int(y[i - first])
     return x[:end]
+
+
+@torch.no_grad()
+def window(model, x, b):
+    """log p (b, V) of the next b tokens behind x: one stream, of x, its last token again, and masks."""
+    n, C = len(x) + b, len(x)
+    position = torch.tensor([*range(C), *range(C - 1, C - 1 + b)])
+    sees = torch.arange(n) <= torch.arange(n)[:, None]
+    sees[C:, C:], sees[C:, C - 1] = True, False
+    h = model.embed(torch.tensor([[*x, x[-1], *[61] * (b - 1)]]))
+    for layer in model.layers:
+        h = layer(h, model.rope(position), sees[None, None])
+    logits = model.to_logits(h)[0, C:]
+    logits[:, 61] = -torch.inf
+    return logits.log_softmax(-1)
+
+
+def plain_sdlm(model, prompt, n_new, b, threshold):
+    x, passes = list(prompt), 0
+    while len(x) < len(prompt) + n_new:
+        p, y = window(model, x, b).exp().max(-1)
+        m = next((j for j in range(b) if p[j] <= threshold), b)
+        x, passes = x + y[: max(m, 1)].tolist(), passes + 1
+    return x[: len(prompt) + n_new], passes
+
+
+def sequential_network():
+    model = network_of(False)
+    cfg = dataclasses.replace(model.cfg, clean_causal=True)
+    twin = sequential.network(cfg, model.settings).double().eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.2, 1.0])
+def test_sdlm_is_the_published_loop(threshold):
+    """Ragged prompts; as many passes as the slowest row of a batch; block size 1 is the language model."""
+    model, prompts, seen = sequential_network(), [[3], [5, 9, 2, 2, 7], [1, 4, 4, 8]], set()
+    assert model.cfg.rope_base == Settings().rope_base
+    for b in (2, 4):
+        plain = [plain_sdlm(model, p, 12, b, threshold) for p in prompts]
+        how = {"block_size": b, "sampler": SAMPLERS["sdlm"], "temperature": 0.0, "threshold": threshold}
+        for state in generate(model, Masked(V, 61), prompts, max_new_tokens=12, **how):
+            pass
+        assert [[i for i in row if i >= 0] for row in state.x.tolist()] == [x for x, _ in plain]
+        more = [ours - passes for ours, (_, passes) in zip(state.nfe_rows.tolist(), plain, strict=True)]
+        assert set(more) <= set(range(b)), "the last block is filled, and its surplus cut off"
+        seen |= {passes for _, passes in plain}
+    assert threshold in (0.0, 1.0) or len(seen) > 2
+    with torch.no_grad():
+        x = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+        ar = model(x, torch.full((2, 8), 61), 1, 1)
+        assert (ar - model.to_logits(model.hidden(x, None, 1)[0])[:, :8]).abs().max() < 1e-10
+        for p in (1, 4, 9):
+            found = model(x[:, :p], torch.full((2, 4), 61), 4, p, window=True)[0]
+            found[:, 61] = -torch.inf
+            assert (found.log_softmax(-1) - window(model, x[0, :p].tolist(), 4))[:, :61].abs().max() < 1e-10
+
+
+def test_a_sequential_block_knows_nothing_of_its_answer():
+    """A later clean token changes nothing in a block; the last one before it, and its own others, do."""
+    model = sequential_network()
+    clean, noisy = torch.randint(0, 61, (2, 2, 16), generator=torch.Generator().manual_seed(1))
+    noisy[:, ::2] = 61
+    with torch.no_grad():
+        logits = model(clean, noisy, 4)
+        for at in range(16):
+            other, mixed = clean.clone(), noisy.clone()
+            other[:, at], mixed[:, at] = (other[:, at] + 1) % 61, 7
+            changed = (model(other, noisy, 4) - logits).abs().amax((0, 2)) > 1e-9
+            assert changed.tolist() == [i // 4 * 4 > at for i in range(16)]
+            own = (model(clean, mixed, 4) - logits).abs().amax((0, 2)) > 1e-9
+            assert own.tolist() == [i // 4 == at // 4 and at % 4 < 3 for i in range(16)]
+        sizes = torch.tensor([1, 4])
+        both = model(clean, noisy, sizes)
+        assert (both[1] - logits[1]).abs().max() < 1e-12
+        assert (both[0] - model(clean, noisy, 1)[0]).abs().max() < 1e-12
+
+
+def test_a_sequential_network_is_trained_and_read(project, tmp_path, capsys, slip):
+    """By its method's name; and SDLM's folder, a Qwen2 with a mask and blocks, comes as one."""
+    flags = [*TINY, "--dataset=toy", "--method=sequential", "--seq_len=16", "--block_sizes=1:0.25,4:0.75"]
+    resumed(train.main, *flags, "--qkv_bias", "--dtype=float32")
+    texts = []
+    for more in (["--sampler=sdlm", "--threshold=1"], ["--sampler=ar"], ["--sampler=sdlm", "--threshold=0"]):
+        capsys.readouterr()
+        run(sample.main, "--ckpt=parts", "--device=cpu", "--prompt=abc", "--temperature=0", *more)
+        texts.append(capsys.readouterr().out)
+    assert "13 tokens" in texts[0] and "16 NFE" not in texts[2]
+    assert "clean stream is token-causal" in slip(
+        train.main, argv=[*flags[:-1], "--block_sizes=4:1", "--clean_causal=false"]
+    )
+    assert "sdlm is not defined" in slip(
+        sample.main,
+        argv=[f"--init_from={write(tmp_path / 'other', 'sdar')}", "--sampler=sdlm", "--prompt=1 2"],
+    )
+    home = write(tmp_path / "sdlm", "qwen2", mask_token_id=None, text_mask_token_id=MASK, block_size=4)
+    setting, _, _, model, process = rebuild(str(home), CPU)
+    assert type(model) is sequential.Sequential and setting.block_sizes == {1: 0.5, 4: 0.5}
+    assert process.mask_id == MASK and model.cfg.clean_causal and setting.seq_len == 28
+    file, model = golden("qwen2")[2], model.double()
+    ids = torch.tensor(file["ids"]).long()
+    with torch.no_grad():
+        n = ids.size(1)
+        found = model(ids, torch.full((len(ids), n - 1), MASK), 1, 1)
+    assert (found - torch.tensor(file["logits"])[:, :-1]).abs().max() < 1e-5, "its AR mode is transformers'"
 
 
 def ours(model, prompts, n_new, b, name, steps=None, **options):
