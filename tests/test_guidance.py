@@ -19,6 +19,7 @@ import sample
 import train as training
 from fast.block import FastBlock, generate
 from generate import Block
+from lab import guidance as lab
 from methods import guidance
 from methods.guidance import (
     NO_LABEL,
@@ -529,3 +530,30 @@ def test_what_it_cannot_serve_is_refused(slip, project):
             last(generate(net(process), process, [()], block_size=4, sampler=sampler))
     with pytest.raises(ValueError, match="classifier_layers"):
         last(generate(guided(process, layers=0), process, [()], block_size=4, sampler=classifier_based))
+
+
+def test_the_lab_measures_labels_and_right_answers(project, capsys, slip):
+    """A line for each sampler and gamma, what they cost, the page and the picture."""
+    (project / "data/pairs/prepare.py").write_text(
+        "def check(text):\n    return text.count('a') > 0, 1\n", encoding="utf-8"
+    )
+    run(training.main, *FLAGS, "--max_steps=1", "--out_dir=run")
+    argv = ["--ckpts=run", "--gammas=0,6", "--n_eval=16", "--steps=2", "--device=cpu"]
+    run(lab.main, *argv, "--report=page")
+    lines = [
+        line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| masked")
+    ]
+    assert [line[1] for line in lines] == [way for way in lab.WAYS for _ in range(2)]
+    assert all(0 <= float(line[3].split()[0]) <= 100 for line in lines) and (project / "page.png").exists()
+    cost = [float(line[5].rstrip(" |")) for line in lines]
+    assert cost[0] == cost[2] == cost[4] < cost[5] < cost[3], (
+        "without a label one pass a step, and no classifier"
+    )
+    page = (project / "page.md").read_text(encoding="utf-8")
+    assert page.startswith("# Guidance in numbers\n") and "2 steps a block, 16 texts a line" in page
+    (project / "page.md").write_text("# By hand\n", encoding="utf-8")
+    assert "not a page of ours" in slip(lab.main, argv=[*argv, "--report=page"])
+    assert "gammas are numbers" in slip(lab.main, argv=[*argv, "--gammas=x"])
+    assert lab.table([lab.Line("masked", "w", 2.0, 0.5, (0.4, 0.6), 0.25, (0.2, 0.3), 9.0)])[-1] == (
+        "| masked | w | 2 | 50 (40 to 60) | 25 (20 to 30) | 9.0 |"
+    )
