@@ -246,7 +246,8 @@ def write(cfg, table):
         f"""
 {HEADS[head]}
 The tasks are 4x4 sudoku with clues, and sums of two digits. {cfg.n_eval} windows and texts a measurement,
-{cfg.n_mc} draws of noise a window. A run begins with `config/zoo/TASK.toml`; the flags of a row come behind.
+{cfg.n_mc} draws of noise a window. A run begins with the task's file in `config/zoo/`; a row's flags come
+behind it.
 
 A claim is one number a seed that should be above 0: percent right minus the control's, or nats of the
 control's bound minus the system's. **Confirmed**: the 95 % interval of its mean by Student's t lies above 0.
