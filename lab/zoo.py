@@ -5,7 +5,7 @@ data, rows and number of steps, measures both, and writes docs/zoo.md.
     python -m lab.zoo                                    everything, as far as the minutes go; again: go on
     python -m lab.zoo --methods loopholing,gidd --seeds 1    two of them, a first look
     python -m lab.zoo --minutes 0                        only write the page, from what was measured
-    python -m lab.zoo --rows config/recipes --page docs/recipes    other rows: adapting a language model
+    python -m lab.zoo --rows lab/recipes --page docs/recipes    other rows: adapting a language model
 
 A row of the table is an entry of ROWS in a file of methods/:
 
