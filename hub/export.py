@@ -215,10 +215,10 @@ def layout_of(config):
 
 def card(cfg, config, state, tokenizer):
     """README.md: what it is, in YAML and in words."""
-    run, layout, base = trained_with(state), layout_of(config), cfg.base_model
+    run, layout = trained_with(state), layout_of(config)
     library = "peft" if layout == "LoRA" else "transformers"
     head = [f"license: {cfg.license}", "pipeline_tag: text-generation", f"library_name: {library}"]
-    head += [f"base_model: {base}"] if base else []
+    head += [f"base_model: {cfg.base_model}"] if cfg.base_model else []
     head += ["tags:", "- nanoblock", *(["- diffusion"] if set(run.block_sizes) != {1} else [])]
     sizes = ", ".join(f"{b} ({w:g})" for b, w in sorted(run.block_sizes.items()))
     lines = [f"A network of nanoblock in the layout `{layout}`. {tokenizer}", "", f"- block sizes: {sizes}"]

@@ -60,9 +60,10 @@ HEADS = {
 network, data, rows and number of steps, on the lesson as it stands (`--plain`). Made by
 `python -m lab.zoo`.""",
     "# Recipes": """How does a network that writes from left to right learn to write in blocks? The published
-recipes contradict each other. Each row changes one thing; both sides go on from the same network, with equal
-rows and steps, on the lesson as it stands (`--plain`). Most are decided by nats: after so few steps hardly a
-grid is right, which a first seed showed. Made by `make recipes`.""",
+recipes contradict each other. Each row changes one thing, with equal rows and steps, and both sides go on
+from the same network. (LoRA, and the control that begins with nothing, have their own learning rate.) All is
+on the lesson as it stands (`--plain`). Most rows are decided by nats: after so few steps hardly a grid is
+right, which a first seed showed. Made by `make recipes`.""",
 }
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("sudoku", "digits")

@@ -63,6 +63,8 @@ def check(cfg, settings):
         die("YaRN needs the context of before, and rope_low below rope_high", "--rope_original=4096")
     if settings.lora < 0:
         die(f"lora is {settings.lora}: a rank is at least 1, and 0 is none", "--lora=32")
+    if settings.lora and cfg.fsdp:
+        die("--lora freezes weights, and FSDP shards networks that learn whole", "leave --fsdp out")
     if settings.lora and not cfg.init_from and not cfg.resume:
         die("--lora learns a difference to weights that are there", "--init_from FOLDER")
     if cfg.time_conditioning == "true":

@@ -94,11 +94,11 @@ class Sequential(Llama):
         What stands one place before each noisy token, (B, N) ids: in its block, or at its edge the last of
         the clean text (B, n). Before position 0 stands the last id.
         """
-        last = F.pad(text, (1, 0), value=self.cfg.vocab_size - 1)
-        if (at == edge).any() and int(at[(at == edge).any(0)].max()) > text.size(1):
-            raise ValueError(f"{text.size(1)} clean tokens: the last one before a block is missing")
-        last = last[:, at.clamp(max=text.size(1))]
-        return torch.where(at == edge, last, noisy.roll(1, dims=1))
+        first = at == edge  # (B or 1, N): the first token of its block
+        if not first[:, :1].all() or int(at[first.any(0)].max()) > text.size(1):
+            raise ValueError("a sequential network reads whole blocks, and the clean token before each")
+        last = F.pad(text, (1, 0), value=self.cfg.vocab_size - 1)[:, at.clamp(max=text.size(1))]
+        return torch.where(first, last, noisy.roll(1, dims=1))
 
 
 class Ahead:

@@ -103,11 +103,7 @@ def test_the_sampler_commits_what_has_little_entropy(path):
     process = KINDS["masked"][0]()
     lesson = net(process, seed=0).double()
     model, quick = on(path, net(process, seed=0).double(), process)
-    prompts = [
-        (0,),
-        (1,),
-        (2,),
-    ]  # never all masks: they would tie, and each processor breaks ties its own way
+    prompts = [(0,), (1,), (2,)]  # never all masks: each processor breaks ties its own way
     passes = set()
     for bound in (0.0, 0.2, 0.6, 2.0):
         for prompt in prompts:

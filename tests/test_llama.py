@@ -506,10 +506,8 @@ def test_a_lora_is_trained_resumed_exported_and_sampled(tmp_path, monkeypatch, c
     assert whole["model"]["layers.0.q.B"].any() and whole["ema"]["layers.0.q.B"].any()
     run(monkeypatch, export.main, "--ckpt=parts", "--to=out")
     texts = []
-    for source, prompt in (
-        ("--ckpt=parts", "1 2 3"),
-        ("--init_from=out", "0 1 2 3"),
-    ):  # the data's bos_id is 0
+    # the data's bos_id is 0
+    for source, prompt in (("--ckpt=parts", "1 2 3"), ("--init_from=out", "0 1 2 3")):
         capsys.readouterr()
         how = ["--temperature=0", "--max_new_tokens=9", "--sampler=ar", "--device=cpu"]
         run(monkeypatch, sample.main, source, f"--prompt={prompt}", *how)
@@ -517,6 +515,7 @@ def test_a_lora_is_trained_resumed_exported_and_sampled(tmp_path, monkeypatch, c
     assert texts[0] == texts[1] and len(texts[0]) > 0
     assert "--init_from" in slip(train.main, argv=[*TINY, "--dataset=toy", "--method=llama", "--lora=2"])
     assert "at least 1" in slip(check, TrainConfig(), Settings(lora=-1))
+    assert "FSDP" in slip(check, TrainConfig(init_from="base", fsdp=True), Settings(lora=2))
 
 
 # ----- a real one
