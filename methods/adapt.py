@@ -42,7 +42,7 @@ from methods import llama
 from model import KVCache, attention_mask, rotate
 from run.cli import die
 from samplers.lossless import DRAFTS, Lossless
-from samplers.pieces import need
+from samplers.pieces import need, so_far, write_ahead
 
 
 @dataclass
@@ -544,22 +544,10 @@ def lossless(block, *, draft="masks", ahead=3, ngram=2):
     need("masks" not in draft or ahead <= most, "ahead", ahead, f"at most {most}")
     state = None if block.cache is None else block.cache.lossless
     if state is None:
-        text = block.text[block.rows]
-        text[:, block.positions] = torch.where(block.open, -1, text[:, block.positions])
         device = block.text.device.type  # under autocast (--dtype bfloat16) the products are of its dtype
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         how = block.seed, block.temperature, block.top_p, draft, ahead, ngram, dtype
-        state = Lossless(block.model, block.process, text, block.rows, *how)
+        state = Lossless(block.model, block.process, so_far(block), block.rows, *how)
         if block.cache is not None:
             block.cache.lossless = state
-    end = torch.where(block.open, block.positions + 1, 0).amax(1)  # (R,) behind what this block is to write
-    while True:
-        there = block.positions < state.n[:, None]
-        block.write(torch.where(there, state.tokens[:, block.positions], block.x))
-        block.live = block.live & (state.n < end)
-        if not block.live.any():
-            break
-        yield
-        block.count(int(block.live.sum()))
-        state.round(block.live)
-    yield
+    yield from write_ahead(block, state)

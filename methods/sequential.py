@@ -28,7 +28,7 @@ from methods.llama import DEFAULTS, Llama, Settings
 from model import KVCache, attention_mask
 from rng import Noise, sharpen
 from run.cli import die
-from samplers.pieces import need
+from samplers.pieces import known, need, so_far, write_ahead
 
 __all__ = ["DEFAULTS", "Settings", "begin", "check", "network"]
 
@@ -107,23 +107,26 @@ class Ahead:
     rows stand at different places.
     """
 
-    def __init__(self, block):
+    def __init__(self, block, threshold):
+        self.threshold = threshold
         self.model, self.process, self.b = block.model, block.process, block.x.size(1)
         self.temperature, self.top_p = block.temperature, block.top_p
-        text = block.text[block.rows]
-        text[:, block.positions] = torch.where(block.open, -1, text[:, block.positions])
-        self.n, self.tokens = (text >= 0).int().cumprod(1).sum(1), text
-        if ((text >= 0).sum(1) > self.n).any():
-            raise ValueError("sdlm writes from left to right, and a prompt has holes")
-        self.caches = [block.model.new_cache(1, 0) for _ in text]
-        self.noise = Noise(block.seed, block.rows, torch.arange(text.size(1), device=text.device), 0)
+        self.tokens = so_far(block)
+        self.n = known(self.tokens, "sdlm")
+        self.caches = [block.model.new_cache(1, 0) for _ in self.tokens]
+        positions = torch.arange(self.tokens.size(1), device=self.tokens.device)
+        self.noise = Noise(block.seed, block.rows, positions, 0)
 
     def keep(self, rows):
         self.n, self.tokens, self.noise.key = self.n[rows], self.tokens[rows], self.noise.key[rows]
         self.caches = [self.caches[i] for i in rows.tolist()]
 
-    def round(self, r, threshold):
-        """One pass for row r: its next tokens, as many as it is sure of, and one at least."""
+    def round(self, live):
+        """A pass for each row of live (R,). Returns how many tokens went through the network."""
+        return sum(self.further(r) for r in live.nonzero()[:, 0].tolist())
+
+    def further(self, r):
+        """The next tokens of row r, as many as it is sure of, and one at least."""
         cache, n, W = self.caches[r], int(self.n[r]), self.tokens.size(1)
         b = min(self.b, self.model.cfg.seq_len - n)
         pure = torch.full((1, b), self.process.mask_id, device=self.tokens.device)
@@ -137,9 +140,10 @@ class Ahead:
             noise.key = noise.key[r : r + 1, torch.arange(n, n + b).clamp(max=W - 1)]
             y = self.process.posterior_sample(logl, pure, 0.0, 1.0, self.temperature, self.top_p, noise)
             sure = sharpen(logl.double(), self.temperature, self.top_p).log_softmax(-1)
-        m = int((pick(sure, y)[0].exp() > threshold).int().cumprod(0).sum().clamp(min=1, max=W - n))
+        m = int((pick(sure, y)[0].exp() > self.threshold).int().cumprod(0).sum().clamp(min=1, max=W - n))
         self.tokens[r, n : n + m] = y[0, :m]
         self.n[r] = n + m
+        return text.size(1) + b
 
 
 @sampler("absorbing", "own pace")
@@ -158,16 +162,5 @@ def sdlm(block, *, threshold=0.9):
         raise ValueError(
             "sdlm writes ahead of its block, and keeps that in the cache: use_cache must be True"
         )
-    block.cache.ahead = state = block.cache.ahead or Ahead(block)
-    end = torch.where(block.open, block.positions + 1, 0).amax(1)  # (R,) behind what this block is to write
-    while True:
-        there = block.positions < state.n[:, None]
-        block.write(torch.where(there, state.tokens[:, block.positions], block.x))
-        block.live = block.live & (state.n < end)
-        if not block.live.any():
-            break
-        yield
-        block.count(int(block.live.sum()))
-        for r in block.live.nonzero()[:, 0].tolist():
-            state.round(r, threshold)
-    yield
+    block.cache.ahead = block.cache.ahead or Ahead(block, threshold)
+    yield from write_ahead(block, block.cache.ahead)

@@ -17,6 +17,7 @@ import copy
 import torch
 
 from rng import Noise
+from samplers.pieces import known
 
 DRAFTS = ("masks", "head", "lookup", "masks+lookup", "head+lookup", "jacobi", "none")
 # Rounding should not depend on what else is in a pass. A CPU adds up 512 keys at a time. So a pass has a
@@ -38,9 +39,7 @@ class Lossless:
         self.temperature, self.top_p, self.width = temperature, top_p, width
         model.pack(dtype)
         R, W = text.shape
-        self.n = (text >= 0).int().cumprod(1).sum(1)
-        if ((text >= 0).sum(1) > self.n).any():
-            raise ValueError("lossless reads a text from left to right, and a prompt has holes")
+        self.n = known(text, "lossless")
         if (self.n < 1).any():
             raise ValueError("nothing stands before the first token (bos_id): lossless needs a prompt")
         self.tokens, self.W = text.clamp(min=0), W
@@ -49,6 +48,7 @@ class Lossless:
         self.offered, self.accepted = torch.zeros(2, ahead, dtype=torch.long)
         self.k = ahead if "masks" in draft else 0  # masks behind a token
         self.slots = model.slots(R, W + max(ROOM, max(ahead + 1, TOGETHER) * self.k + 1))
+        self.forwards = 0  # tokens put through the network, and not counted yet
         longest = int(self.n.max()) - 1
         if longest:
             at = torch.arange(longest, device=text.device).expand(R, -1)
@@ -71,6 +71,7 @@ class Lossless:
         if width > C:
             more = (0, width - C)
             clean, at, real = (torch.nn.functional.pad(y, more) for y in (clean, at, real))
+        self.forwards += clean.numel() * (1 + k)
         h, masks = self.model.merged(clean, torch.where(real, at, 0), real, k, self.slots, KEYS)
         return h[:, :C], masks[:, :C]
 
@@ -92,7 +93,10 @@ class Lossless:
         return self.choose(wide.index_copy(-1, ids, logits), at)
 
     def round(self, live):
-        """One pass. live (R,) bool: rows that are to grow. Returns how many tokens each has gained, (R,)."""
+        """
+        One pass. live (R,) bool: rows that are to grow. Returns how many tokens went through the network, the
+        prompt's with those of the first pass.
+        """
         W, i = self.W, torch.arange(self.d + 1, device=self.n.device)
         live = live & (self.n < W)
         n_drafts = torch.minimum(self.n_drafts, W - 1 - self.n).clamp(min=0) * live
@@ -106,16 +110,16 @@ class Lossless:
         own = self.choose(logits, at + 1)  # (R, C)
         right = (own[:, :-1] == y[:, 1:]) & (i[1:] <= n_drafts[:, None])
         m = right.int().cumprod(1).sum(1)  # drafts that stay
-        gained = (m + 1) * live
         place = torch.where((i <= m[:, None]) & live[:, None], at + 1, W)  # W: nowhere
         self.tokens = torch.cat((self.tokens, last), dim=1).scatter(1, place, own)[:, :W]
         for j in range(C - 1):
             checked = live & (m >= j) & (n_drafts > j)
             self.offered[j] += int(checked.sum())
             self.accepted[j] += int((checked & (m > j)).sum())
-        self.n = self.n + gained
+        self.n = self.n + (m + 1) * live
         self.make_drafts(h, masks, own, m)
-        return gained
+        forwards, self.forwards = self.forwards, 0
+        return forwards
 
     def make_drafts(self, h, masks, own, m):
         """Drafts for positions n, n + 1, ..., behind m accepted ones and the AR mode's own token."""

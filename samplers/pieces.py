@@ -1,4 +1,7 @@
-"""What several samplers use: the surest n, entropies, and a check of options. Letters as in generate.py."""
+"""
+What several samplers use: the surest n, entropies, a check of options, writing ahead of a block. Letters as
+in generate.py.
+"""
 
 import math
 
@@ -43,3 +46,35 @@ def another(block, rows, positions, open, cache, steps=None):
     how = {name: getattr(block, name) for name in names} | {"steps": steps or block.steps}
     where = (y.cpu() for y in (rows, positions, open))
     return type(block)(block.model, block.process, block.text, cache, block.counts, *where, how)
+
+
+def so_far(block):
+    """The text (R, W) with -1 where this block is to write, for a sampler that writes ahead of its block."""
+    text = block.text[block.rows]
+    text[:, block.positions] = torch.where(block.open, -1, text[:, block.positions])
+    return text
+
+
+def known(text, name):
+    """How many tokens of text (R, W) stand before the first -1, (R,). Raises ValueError for holes."""
+    n = (text >= 0).int().cumprod(1).sum(1)
+    if ((text >= 0).sum(1) > n).any():
+        raise ValueError(f"{name} writes from left to right, and a prompt has holes")
+    return n
+
+
+def write_ahead(block, state):
+    """
+    Fill the block from a state that may be ahead of it: tokens (R, W), of which the first `n` (R,) are known.
+    state.round(live (R,) bool) is one more pass, and returns how many tokens it put through the network.
+    """
+    end = torch.where(block.open, block.positions + 1, 0).amax(1)  # (R,) behind what this block is to write
+    while True:
+        there = block.positions < state.n[:, None]
+        block.write(torch.where(there, state.tokens[:, block.positions], block.x))
+        block.live = block.live & (state.n < end)
+        if not block.live.any():
+            break
+        yield
+        block.count(state.round(block.live))
+    yield

@@ -286,6 +286,15 @@ def test_a_draft_that_knows_the_text_is_always_right(temperature):
     assert state.nfe == 1 + 24 // 4
 
 
+def test_tokens_are_counted_as_they_go_through_the_network():
+    """The prompt without its last token; then 4 tokens a pass at least, and k masks behind each."""
+    _, model = pair()
+    for draft, each in (("none", 4), ("head", 4), ("masks", 4 * (1 + 3))):
+        how = {"draft": draft, "temperature": 0.0, "max_new_tokens": 24, "ahead": 3}
+        state = written(model, [[1, 2, 3, 4, 5, 6, 7]], "lossless", **how)
+        assert state.token_forwards == 6 + each * state.nfe, draft
+
+
 def test_looking_up():
     assert look_up([1, 2, 3, 9, 1, 2, 3], 2, 2) == [9, 1]
     assert look_up([1, 2, 9, 9, 1, 2, 8, 5, 1, 2], 2, 2) == [8, 5], "the latest"

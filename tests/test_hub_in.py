@@ -304,6 +304,10 @@ def test_sdlm_is_the_published_loop(threshold):
         assert set(more) <= set(range(b)), "the last block is filled, and its surplus cut off"
         seen |= {passes for _, passes in plain}
     assert threshold in (0.0, 1.0) or len(seen) > 2
+    how = {"block_size": 4, "sampler": SAMPLERS["sdlm"], "temperature": 0.0, "threshold": 1.0}
+    for state in generate(model, Masked(V, 61), [[5, 9, 2, 2]], max_new_tokens=8, **how):
+        pass
+    assert state.nfe == 8 and state.token_forwards == 4 + 7 * 1 + 8 * 4, "each token of text once, and masks"
     with torch.no_grad():
         x = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
         ar = model(x, torch.full((2, 8), 61), 1, 1)
