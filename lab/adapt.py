@@ -170,6 +170,17 @@ def side_by_side(model, process, tokenizer, question, prompt, draft, *how):
     print("  the same text" if answers["none"] == answers[draft] else "  NOT the same text")
 
 
+def profile(model, process, prompt, draft, n_new, *how):
+    """Where the processor time of a pass goes, by PyTorch's own operations: lines, the largest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        _, passes, _, _ = answer(model, process, [prompt], draft, how[0], n_new, *how[1:])
+    events = sorted(seen.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    whole = sum(event.self_cpu_time_total for event in events)
+    top = [f"{100 * e.self_cpu_time_total / whole:.0f} % {e.key}" for e in events[:8]]
+    calls = sum(event.count for event in events) / (passes + 1)
+    return [f"{draft}: {calls:,.0f} operations a pass, the prompt's among them", *top]
+
+
 def bench(cfg):
     """Print the table. cfg: a lab.bench.BenchConfig."""
     torch.set_num_threads(1)
@@ -198,6 +209,12 @@ def bench(cfg):
         draft = "head+lookup" if base else "lookup"
         for question, prompt in zip(questions[: cfg.show], prompts, strict=False):
             side_by_side(model, process, tokenizer, question, prompt, draft, *how)
+        return
+    if cfg.profile:
+        answer(model, process, prompts[:1], "none", cfg.ahead, 2, *how[2:])  # the weights are put in order
+        for draft in drafts:
+            found = profile(model, process, prompts[0], draft, cfg.new_tokens, cfg.ahead, *how[2:])
+            print("\n    ".join(found))
         return
     ours = lambda draft: lambda some: answer(model, process, some, draft, *how)
     writers = {draft: ours(draft) for draft in drafts}

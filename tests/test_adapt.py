@@ -491,6 +491,9 @@ def test_the_bench_compares_every_draft_with_ar(adapted, capsys, slip):
     assert "products in float32 (as asked)" in out and "1.00 | - |" in out
     run(bench.main, *argv, "--show=1", "--dtype=bfloat16")
     assert "head+lookup" in capsys.readouterr().out
+    run(bench.main, *argv, "--profile", "--drafts=masks")
+    out = capsys.readouterr().out
+    assert "masks: " in out and out.count(" % ") == 2 * 8 and "linear" in out
     assert "--drafts lookup" in slip(bench.main, argv=["--adapt=gguf:tiny.gguf", *argv[1:], "--drafts=head"])
     assert "--batch 1" in slip(bench.main, argv=[*argv, "--transformers", "--batch=2"])
 
@@ -516,6 +519,18 @@ def test_questions(tmp_path, monkeypatch, slip):
     assert len(train_lines) == 30 and len(test_lines) == 10 and len({*train_lines, *test_lines}) == 40
     assert all(line.endswith("?") for line in train_lines)
     assert "--n_train 120" in slip(questions.main, argv=["--n_train=0"])
+    for name, words in (("a", ["one\ntwo?", "three?"]), ("b", ["four?"])):
+        lines = [json.dumps({"question": word, "answer": "x"}) for word in words]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    files = ["--input=a.jsonl", "--test_input=b.jsonl"]
+    run(questions.main, *files, "--n_train=2", "--n_test=1", "--out_dir=own")
+    assert sorted((tmp_path / "own/train.txt").read_text().splitlines()) == ["one two?", "three?"]
+    assert (tmp_path / "own/test.txt").read_text() == "four?\n"
+    assert "has 1 questions, not 2" in slip(questions.main, argv=[*files, "--n_train=2", "--n_test=2"])
+    assert "both files" in slip(questions.main, argv=files[:1])
+    assert "none.jsonl" in slip(questions.main, argv=["--input=none.jsonl", files[1]])
+    (tmp_path / "a.jsonl").write_text('{"answer": "x"}\n', encoding="utf-8")
+    assert "no text named 'question'" in slip(questions.main, argv=[*files, "--n_train=1", "--n_test=1"])
 
 
 # ----- a real one

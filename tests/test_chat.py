@@ -17,6 +17,7 @@ from data.bpe import LETTER_OF, JsonBPE
 from data.dataset import Dataset, charged_tokens
 from data.template import chatml, messages_of
 from data.tokens import Tokenizer
+from run.restore import rebuild
 
 LINES = [
     {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"},
@@ -171,3 +172,6 @@ def test_a_network_of_another_learns_from_them(chat, tmp_path, capsys):
         "rounded weights are trained in float32"
     )
     assert np.isfinite([w.sum().item() for w in state["model"].values()]).all()
+    run(train.main, *flags[:3], "--out_dir=out/blocks", *flags[4:], "--clean_causal=false", "--dtype=float32")
+    (setting, *_, model, _), (*_, before, _) = (rebuild(f"out/{name}", "cpu") for name in ("blocks", "chat"))
+    assert not setting.clean_causal and not model.cfg.clean_causal and before.cfg.clean_causal

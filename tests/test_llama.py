@@ -191,6 +191,18 @@ def shape_of(home):
     return llama.of_config(json.loads((home / "config.json").read_text()), home)
 
 
+def test_a_rounded_head_is_multiplied_in_pieces():
+    """All columns of 40,000, each the product of its own row."""
+    torch.manual_seed(0)
+    model = Llama(ModelConfig(40_000, 8, n_layers=1, n_heads=2, d_model=8), Settings()).bfloat16().eval()
+    h = torch.randn(2, 3, 8).bfloat16()
+    with torch.no_grad():
+        want = model.norm(h).double() @ model.head.weight.double().T
+        found = model.to_logits(h)
+    assert found.dtype == torch.float32 and found.shape == (2, 3, 40_000)
+    assert (found - want).abs().max() < 1e-5 and want.abs().max() > 0.1
+
+
 # ----- GGUF files, written here
 
 

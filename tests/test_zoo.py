@@ -1,6 +1,7 @@
 """lab/zoo.py: rows of methods' files, trained beside their controls. Toy networks of two steps."""
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -109,6 +110,11 @@ def test_a_zoo_is_made_once_and_goes_on(project, monkeypatch, slip):
     assert (project / "pages/zoo.png").exists()
     go(), go("--minutes=0")
     assert not runs
+    shutil.move(project / "out", project / "gone")
+    go()
+    assert not runs, "what docs/zoo.jsonl holds is not made again, though no network is left"
+    shutil.rmtree(project / "out")
+    shutil.move(project / "gone", project / "out")
     results = [json.loads(line) for line in (project / "out/zoo/results.jsonl").read_text().splitlines()]
     assert len(results) == 12 - 2  # a control measured alike is measured once
     (project / "pages/zoo.md").write_text("# By hand\n")
