@@ -68,6 +68,7 @@ def read_lora(path, flag="--init_from"):
     try:
         facts = read_json(path / "nanoblock.json")
         lora, learned = (load_file(path / name) for name in FILES)
+        learned = {k: v.float() if v.is_floating_point() else v for k, v in learned.items()}
         run = facts["config"] | {"block_sizes": {int(b): w for b, w in facts["config"]["block_sizes"]}}
         for i in range(facts["network"]["n_layers"]):
             for name, parts in PARTS.items():

@@ -2,9 +2,8 @@
 How much faster does a language model write its own text with drafts? For python -m lab.bench --adapt RUN.
 
 Every draft of samplers/lossless.py answers the same questions, question by question in turn, in one process.
-The clock is processor time (one thread), so other programs count less. AR is the same code with no drafts;
-with --transformers, theirs comes first. Each text is compared with AR's. The prompt is read before the clock
-starts, for all alike.
+The clock is processor time (one thread), so other programs count less. AR is the same code with no drafts.
+Each text is compared with AR's. The prompt is read before the clock starts, for all alike.
 """
 
 import tempfile
@@ -95,16 +94,16 @@ def of_transformers(base, dtype):
 
     @torch.inference_mode()
     def write(prompts, n_new, eos_id):
-        answers, begun = [], 0.0
+        answers, seconds = [], 0.0
         for prompt in prompts:
             past = net(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values
             ids, start = [prompt[-1]], time.process_time()
             while len(ids) <= n_new and (len(ids) == 1 or ids[-1] != eos_id):
                 out = net(torch.tensor([ids[-1:]]), past_key_values=past, use_cache=True)
                 ids.append(int(out.logits[0, -1].argmax()))
-            begun += time.process_time() - start
+            seconds += time.process_time() - start
             answers.append(ids[1:])
-        return answers, sum(map(len, answers)), begun, None
+        return answers, sum(map(len, answers)), seconds, None
 
     return write
 

@@ -12,8 +12,8 @@ RMSNorm on each head's q and k); grouped queries 2305.13245, SwiGLU 2002.05202, 
     python train.py config/shakespeare_char.toml --method llama --block_sizes 1:1 --next_token
 
 With --next_token it is the ordinary language model, and published weights are read that way. --lora R keeps
-all weights as they are, and learns a difference of low rank in the layers (LoRA, 2106.09685), and what is
-added to the vector of the mask:
+all weights as they are, and learns a difference of low rank in the layers (LoRA, 2106.09685), and a vector
+for the mask that a language model gets as its last id:
 
     y = W x + B A x        A (R, in), B (out, R), B = 0 at first
 """
@@ -116,7 +116,7 @@ class LoRA(nn.Linear):
 
 
 class LoRAEmbedding(nn.Embedding):
-    """Frozen, but for what is added to its last vector: the mask's, which may be new."""
+    """Frozen, but for what is added to its last vector: that of a mask which nobody has trained yet."""
 
     def __init__(self, n, D):
         super().__init__(n, D)

@@ -454,16 +454,18 @@ def test_adapters_become_a_lora_and_come_back(adapted, capsys, slip):
         load_file("lora/adapter_model.safetensors"),
     )
     assert config["lora_alpha"] == config["r"] == 4 and config["base_model_name_or_path"] == "gguf:tiny.gguf"
-    model, x = rebuild("run", torch.device("cpu"))[3], torch.randn(1, 5, 32)
-    for i, layer in enumerate(model.layers):
+    model, x = rebuild("run", torch.device("cpu"))[3], torch.randn(1, 5, 32, dtype=torch.float64)
+    for i, layer in enumerate(copy.deepcopy(model).double().layers):
         for ours, theirs in (("q", "self_attn.q_proj"), ("v", "self_attn.v_proj"), ("up", "mlp.up_proj")):
-            A, B = (lora.pop(f"base_model.model.model.layers.{i}.{theirs}.lora_{c}.weight") for c in "AB")
+            A, B = (
+                lora.pop(f"base_model.model.model.layers.{i}.{theirs}.lora_{c}.weight").double() for c in "AB"
+            )
             merged = getattr(layer, ours).weight + B @ A
             whole = layer.product("qkv" if ours in "qv" else "wide", x, 0, None)
             part = whole.split(
                 [m.out_features for m in layer.products("qkv" if ours in "qv" else "wide")], -1
             )
-            assert (part[{"q": 0, "v": 2, "up": 1}[ours]] - x @ merged.T).abs().max() < 1e-4
+            assert (part[{"q": 0, "v": 2, "up": 1}[ours]] - x @ merged.T).abs().max() < 1e-12
             assert (B @ A).abs().max() > 0.01
     assert len(lora) == 2 * 2 * 4, "k, out, gate and down"
     texts = []
@@ -473,6 +475,14 @@ def test_adapters_become_a_lora_and_come_back(adapted, capsys, slip):
             run(sample.main, source, "--chat=Who?", *how, "--max_new_tokens=24", "--seq_len=256")
             texts.append(capsys.readouterr().out.splitlines()[1:-1])
     assert texts[:2] == texts[2:] and texts[0] != texts[1]
+    run(export.main, "--ckpt=run", "--to=small", "--dtype=bfloat16")
+    run(
+        sample.main, "--init_from=small", "--chat=Who?", "--sampler=lossless", "--draft=head", "--seq_len=256"
+    )
+    small = rebuild("small", torch.device("cpu"))[3].state_dict()
+    assert small["masks"].dtype == torch.float32 and torch.equal(
+        small["masks"], model.state_dict()["masks"].bfloat16().float()
+    )
     lora = load_file("lora/adapter_model.safetensors")
     lora["base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight"] += 1
     save_file(lora, "lora/adapter_model.safetensors")
