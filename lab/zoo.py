@@ -239,8 +239,14 @@ def head_of(cfg):
     return list(HEADS)[bool(cfg.rows)]
 
 
-def write(cfg, table):
-    """The page and the plot. table: [(method, row, task, [found for each seed])]."""
+def write(cfg, table, lines):
+    """
+    The page and the plot. table: [(method, row, task, [found for each seed])]. lines: all measurements; a
+    network that two rows share was trained for one of them.
+    """
+    seconds = {}
+    for line in lines:
+        seconds[line["row"]] = max(seconds.get(line["row"], 0.0), line["train_seconds"])
     head = head_of(cfg)
     out = [
         head,
@@ -265,13 +271,13 @@ are the defaults of its file.
         digits, unit = (3, "nats") if nats else (1, "points")
         interval = f" ({low:+.{digits}f} to {high:+.{digits}f})" if len(several) > 1 else ""
         file = Path(cfg.rows, f"{name}.toml") if cfg.rows else Path(f"methods/{name}.py")
-        lines = len(Path(ROOT, file).read_text(encoding="utf-8").splitlines())
+        length = len(Path(ROOT, file).read_text(encoding="utf-8").splitlines())
         paper = f"[{row['paper']}](https://arxiv.org/abs/{row['paper']})" if row["paper"] else ""
         ours = f"`{row['train'] or 'none'}`, `{row['sampler']}`, {row['by']}"
         theirs = f"`{row['control'] or 'none'}`, `{row['control_sampler']}`, {row['control_by']}"
         out.append(
             f"| [{row['system']}](../{file}) | {paper} | {row['claim']} | {task} | "
-            f"{mean:+.{digits}f}{interval} {unit} | {len(several)} | {word} | {lines} | {ours} | {theirs} |"
+            f"{mean:+.{digits}f}{interval} {unit} | {len(several)} | {word} | {length} | {ours} | {theirs} |"
         )
         marks.append((f"{row['system']}, {task}", nats, mean, low, high))
     head = " | ".join(f"{n} step" + "s" * (n > 1) for n in STEPS)
@@ -290,10 +296,10 @@ brackets the smallest and the largest.
         for side, sampler in (("system", row["sampler"]), ("control", row["control_sampler"])):
             bound = [over_seeds([f[side]["nats"][b][0] for f in several if b in f[side]["nats"]], 3)
                      for b in (str(block_of(row, task)), "1")]  # fmt: skip
-            seconds = statistics.mean(found[side]["train_seconds"] for found in several)
+            took = statistics.mean(seconds[found[side]["row"]] for found in several)
             label = row["system"] + (", control" if side == "control" else "")
             cells = " | ".join(bound) + " | " + at_steps(several, side, sampler)
-            out.append(f"| {label} | {task} | `{sampler}` | {seconds:.0f} | {cells} |")
+            out.append(f"| {label} | {task} | `{sampler}` | {took:.0f} | {cells} |")
     text = "\n".join(out) + "\n"
     Path(f"{cfg.page}.md").write_text(text, encoding="utf-8")
     picture(marks, f"{cfg.page}.png")
@@ -359,7 +365,7 @@ def main():
     if not table:
         die("nothing was measured", "--minutes 240")
     Path(f"{cfg.page}.jsonl").write_text("\n".join(used) + "\n", encoding="utf-8")
-    print(write(cfg, table))
+    print(write(cfg, table, lines))
     print(f"{cfg.page}.md, {cfg.page}.png: {(time.time() - start) / 60:.0f} minutes")
 
 
