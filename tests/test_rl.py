@@ -623,16 +623,22 @@ def test_a_proposal_earns_what_the_text_up_to_its_block_earns(teacher):
     [*((name, "masked") for name in ("bandit", "trace", "mdpo", "gdpo")), ("trace", "uniform")],
 )
 def test_every_objective_learns_to_be_rewarded(teacher, objective, process):
-    """From a network that knows nothing: the share of mirrored letters, 1/4 by chance."""
+    """
+    From a network that knows nothing: the share of mirrored letters, 1/4 by chance. Of uniform noise all proposals
+    are scored, which is noisier: there it is the mean of three runs. One rises by 0.27 +- 0.14 (four seeds), so
+    three in the mean fall short of 0.1 about once in 70.
+    """
     teacher(f"--process={process}")
-    updates = 60 if process == "masked" else 300  # of uniform noise all proposals are scored: noisier
-    how = ["--steps=2", "--group=8", "--batch_size=16", "--lr=0.01", "--out_dir=learned"]
-    go(f"--objective={objective}", f"--max_steps={updates}", *how)
-    lines = [json.loads(line) for line in Path("learned/log.jsonl").read_text(encoding="utf-8").splitlines()]
-    rewards = [line["reward"] for line in lines if "reward" in line]
-    before, after = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
-    print(f"{objective}, {process}: {before:.2f} -> {after:.2f}")
-    assert after > before + 0.1
+    masked, rises = process == "masked", []
+    for seed in range(1 if masked else 3):
+        how = ["--steps=2", "--group=8", "--batch_size=16", f"--lr={0.01 if masked else 0.005}"]
+        how += [f"--max_steps={60 if masked else 300}", f"--seed={seed}", f"--out_dir=learned{seed}"]
+        go(f"--objective={objective}", *how)
+        log = Path(f"learned{seed}/log.jsonl").read_text(encoding="utf-8")
+        rewards = [line["reward"] for line in map(json.loads, log.splitlines()) if "reward" in line]
+        rises.append(sum(rewards[-5:]) / 5 - sum(rewards[:5]) / 5)
+    print(f"{objective}, {process}: rises of {rises}")
+    assert sum(rises) / len(rises) > 0.1
 
 
 # ----- the experiments
