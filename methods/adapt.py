@@ -190,12 +190,13 @@ class Packed:
 
 def packed_linear(weight, bias, dtype):
     """
-    A function x -> x W^T + bias, computed in dtype. On a CPU by oneDNN, which has its own order of the
-    weights.
+    A function x -> x W^T + bias, computed in dtype. On a CPU by oneDNN, where it can: it has its own order of
+    the weights, and bfloat16 only on newer CPUs.
     """
     weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
-    here = weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    if not here or not torch.backends.mkldnn.is_available():
+    here = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    newer = here and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not (here and dtype == torch.float32 or newer and dtype == torch.bfloat16):
         return lambda x: F.linear(x.to(dtype), weight, bias)
     reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), reordered, bias, "none", [], "")
