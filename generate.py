@@ -249,12 +249,13 @@ def generate(
     device, block_class = model.embed.weight.device, block_class or getattr(model, "block_class", Block)
     home = torch.device("cpu") if device.type == "mps" else device  # sampling wants float64
     prompt = [torch.as_tensor(p, dtype=torch.long) for p in prompt]
-    if any(p.dim() != 1 for p in prompt):
-        raise ValueError("a prompt is a sequence of ids, and they come in a list")
-    rest = [0 if HOLE in p else max(0, model.cfg.seq_len - len(p)) for p in prompt]  # by default
-    new = torch.tensor(rest) if max_new_tokens is None else max_new_tokens
-    end = torch.tensor([len(p) for p in prompt]) + new  # (B,)
-    longest = int(end.max()) if len(end) else 0
+    if not prompt or any(p.dim() != 1 for p in prompt):
+        raise ValueError("a prompt is a sequence of ids, and they come in a list of at least one")
+    length = torch.tensor([len(p) for p in prompt])
+    given = torch.nn.utils.rnn.pad_sequence(prompt, batch_first=True, padding_value=NOTHING)  # (B, P)
+    rest = torch.where((given == HOLE).any(1), 0, (model.cfg.seq_len - length).clamp(min=0))
+    end = length + (rest if max_new_tokens is None else max_new_tokens)  # (B,)
+    longest = int(end.max())
     numbers = (steps, max_new_tokens, ar_tokens)
     check_request(model, process, prompt, block_size, sampler, options, longest, *numbers, trained)
     sharpen(torch.zeros(1), temperature, top_p)  # complains now, not at the first pass
@@ -263,8 +264,7 @@ def generate(
     how["trained"] = trained
 
     x = torch.full((B, W), NOTHING)
-    for row, p in enumerate(prompt):
-        x[row, : len(p)] = p.clamp(min=NOTHING)
+    x[:, : given.size(1)] = given.clamp(min=NOTHING)
     filled, x = x >= 0, x.to(home)  # (B, W)
     rows, written = torch.arange(B), filled.int().cumprod(1).sum(1)  # rows in the batch; written up to (B,)
     given_end, done = W - (~filled).flip(1).int().cumprod(1).sum(1), written >= end  # (B,)

@@ -8,6 +8,8 @@ A dataclass is the command line and the TOML files at once: run/cli.py reads the
 import math
 from dataclasses import dataclass, field
 
+import torch
+
 from diffusion import SCHEDULES
 from run.cli import die, parse_dict
 
@@ -327,14 +329,15 @@ def check_request(
         sampler.__name__,
         "the clean stream of this model is block-causal: its cache cannot serve block size 1 as well",
     )
-    least = {"block_size": (block_size, 1), "steps": (steps, 1), "the number of prompts": (len(prompt), 1)}
+    least = {"block_size": (block_size, 1), "steps": (steps, 1)}
     for what, (value, low) in (
         least | {"ar_tokens": (ar_tokens, 0), "max_new_tokens": (max_new_tokens, 0)}
     ).items():
         if value is not None and value < low:
             raise ValueError(f"{what} must be at least {low}, not {value}")
     # -2: a hole, generate.HOLE
-    if any(((p < 0) & (p != -2) | (p >= process.vocab_size) | (p == process.mask_id)).any() for p in prompt):
+    ids = torch.cat(prompt)
+    if ((ids < 0) & (ids != -2) | (ids >= process.vocab_size) | (ids == process.mask_id)).any():
         raise ValueError(f"a prompt is a sequence of ids below {process.vocab_size}, and no mask")
     width = -(-end // block_size) * block_size
     if width > model.cfg.seq_len:
