@@ -162,6 +162,7 @@ def test_the_kernels_do_what_their_rivals_do(what):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6) and a.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_growth(tmp_path, capsys):
     """
     A length a row, the lesson's time beside that of fast/, and a group of blocks a row. No time is negative,

@@ -447,7 +447,7 @@ METHODS = {  # name: flags of training, those of sampling, what eval.py calls it
 
 
 @pytest.mark.parametrize("plain", slow([False, True], [False]))
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow(METHODS, ["duo", "gidd"]))
 def test_a_method_is_trained_resumed_sampled_and_evaluated(home, capsys, monkeypatch, name, plain):
     """
     In this process, as `train.py --method NAME` and what follows it; the checkpoint says what it needs to
@@ -490,6 +490,7 @@ def test_a_method_is_trained_resumed_sampled_and_evaluated(home, capsys, monkeyp
     )
 
 
+@pytest.mark.slow
 def test_the_old_command_of_distillation(home):
     flags = ("--rounds=1", "--round_steps=2", "--batch_size=4", "--n_eval=8", "--device=cpu")
     assert "val step 2" in call(home, "distill.py", "--ckpt", "out/sudoku", *flags)

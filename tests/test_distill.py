@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IN_FLOAT64, TINY
+from conftest import IN_FLOAT64, TINY, slow
 from exact import P_VALUE, V3, agree, chi_squared, net, noise, speed
 
 import diffusion as d
@@ -269,7 +269,7 @@ def test_prompt_blocks_need_no_noisy_copy(kind, form):
             assert (loss[0] != 0).any() and (loss[0][:, 0] == 0).all()
 
 
-@pytest.mark.parametrize("process", ["masked", "uniform"])
+@pytest.mark.parametrize("process", slow(["masked", "uniform"], ["masked"]))
 def test_rounds_take_the_student_for_the_teacher_and_resume(project, monkeypatch, slip, old_command, process):
     run("--out_dir=t", f"--process={process}")
     teachers, original = [], distill.distill_loss

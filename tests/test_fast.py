@@ -886,6 +886,11 @@ def test_an_edit_before_fast_is_imported_is_seen(project_copy, capfd):
     with capfd.disabled():
         *ran, note = trial(project_copy, first)
         assert ran == ["0", "1", "1"] and note == "model.rotate was replaced" + MODEL_RUNS
+
+
+@pytest.mark.slow
+def test_an_edit_of_pytorch_and_a_module_read_again_are_seen(project_copy, capfd):
+    with capfd.disabled():
         first = """from torch.nn import LayerNorm
 forward = LayerNorm.forward
 LayerNorm.forward = lambda *args: 2 * forward(*args)"""

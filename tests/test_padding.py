@@ -311,7 +311,7 @@ PRINTED = [
 ]
 
 
-@pytest.mark.parametrize("kind, b, schedule", slow(PRINTED, PRINTED[:14:2] + PRINTED[-2:]))
+@pytest.mark.parametrize("kind, b, schedule", slow(PRINTED, PRINTED[:14:4] + PRINTED[-1:]))
 def test_the_loss_that_training_prints_is_the_entropy_of_the_texts(kind, b, schedule, on_disk, monkeypatch):
     """
     The objective elbo, in nats over real tokens: within 4 standard errors over steps, which contain those

@@ -292,7 +292,7 @@ def test_with_the_perfect_network_the_bound_integrates_to_the_entropy(kind):
         )
 
 
-@pytest.mark.parametrize("path", ["lesson", "fast"])
+@pytest.mark.parametrize("path", slow(["lesson", "fast"], ["lesson"]))
 @pytest.mark.parametrize("kind", slow(["gidd 0.1", "gidd 0.5", "drift"], ["gidd 0.1"]))
 def test_ancestral_sampling_draws_the_enumerated_distribution(kind, path):
     """
@@ -502,7 +502,7 @@ def test_a_process_made_of_mixing_alone_learns(kind):
         agree(*found, 1e-6)  # of 30 steps, each of which makes the rounding of those before a little larger
 
 
-@pytest.mark.parametrize("form", ["lesson", "fast"])
+@pytest.mark.parametrize("form", slow(["lesson", "fast"], ["fast"]))
 @pytest.mark.parametrize("kind", slow(["drift", "gidd 0.1", "gidd 0.5"], ["gidd 0.1"]))
 def test_a_process_made_of_mixing_alone_is_evaluated(kind, form):
     """

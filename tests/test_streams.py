@@ -31,7 +31,7 @@ def steps_of(log):
     return [json.loads(line)["step"] for line in Path(log).read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+@pytest.mark.parametrize("script", slow(["train.py", "sample.py"], ["train.py"]))
 def test_a_reader_who_has_seen_enough_is_left_in_peace(project, script):
     out = shell(f"set -o pipefail; python ROOT/{script} --help | head -n 1", code=128 + signal.SIGPIPE)
     assert len(out.splitlines()) == 1, out
