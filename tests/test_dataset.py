@@ -50,7 +50,7 @@ def texts_and_answers(data, split, index):
     return x0, real & ~given
 
 
-@pytest.mark.parametrize("side, max_clues", [(4, 6), (9, 40)])
+@pytest.mark.parametrize("side, max_clues", slow([(4, 6), (9, 40)], [(4, 6)]))
 def test_sudoku(prepare, side, max_clues):
     out = prepare("sudoku", f"--side={side}", "--n_train=300", "--n_val=50")
     assert f"{350 * 2 * side**2:,} tokens" in out
@@ -114,14 +114,19 @@ def test_digits(prepare):
     )
 
 
-def test_shakespeare_chars_and_bytes(prepare, slip):
-    Path("a.txt").write_text("To be, or not to be: that is the question.\n" * 20, encoding="utf-8")
+QUESTION = "To be, or not to be: that is the question.\n"
+
+
+def test_shakespeare_chars(prepare):
+    Path("a.txt").write_text(QUESTION * 20, encoding="utf-8")
     assert "860 tokens" in prepare("shakespeare_char", "--input", "a.txt")
     data = Dataset("shakespeare_char", 43)
-    assert (
-        data.tokenizer.decode(data.windows("train", [0])[0][0].tolist())
-        == "To be, or not to be: that is the question.\n"
-    )
+    assert data.tokenizer.decode(data.windows("train", [0])[0][0].tolist()) == QUESTION
+
+
+@pytest.mark.slow
+def test_shakespeare_bytes(prepare, slip):
+    Path("a.txt").write_text(QUESTION * 20, encoding="utf-8")
     # merges that never happen
     pairs = [bytes([i]) for i in range(256)] + [bytes([0, i % 256, i // 256]) for i in range(50_000)]
     ranks = [base64.b64encode(p) + f" {i}\n".encode() for i, p in enumerate(pairs)]
@@ -133,10 +138,7 @@ def test_shakespeare_chars_and_bytes(prepare, slip):
     Path("short.tiktoken").write_bytes(b"".join(ranks[:-1]))
     assert "no GPT-2 byte pairs" in prepare("shakespeare", "--input=a.txt", "--bpe=short.tiktoken", code=2)
     data = Dataset("shakespeare", 43)
-    assert (
-        data.tokenizer.decode(data.windows("train", [43])[0][0].tolist())
-        == "To be, or not to be: that is the question.\n"
-    )
+    assert data.tokenizer.decode(data.windows("train", [43])[0][0].tolist()) == QUESTION
     for flags, says in (
         (["--input", "none.txt"], "none.txt"),
         (["--inptu", "a.txt"], "--input"),

@@ -191,7 +191,7 @@ def run(project, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", slow(RUNS, ["masked", "duo"]))
 def test_a_run_there_is_the_run_here(run, name):
     """Training, validation, samples, checkpoints and --resume: the log is the same to rounding."""
     want = run("out/here", torch.device("cpu"), **RUNS[name])

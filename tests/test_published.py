@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import slow
 from exact import agree, rounded
 from safetensors.torch import save_file
 from test_checkpoint import squeeze
@@ -480,7 +481,7 @@ COLLECTION = [
 
 @pytest.mark.parametrize(
     "path, more, kind, V, process, sizes, mask_id, tokenizer, sees",
-    COLLECTION,
+    slow(COLLECTION, COLLECTION[::3]),
     ids=[c[0] for c in COLLECTION],
 )
 def test_the_collection(tmp_path, path, more, kind, V, process, sizes, mask_id, tokenizer, sees):

@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY, slow
+from conftest import TINY, run, slow
+
+import train
 
 ROOT = Path(__file__).parents[1]
 RUN = [*TINY, "--dataset=toy", "--seq_len=8", "--block_sizes=1:0.5,4:0.5", "--out_dir=out/run"]
@@ -48,7 +50,7 @@ def test_a_run_goes_on_when_nobody_reads(project, ending):
 
 
 def test_ctrl_c_ends_a_command_without_a_traceback(project):
-    shell(f"python ROOT/train.py {' '.join(RUN)} --max_steps=1")
+    run(train.main, *RUN, "--max_steps=1")
     argv = [sys.executable, ROOT / "sample.py", "--ckpt=out/run", "--n_samples=4000", "--device=cpu"]
     heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a job behind nohup ignores it
     p = subprocess.Popen(
