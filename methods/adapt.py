@@ -41,7 +41,7 @@ from generate import sampler
 from methods import llama
 from model import KVCache, attention_mask, rotate
 from run.cli import die
-from samplers.lossless import DRAFTS, Lossless
+from samplers.lossless import DRAFTS, TOGETHER, Lossless
 from samplers.pieces import need, so_far, write_ahead
 
 
@@ -152,9 +152,18 @@ class Layer(llama.Layer):
         q, k, v = heads.split((self.n_heads, self.n_kv, self.n_kv), dim=1)
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         k, v = cache.extend(i, k, v)
-        x = x + self.product("out", llama.grouped_attention(q, k, v, mask), C, cache)
+        x = x + self.product("out", attention(q, k, v, mask), C, cache)
         gate, up = self.product("wide", self.norm2(x), C, cache).chunk(2, dim=-1)
         return x + self.product("down", F.silu(gate) * up, C, cache)
+
+
+def attention(q, k, v, mask):
+    """grouped_attention, of TOGETHER queries at least: a CPU rounds fewer of them otherwise."""
+    S = q.size(2)
+    if S < TOGETHER:
+        more = 0, 0, 0, TOGETHER - S
+        q, mask = F.pad(q, more), F.pad(mask, more, value=True)
+    return llama.grouped_attention(q, k, v, mask)[:, :S]
 
 
 class Cache(KVCache):

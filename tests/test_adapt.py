@@ -265,6 +265,23 @@ def test_texts_are_equal_in_few_digits(dtype, temperature):
     assert all(torch.equal(tokens, found[0]) for tokens in found)
 
 
+@pytest.mark.parametrize("n_rows", [1, 2, 4])
+def test_no_pass_is_so_small_that_a_cpu_rounds_it_otherwise(n_rows, monkeypatch):
+    """Four tokens at least in a product, and four queries a row in attention: an AVX2 CPU rounds fewer otherwise."""
+    _, model = pair()
+    text, queries, tokens = torch.full((n_rows, T), -1), [], []
+    for row, prompt in zip(text, PROMPTS, strict=False):
+        row[: len(prompt)] = torch.tensor(prompt)
+    state = Lossless(model, Masked(V, V - 1), text, torch.arange(n_rows), 7, 0.0, 1.0, "none", 3)
+    attend, through = llama.grouped_attention, model.through
+    watched = lambda q, *more: queries.append(q.size(2)) or attend(q, *more)
+    monkeypatch.setattr(llama, "grouped_attention", watched)
+    model.through = lambda x, *more: tokens.append(x[..., 0].numel()) or through(x, *more)
+    with torch.no_grad():
+        state.round(torch.ones(n_rows, dtype=torch.bool))
+    assert len(tokens) == 1 and tokens[0] >= 4 and min(queries) >= 4
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_draft_that_knows_the_text_is_always_right(temperature):
     """
