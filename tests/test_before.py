@@ -153,7 +153,7 @@ def test_the_same_likelihoods_losses_and_gradients(frozen, name, monkeypatch):
         alike(loss(fast.token_loss, "elbo", corrupt=relaxation), recording, 1e-4, objective)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow(NAMES, ["masked", "uniform_loo", "duo"]))
 def test_a_run_goes_on_as_it_went_on(frozen, name, tmp_path, monkeypatch):
     """
     In this process, from the checkpoint's own settings: Duo in its curriculum, a distillation in its second

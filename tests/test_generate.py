@@ -104,9 +104,10 @@ def test_ar_sampling_and_ar_then_block_draw_their_distributions(path, kind):
 
 
 RAGGED = [(), (1,), (0, 2, 1), (2, 2, 2, 2, 0), (1, 0)]
+SIZES = [(1, 0), (2, 0), (4, 0), (2, 1), (4, 2)]
 
 
-@pytest.mark.parametrize("b, ar_tokens", [(1, 0), (2, 0), (4, 0), (2, 1), (4, 2)])
+@pytest.mark.parametrize("b, ar_tokens", slow(SIZES, SIZES[::2]))
 @pytest.mark.parametrize("kind", KINDS)
 @LESSON_FIRST
 def test_ragged_prompts_and_batch_mates_change_nothing(path, kind, b, ar_tokens):

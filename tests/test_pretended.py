@@ -117,8 +117,9 @@ def test_a_training_step_is_the_same_there_and_no_one_waits(kind, objective, how
 ASKS = {"diffuspec": 4, "dynamic_blocks": 10, "freedave": 5}  # a pass; other samplers at most twice
 
 
-@pytest.mark.parametrize("path", slow(["lesson", "fast"], ["fast"]))
-@pytest.mark.parametrize("kind", slow(["masked, timed", "uniform", "uniform loo"], ["masked, timed"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["lesson", "fast"])
+@pytest.mark.parametrize("kind", ["masked, timed", "uniform", "uniform loo"])
 def test_every_sampler_writes_the_same_there_and_waits_seldom(kind, path):
     """Of the lesson: that it runs there. It may wait."""
     process, settings = KINDS[kind]

@@ -185,7 +185,7 @@ CANNOT = {record: "", asks: "asks the host", wrong: "something else", late: "som
           lambda run: (lambda: None, run()): "something else"}  # fmt: skip
 
 
-@pytest.mark.parametrize("how", CANNOT, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("how", slow(CANNOT, [record, wrong]), ids=lambda f: f.__name__)
 @pytest.mark.parametrize("sampler, b", [("ancestral", 4), ("ar", 1)], ids=["blocks", "ar"])
 def test_what_cannot_be_recorded_is_run(capsys, monkeypatch, how, sampler, b):
     """

@@ -945,9 +945,12 @@ def test_speculation_draws_the_ar_distribution_of_whole_blocks(path, kind, draft
         )
 
 
+SHARPER = [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8}]
+
+
 @pytest.mark.parametrize("draft", ["merged", "diffusion", "first", "random"])
 @pytest.mark.parametrize("kind", slow(KINDS, ["masked", "uniform denoiser, ar token"]))
-@pytest.mark.parametrize("how", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8}])
+@pytest.mark.parametrize("how", slow(SHARPER, SHARPER[1:]))
 @FAST_FIRST
 def test_coupled_speculation_writes_the_very_tokens_of_ar(path, kind, draft, how):
     make, kw = KINDS[kind]
