@@ -26,7 +26,7 @@ from samplers.lossless import Lossless
 
 CONTEXT = 2048  # tokens of question and answer, however short the rows were that the run learnt from
 UNTRAINED = ("none", "jacobi", "lookup")
-TRAINED = (*UNTRAINED, "masks", "head", "masks+lookup", "head+lookup")
+TRAINED = (*UNTRAINED, "masks", "path", "path adaptive", "head", "masks+lookup", "path+lookup", "head+lookup")
 
 
 @dataclass
@@ -67,7 +67,9 @@ def answer(model, process, prompts, draft, ahead, n_new, temperature, eos_id, dt
         row[: len(prompt)] = torch.tensor(prompt)
     first = torch.tensor([len(p) for p in prompts])
     rows, passes = torch.arange(len(prompts)), 0
-    state = Lossless(model, process, text, rows, 0, temperature, 1.0, draft, ahead, dtype=dtype)
+    draft, _, adaptive = draft.partition(" ")
+    how = {"dtype": dtype, "adaptive": bool(adaptive)}
+    state = Lossless(model, process, text, rows, 0, temperature, 1.0, draft, ahead, **how)
     live, start = torch.ones(len(prompts), dtype=torch.bool), time.process_time()
     while live.any():
         state.round(live)
@@ -198,9 +200,9 @@ def bench(cfg):
     dtype, why = pick_dtype(cfg.dtype, torch.device("cpu"), sum(p.numel() for p in model.parameters()))
     prompts = [tokenizer.chat(question) for question in questions]
     drafts = (TRAINED if base else UNTRAINED) if cfg.drafts == "all" else ("none", *cfg.drafts.split(","))
-    if unknown := set(drafts) - set(TRAINED if base else UNTRAINED):
+    if unknown := {draft.removesuffix(" adaptive") for draft in drafts} - set(TRAINED if base else UNTRAINED):
         die(f"drafts {', '.join(sorted(unknown))}: {cfg.adapt} has none such", "--drafts lookup")
-    if cfg.ahead > len(model.masks) and any("masks" in draft for draft in drafts):
+    if cfg.ahead > len(model.masks) and any("masks" in draft or "path" in draft for draft in drafts):
         fix = f"--ahead {len(model.masks)}, or --drafts head,lookup,head+lookup"
         die(f"ahead is {cfg.ahead}, and {cfg.adapt} has {len(model.masks)} masks", fix)
     how = cfg.ahead, cfg.new_tokens, cfg.temperature, meta.get("eos_id"), dtype

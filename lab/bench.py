@@ -67,7 +67,7 @@ class BenchConfig:
     show: int = 0  # print so many answers, AR's and that with drafts, with the clock, and no table
     batch: int = 1  # questions that are answered together
     temperature: float = 0.0
-    drafts: str = "all"  # or some, as in masks,head+lookup
+    drafts: str = "all"  # or some, as in "masks,head+lookup,masks adaptive"
     dtype: str = "auto"  # of products: bfloat16 where the CPU is fast at it, else float32
     profile: bool = False  # only where the time of a pass goes, for each draft
     transformers: bool = False  # also AR by transformers (pip install transformers)

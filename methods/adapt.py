@@ -532,18 +532,20 @@ def distance(p, q, kind):
 
 
 @sampler("AR mode", "own pace")
-def lossless(block, *, draft="masks", ahead=3, ngram=2):
+def lossless(block, *, draft="masks", ahead=3, ngram=2, adaptive=False):
     """
     The text of block size 1, token for token, in fewer passes; for networks of --method adapt. The base model
     checks in one pass what was drafted, and writes one token of its own. With temperature above 0 drafts and
     text are drawn with the same random numbers, so a good draft is right often.
 
-    draft: masks: adapters behind each token that may be the last, in the same pass | head: the recurrent
-        head | lookup: what followed the last tokens earlier in the text (arXiv 2304.04487) | masks+lookup,
-        head+lookup: looked up where it can be, else drafted | jacobi: the last pass's guesses again
-        (arXiv 2305.10427) | none: AR
+    draft: masks: adapters behind each token that may be the last, in the same pass | path: of these the
+        tokens that fit each other best (arXiv 2510.02358) | head: the recurrent head | lookup: what followed
+        the last tokens earlier in the text (arXiv 2304.04487) | masks+lookup, path+lookup, head+lookup:
+        looked up where it can be, else drafted | jacobi: the last pass's guesses again (arXiv 2305.10427) |
+        none: AR
     ahead: d, how many tokens are drafted; masks: as many masks as tokens
     ngram: so many tokens must have been there before, for lookup
+    adaptive: check fewer drafts where few were right lately (DiffuSpec's idea)
     """
     need(draft in DRAFTS, "draft", draft, f"one of {', '.join(DRAFTS)}")
     need(ahead >= 1, "ahead", ahead, "at least 1")
@@ -551,13 +553,15 @@ def lossless(block, *, draft="masks", ahead=3, ngram=2):
     if not isinstance(block.model, Adapted):
         raise ValueError("lossless is not defined for this network: it has no adapters, see --method adapt")
     most = len(block.model.masks)
-    need("masks" not in draft or ahead <= most, "ahead", ahead, f"at most {most}")
+    of_masks = "masks" in draft or "path" in draft
+    need(not of_masks or ahead <= most, "ahead", ahead, f"at most {most}")
     state = None if block.cache is None else block.cache.lossless
     if state is None:
         device = block.text.device.type  # under autocast (--dtype bfloat16) the products are of its dtype
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        how = block.seed, block.temperature, block.top_p, draft, ahead, ngram, dtype
-        state = Lossless(block.model, block.process, so_far(block), block.rows, *how)
+        how = block.seed, block.temperature, block.top_p, draft, ahead
+        more = {"ngram": ngram, "adaptive": adaptive, "dtype": dtype}
+        state = Lossless(block.model, block.process, so_far(block), block.rows, *how, **more)
         if block.cache is not None:
             block.cache.lossless = state
     yield from write_ahead(block, state)

@@ -17,9 +17,10 @@ import copy
 import torch
 
 from rng import Noise
+from samplers.diffuspec import NGrams, best_path, candidates
 from samplers.pieces import known
 
-DRAFTS = ("masks", "head", "lookup", "masks+lookup", "head+lookup", "jacobi", "none")
+DRAFTS = ("masks", "path", "head", "lookup", "masks+lookup", "path+lookup", "head+lookup", "jacobi", "none")
 # Rounding should not depend on what else is in a pass. A CPU adds up 512 keys at a time. So a pass has a
 # multiple of KEYS, or all slots of the text with ROOM for masks, and hides the others. It has TOGETHER tokens
 # at least: one alone is computed otherwise, and not faster.
@@ -29,12 +30,14 @@ KEYS, ROOM, TOGETHER = 512, 64, 4
 class Lossless:
     """
     Rows of text that grow. tokens (R, W) ids, `n` (R,) of them written; drafts (R, d), `n_drafts` (R,) of
-    them real. offered, accepted (d,): drafts that were checked and that stayed, by their place.
+    them real. offered, accepted (d,): drafts that were checked and that stayed, by their place. adaptive:
+    `length` (R,) is how many a row has checked next, else d.
     """
 
     def __init__(
-        self, model, process, text, rows, seed, temperature, top_p, draft, ahead, ngram=2, dtype=None, width=0
-    ):
+        self, model, process, text, rows, seed, temperature, top_p, draft, ahead, *, ngram=2, adaptive=False,
+        dtype=None, width=0,
+    ):  # fmt: skip
         self.model, self.process, self.draft, self.d, self.ngram = model, process, draft, ahead, ngram
         self.temperature, self.top_p, self.width = temperature, top_p, width
         model.pack(dtype)
@@ -46,7 +49,9 @@ class Lossless:
         self.noise = Noise(seed, rows, torch.arange(W, device=rows.device), 0)
         self.drafts, self.n_drafts = text.new_zeros(R, ahead), torch.zeros_like(self.n)
         self.offered, self.accepted = torch.zeros(2, ahead, dtype=torch.long)
-        self.k = ahead if "masks" in draft else 0  # masks behind a token
+        self.adaptive, self.length = adaptive, torch.full_like(self.n, ahead)
+        self.lately = self.length.double()  # (R,) running mean of the drafts that stayed in a pass
+        self.k = ahead if "masks" in draft or "path" in draft else 0  # masks behind a token
         self.slots = model.slots(R, W + max(ROOM, max(ahead + 1, TOGETHER) * self.k + 1))
         self.forwards = 0  # tokens put through the network, and not counted yet
         longest = int(self.n.max()) - 1
@@ -56,7 +61,7 @@ class Lossless:
 
     def keep(self, rows):
         """Drop the batch rows not in `rows`."""
-        for name in ("n", "tokens", "drafts", "n_drafts"):
+        for name in ("n", "tokens", "drafts", "n_drafts", "length", "lately"):
             setattr(self, name, getattr(self, name)[rows])
         self.noise.key = self.noise.key[rows]
         self.slots.keep(rows)
@@ -99,7 +104,7 @@ class Lossless:
         """
         W, i = self.W, torch.arange(self.d + 1, device=self.n.device)
         live = live & (self.n < W)
-        n_drafts = torch.minimum(self.n_drafts, W - 1 - self.n).clamp(min=0) * live
+        n_drafts = self.n_drafts.minimum(self.length).minimum(W - 1 - self.n).clamp(min=0) * live
         C = 1 + int(n_drafts.max())
         i = i[:C]
         last = self.tokens.gather(1, self.n[:, None] - 1)
@@ -117,17 +122,29 @@ class Lossless:
             self.offered[j] += int(checked.sum())
             self.accepted[j] += int((checked & (m > j)).sum())
         self.n = self.n + (m + 1) * live
+        if self.adaptive:
+            self.adapt_length(n_drafts, m)
         self.make_drafts(h, masks, own, m)
         forwards, self.forwards = self.forwards, 0
         return forwards
+
+    def adapt_length(self, n_drafts, m):
+        """
+        As many as stayed lately, and a quarter of d more. m (R,) of n_drafts (R,) stayed. (DiffuSpec's rule,
+        see samplers/diffuspec.py, also looks at how many were drafted. This falls where a draft ends early
+        with EOS, and here none does: its length would stay at half of d.)
+        """
+        self.lately = torch.where(n_drafts > 0, (self.lately + m) / 2, self.lately)
+        self.length = (self.lately.round().long() + max(1, self.d // 4)).clamp(max=self.d)
 
     def make_drafts(self, h, masks, own, m):
         """Drafts for positions n, n + 1, ..., behind m accepted ones and the AR mode's own token."""
         rows, d = torch.arange(len(m), device=m.device), self.d
         self.n_drafts = torch.full_like(self.n, 0 if self.draft in ("none", "lookup") else d)
         at = self.n[:, None] + torch.arange(d, device=m.device)
-        if "masks" in self.draft:
-            self.drafts = self.choose_draft(self.model.draft_logits(masks[rows, m], packed=True), at)
+        if self.k:
+            logits = self.model.draft_logits(masks[rows, m], packed=True)
+            self.drafts = self.path(logits) if "path" in self.draft else self.choose_draft(logits, at)
         elif "head" in self.draft:
             state, token, drafts = h[rows, m], own[rows, m], []
             for j in range(d):
@@ -145,6 +162,21 @@ class Lossless:
                 if found := look_up(text[:n], d, self.ngram):
                     self.drafts[r] = torch.tensor(found, device=m.device)
                     self.n_drafts[r] = d
+
+    def path(self, logits):
+        """
+        Tokens that fit each other (R, d): the best path through the likely ones of each mask, by their
+        probability and by what stood together in the row's text so far (DiffuSpec, samplers/diffuspec.py).
+        """
+        none = self.process.vocab_size
+        known = torch.arange(self.W, device=self.n.device) < self.n[:, None]
+        text = torch.where(known, self.tokens, none)
+        at = self.n[:, None] - torch.tensor([2, 1], device=self.n.device)
+        before = torch.where(at >= 0, text.gather(1, at.clamp(min=0)), none)
+        rows = torch.arange(len(text), device=text.device)
+        nothing = torch.zeros_like(self.drafts)
+        ids, logq = candidates(logits.log_softmax(-1), nothing, nothing > 0, 0.8, 15)
+        return best_path(self.model.draft_ids[ids], logq, before, NGrams(rows, text, none), 3, 0.5)
 
 
 def look_up(text, d, ngram):

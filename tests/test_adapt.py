@@ -5,7 +5,9 @@ networks. The base stays as it is to the bit, and every text is its own.
 
 import copy
 import importlib.metadata
+import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from options import TrainConfig
 from rng import Noise
 from run import checkpoint
 from run.restore import rebuild
+from samplers.diffuspec import NGrams, candidates
 from samplers.lossless import DRAFTS, KEYS, Lossless, look_up
 
 V, T = 13, 96
@@ -226,6 +229,60 @@ def test_every_draft_writes_the_text_of_ar(temperature, top_p):
     )
     one = written(model, PROMPTS[:1], "lossless", draft="masks+lookup", **how)
     assert texts(one) == texts(ar)[:1]
+    for draft in ("masks", "path", "head+lookup"):
+        assert texts(written(model, PROMPTS, "lossless", draft=draft, adaptive=True, **how)) == texts(ar), (
+            draft
+        )
+
+
+def test_a_path_is_the_best_of_all_and_follows_the_text():
+    """
+    Two drafted places, every pair of likely ids: the path has the largest sum. In a text of 1 2 3 4 over and over, masks
+    that know nothing draft what comes next.
+    """
+    _, model = pair(draft_vocab=V - 1)
+    text = torch.full((2, T), -1)
+    text[0, :30], text[1, :9] = torch.tensor([1, 2, 3, 4] * 7 + [1, 2]), torch.arange(9)
+    state = Lossless(model, Masked(V, V - 1), text, torch.arange(2), 0, 0.0, 1.0, "path", 2)
+    torch.manual_seed(0)
+    alike = torch.zeros(2, 2, V - 1)
+    alike[..., 1:5] = 2.0
+    for logits in alike, torch.randn(2, 2, V - 1):
+        found = state.path(logits).tolist()
+        for row, n in enumerate((30, 9)):
+            grams, logq = NGrams(None, text[row : row + 1, :n], V), logits[row].double().log_softmax(-1)
+            ids, logp = candidates(logq[None], torch.zeros(1, 2).long(), torch.zeros(1, 2) > 0, 0.8, 15)
+            likely = [
+                [v for v, lp in zip(*y, strict=True) if lp > -math.inf]
+                for y in zip(ids[0].tolist(), logp[0].tolist(), strict=True)
+            ]
+            scores = {}
+            for y in itertools.product(*likely):
+                a = torch.cat((text[row, n - 2 : n], torch.tensor(y)))
+                p3 = grams.log_p(*a[:3]) + grams.log_p(*a[1:])
+                scores[y] = (logq[0, y[0]] + logq[1, y[1]] + p3).item() / 2
+            assert abs(scores[tuple(found[row])] - max(scores.values())) < 1e-12
+        assert logits is not alike or found[0] == [3, 4]
+
+
+def test_a_row_has_as_many_drafts_checked_as_stayed_lately():
+    _, model = pair()
+    text = torch.full((3, T), -1)
+    text[:, :5] = 1
+    state = Lossless(model, Masked(V, V - 1), text, torch.arange(3), 0, 0.0, 1.0, "head", 4, adaptive=True)
+    found = []
+    for good in (
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+    ):  # of the first row none stays, then all; of the second one; the third waits
+        n = state.length * torch.tensor([1, 1, 0])
+        state.adapt_length(n, torch.stack((good * n[0], n[1].clamp(max=1), n[2])))
+        found.append(state.length.tolist())
+    assert found == [[3, 3, 4], [2, 3, 4], [1, 2, 4], [2, 2, 4], [2, 2, 4], [3, 2, 4]], found
 
 
 @pytest.mark.parametrize("eos_id", [1, 4, 7])
@@ -513,7 +570,8 @@ def test_the_bench_compares_every_draft_with_ar(adapted, capsys, slip):
     run(bench.main, *argv, "--dtype=float32")
     out = capsys.readouterr().out
     assert [line.split("|")[1].strip() for line in out.splitlines() if line.endswith("3 of 3 |")] == [
-        "none (AR)", "jacobi", "lookup", "masks", "head", "masks+lookup", "head+lookup",
+        "none (AR)", "jacobi", "lookup", "masks", "path", "path adaptive", "head", "masks+lookup", "path+lookup",
+        "head+lookup",
     ]  # fmt: skip
     assert "products in float32 (as asked)" in out and "1.00 | - |" in out
     run(bench.main, *argv, "--show=1", "--dtype=bfloat16")
