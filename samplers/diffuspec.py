@@ -60,7 +60,9 @@ def diffuspec(block, *, search="path", adaptive=True, corpus="", beam=3, mass=0.
         alpha = torch.where(known.all(1), 0.0, done).double()
         q = process.loo_logits(block.predict(alpha), block.x, alpha)
         if search == "path":
-            likely = candidates(block.sharpen(q).log_softmax(-1), block.x, known, mass, width)
+            # at temperature 0 the AR mode's token is one, but a path may still choose
+            q = block.sharpen(q) if block.temperature else q
+            likely = candidates(q.log_softmax(-1), block.x, known, mass, width)
             y = best_path(*likely, before(block), grams, beam, weight)
         else:
             y = torch.where(known, block.x, block.ar_draw(q))

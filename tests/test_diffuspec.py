@@ -119,6 +119,22 @@ def test_candidates_are_the_fewest_that_reach_the_mass():
     assert ids[0, 0, 0] == 3 and logq[0, 0].tolist() == [0.0, -math.inf, -math.inf, -math.inf]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_path_has_a_choice_at_every_temperature(temperature, monkeypatch):
+    make, _ = KINDS["masked"]
+    model, process = on("lesson", net(make(), seed=5, seq_len=16).double(), make())
+    model.head.weight.data *= 0.03
+    model.head.bias.data *= 0.03
+    choices, best = [], diffuspec.best_path
+    watched = lambda ids, logq, *more: (
+        choices.append((logq > -torch.inf).sum(-1).max()) or best(ids, logq, *more)
+    )
+    monkeypatch.setattr(diffuspec, "best_path", watched)
+    how = {"max_new_tokens": 16, "temperature": temperature, "seed": 7, "trained": [1, 16]}
+    last(GENERATE["lesson"](model, process, [()], block_size=16, sampler=SAMPLERS["diffuspec"], **how))
+    assert max(choices) > 1
+
+
 RIGHT = [[0], [3], [16], [0, 16], [16, 0, 16], [16, 2, 2, 16]]  # the last number goes on
 
 
