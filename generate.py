@@ -23,7 +23,7 @@ SAMPLERS = {}  # name -> function
 
 
 def sampler(*needs):
-    """Enter a function into SAMPLERS. needs: "absorbing" or "redraws" (the noise), "AR mode", "own pace"."""
+    """Enter a function into SAMPLERS. needs: words of run.flags.LIMITS, as "absorbing" or "own pace"."""
 
     def enter(f):
         f.needs = needs

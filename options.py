@@ -347,8 +347,10 @@ def check_request(
         )
     if ar_tokens and block_size > 1 and not model.cfg.clean_causal:
         raise ValueError(blocked)
+    needs = getattr(sampler, "needs", ())
+    known = None if trained is None else {*trained, block_size} if "any block" in needs else trained
     for b in {block_size, 1} if ar_tokens else {block_size}:
-        if trained is not None and b not in trained:
+        if known is not None and b not in known:
             raise ValueError(
                 f"this network was trained on block sizes {', '.join(map(str, trained))}, not {b}"
             )
@@ -356,7 +358,6 @@ def check_request(
         raise ValueError(f"block size 1 and the sampler ar belong together: got {block_size} and {name}")
     if block_size == 1 and options:
         raise ValueError(f"block size 1 is the sampler ar: it has no options, got {', '.join(options)}")
-    needs = getattr(sampler, "needs", ())
     maskless = process.mask_id is None
     remasks = process.absorbing and not maskless
     if "absorbing" in needs and not remasks or "redraws" in needs and process.absorbing:

@@ -42,6 +42,9 @@ def settled(cfg, sampler, own, trained):
         fix = "--sampler ancestral, or leave --block_size out"
         die(f"--sampler ar is block size 1, not {cfg.block_size}", fix)
     b = 1 if cfg.sampler == "ar" else cfg.block_size or trained[-1]
+    if "any block" in sampler.needs:
+        b = cfg.block_size or max(b, 16)
+        trained = sorted({*trained, b})
     for size in (b, 1) if cfg.ar_tokens else (b,):
         if size not in trained:
             problem = f"{cfg.ckpt} was trained on block sizes {', '.join(map(str, trained))}, not {size}"

@@ -48,6 +48,7 @@ LIMITS = {
     "redraws": "uniform noise only",
     "AR mode": "block size 1 must have been trained too",
     "own pace": "takes no --steps",
+    "any block": "serves block sizes that were not trained too",
 }
 
 

@@ -113,8 +113,14 @@ def test_a_training_step_is_the_same_there_and_no_one_waits(kind, objective, how
     assert path == "lesson" or relaxation is not None or not waits, waits
 
 
-# A path is looked for token by token, in a table; states that are guessed, and parts, are blocks of their own.
-ASKS = {"diffuspec": 4, "dynamic_blocks": 10, "freedave": 5}  # a pass; other samplers at most twice
+# A path is looked for token by token, in a table; states that are guessed, and parts, are blocks of their own. How
+# far drafts go is one more question.
+ASKS = {
+    "diffuspec": 4,
+    "dynamic_blocks": 10,
+    "freedave": 5,
+    "idlm": 3,
+}  # a pass; other samplers at most twice
 
 
 @pytest.mark.slow

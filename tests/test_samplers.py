@@ -1017,7 +1017,7 @@ SERVED = [(k, f) for k in KINDS for f in served(k)]
 
 
 def test_every_sampler_is_served_by_some_noise():
-    assert len(ALL) == 29 and {f for _, f in SERVED} | {s.ar} == set(ALL.values())
+    assert len(ALL) == 30 and {f for _, f in SERVED} | {s.ar} == set(ALL.values())
 
 
 FIRST = list({f: (k, f) for k, f in reversed(SERVED)}.values())  # of each sampler, the first noise it serves
