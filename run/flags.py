@@ -55,7 +55,7 @@ LIMITS = {
 def explain(sampler, own):
     """What --sampler NAME --help prints."""
     limits = [LIMITS[need] for need in sampler.needs]
-    print(f"--sampler {sampler.__name__}" + "".join(f"; {what}" for what in limits))
+    print(cli.narrow(f"--sampler {sampler.__name__}" + "".join(f"; {what}" for what in limits)))
     print(f"\n{cli.narrow(inspect.getdoc(sampler))}\n")
     print("Its own options and their defaults:" if own else "It has no options of its own.")
     for option, default in own.items():
