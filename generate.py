@@ -248,7 +248,7 @@ def generate(
     """
     device, block_class = model.embed.weight.device, block_class or getattr(model, "block_class", Block)
     home = torch.device("cpu") if device.type == "mps" else device  # sampling wants float64
-    prompt = [torch.as_tensor(p, dtype=torch.long) for p in prompt]
+    prompt = [torch.as_tensor(p, dtype=torch.long, device="cpu") for p in prompt]
     if not prompt or any(p.dim() != 1 for p in prompt):
         raise ValueError("a prompt is a sequence of ids, and they come in a list of at least one")
     length = torch.tensor([len(p) for p in prompt])

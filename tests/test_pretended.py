@@ -256,3 +256,14 @@ def test_recorded_passes_there():
     assert torch.equal(want.x, near(got.x)) and tapes[0].works and tapes[0].kinds
     inputs = [x for kind, *_ in tapes[0].kinds.values() for x in kind]
     assert inputs and all(x.device == gpu.device for x in inputs), "a recording reads nothing of the host's"
+
+
+def test_prompts_may_lie_there():
+    process, settings = KINDS["masked"]
+    model, process = speed(net(process, seq_len=16, **settings).double(), process)
+    generate, how = GENERATE["fast"], {"block_size": 4, "seed": 1}
+    prompts = torch.tensor([[1, 2], [0, 1]])
+    *_, want = generate(model, process, prompts, **how)
+    with Pretended() as gpu:
+        *_, got = generate(copy.deepcopy(model).to(gpu.device), process, prompts.to(gpu.device), **how)
+    assert torch.equal(want.x, near(got.x))
