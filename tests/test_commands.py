@@ -51,8 +51,8 @@ def make_home(home):
     copy_project(home)
     call(home, "data/sudoku/prepare.py", "--n_train=500", "--n_val=50")
     call(home, "data/digits/prepare.py", "--n_train=500", "--n_val=50")
-    for name, process, run in (("sudoku", "masked", call), ("digits", "uniform", call_here)):
-        out = run(
+    for name, process in (("sudoku", "masked"), ("digits", "uniform")):
+        out = call_here(
             home,
             "train.py",
             f"config/{name}.toml",
