@@ -335,7 +335,7 @@ def test_samplers_serve_ragged_prompts_or_refuse(path):
     swept = {name for name, _ in served(cfg, run, PROCESS, [1, 4])}
     assert "reaudm" in swept and not swept & refused, "lab.sweep leaves out what would be refused"
     masks = {"remdm_cap", "remdm_rescale", "remdm_conf", "remdm_loop", "first_hitting"}
-    masks |= {"sdar", "a2d", "fast_dllm"}
+    masks |= {"sdar", "a2d", "fast_dllm", "idlm"}
     assert refused == masks | {"gibbs", "max_coupling"}
 
 

@@ -447,7 +447,7 @@ METHODS = {  # name: flags of training, those of sampling, what eval.py calls it
 
 
 @pytest.mark.parametrize("plain", slow([False, True], [False]))
-@pytest.mark.parametrize("name", slow(METHODS, ["duo", "gidd"]))
+@pytest.mark.parametrize("name", slow(METHODS, ["duo"]))
 def test_a_method_is_trained_resumed_sampled_and_evaluated(home, capsys, monkeypatch, name, plain):
     """
     In this process, as `train.py --method NAME` and what follows it; the checkpoint says what it needs to

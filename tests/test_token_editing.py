@@ -166,7 +166,7 @@ def by_the_rule(model, process, b, fill, edit, post, hold):
     "kind, seed",
     slow([("masked", 2), ("uniform loo", 3), ("uniform denoiser, timed", 5)], [("uniform loo", 3)]),
 )
-@PATHS
+@pytest.mark.parametrize("path", slow(GENERATE, ["fast"]))
 def test_edits_follow_their_rule(path, kind, seed):
     """
     The test also tells it from a sampler without edits, and from one without passes after the last token.
