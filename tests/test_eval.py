@@ -141,7 +141,8 @@ def test_block_size_1_is_exact(kind):
         assert len(found.nats[1]) == 2 and 0 < error and abs(estimated - mean.mean() / 4) < 4 * error
 
 
-@pytest.mark.parametrize("kind", slow(["masked", "uniform denoiser, timed"], ["masked"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["masked", "uniform denoiser, timed"])
 def test_prompts_cost_nothing_and_are_read(kind):
     """
     Prompts of different lengths, ending inside blocks: the bound of the answers alone, against Monte Carlo of

@@ -376,7 +376,7 @@ def patch(monkeypatch):
         f()
 
 
-@pytest.mark.parametrize("name", slow(EDITS, list(EDITS)[::2]))
+@pytest.mark.parametrize("name", slow(EDITS, list(EDITS)[::3]))
 def test_an_edited_network_is_what_runs(patch, name):
     """After a first verdict in the same process, too. A note says so, and logits are the edited lesson's."""
     before = told(*fast.accelerate(network(), masked())[:2])  # a verdict, and what the network said

@@ -31,8 +31,9 @@ needs_boundary = pytest.mark.skipif(not isolation()[0], reason=isolation()[1])
 HELD = set(run("def simple_math_problem():\n    return 1", 10.0)["layers"])  # where no layer is missing, both
 ALONE = [
     pytest.param(layers, marks=pytest.mark.skipif(not set(layers) <= HELD, reason=isolation()[1]))
-    for layers in [LAYERS, *zip(LAYERS)]
+    for layers in zip(LAYERS)
 ]
+BOTH = pytest.param(LAYERS, marks=[pytest.mark.slow, needs_boundary])
 
 # Restricted builtins are no boundary: every attack begins by walking around them, to the real os, sys and
 # ctypes
@@ -233,7 +234,7 @@ def edit_launcher(monkeypatch, folder, old, new):
     monkeypatch.setattr(sandbox, "HERE", str(folder))
 
 
-@pytest.mark.parametrize("layers", ALONE)
+@pytest.mark.parametrize("layers", [BOTH, *ALONE])
 def test_no_attack_harms_past_any_one_layer(places, layers, monkeypatch, tmp_path):
     """Namespaces too, though they do not suffice: they are the wall that stands if seccomp falls."""
     if layers == ("namespaces",):

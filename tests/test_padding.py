@@ -141,7 +141,7 @@ def test_padding_is_charged_in_the_block_in_which_the_text_ends():
 # ----- eval.py
 
 
-@pytest.mark.parametrize("b", [1, 4, L])
+@pytest.mark.parametrize("b", slow([1, 4, L], [1, L]))
 @pytest.mark.parametrize("kind", NOISES)
 def test_the_bound_of_the_perfect_network_is_the_entropy_of_the_texts(kind, b):
     """
