@@ -90,7 +90,8 @@ def test_attention_in_blocks_is_the_dense_one(monkeypatch, in_blocks, sizes, sta
         assert (logits - other(clean, noisy, b, start=start, sigma=sigma)).abs().max() < 1e-11 and not seen
 
 
-@pytest.mark.parametrize("whole", slow([False, True], [False]))
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True])
 @torch.no_grad()
 def test_another_mixture_of_block_sizes_compiles_nothing_anew(monkeypatch, in_blocks, whole):
     """Attention compiled alone, as it is by default, or within the network (--compile)."""

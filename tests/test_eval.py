@@ -807,6 +807,7 @@ def test_a_killed_sweep_goes_on(toys, monkeypatch, capsys, slip):
 # ----- pictures and the paper
 
 
+@pytest.mark.slow
 def test_pictures(toys, monkeypatch, capsys):
     monkeypatch.chdir(toys)
     monkeypatch.setattr(sys, "argv", ["plots.py", "--out=pictures", "--film=out/mix,out/half", "--steps=2"])

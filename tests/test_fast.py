@@ -858,7 +858,7 @@ def project_copy(tmp_path_factory):
     return home
 
 
-EDITS_HERE = ["a comment", "the block"]  # a new Python each: seconds
+EDITS_HERE = ["the block"]  # a new Python each: seconds
 
 
 @pytest.mark.parametrize("name", slow(FILE_EDITS, EDITS_HERE))
