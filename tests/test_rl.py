@@ -648,7 +648,7 @@ def lines_of(ckpt, run, values, steps):
     """Lines as python -m lab.rl writes them."""
     part = {"low": 0.1, "high": 0.2, "distinct": 20, "expected": 30.4, "passes": 4}
     return [
-        {"ckpt": ckpt, "run": run, "seed": i, "max_steps": steps, "step": steps,
+        {"ckpt": ckpt, "run": run, "seed": i, "max_steps": steps, "step": steps, "cpu_s": 7.2,
          "ancestral": {**part, "accuracy": value}, "greedy": {**part, "accuracy": value},
          "curve": [{"step": 10 * k, "reward": 0.1 * k, "kl": 0.5, "entropy": 1.0} for k in range(1, 6)]}
         for i, value in enumerate(values)
@@ -691,5 +691,5 @@ def test_the_report_has_a_line_for_each_run(tmp_path):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     lab.report(lab.RlConfig(out=str(file), report=str(tmp_path / "found")))
     page = (tmp_path / "found.md").read_text(encoding="utf-8")
-    assert page.count("\n### ") == 2 and "| bandit | 2 | 50 | **25** (0-89) · 40 / 61 |" in page
-    assert "| ce | 1 | 100 |" in page and (tmp_path / "found.png").stat().st_size > 5000
+    assert page.count("\n### ") == 2 and "| bandit | 2 | 50 | 7 | **25** (0-89) · 40 / 61 |" in page
+    assert "| ce | 1 | 100 | 7 |" in page and (tmp_path / "found.png").stat().st_size > 5000
