@@ -478,7 +478,7 @@ class Learner(llama.Learner):
         return f"what learns: adapters of rank {self.settings.rank}, masks, a head"
 
     def cost(
-        self, model, process, x0, block_size, t, objective, given, charged, noise, *, masked_loss=None,
+        self, model, process, x0, block_size, t, objective, given, charged, noise, *, masked_loss,
         device=None, **how,
     ):  # fmt: skip
         """Called as token_loss is."""

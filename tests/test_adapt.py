@@ -245,9 +245,9 @@ def test_a_path_is_the_best_of_all_and_follows_the_text():
     text[0, :30], text[1, :9] = torch.tensor([1, 2, 3, 4] * 7 + [1, 2]), torch.arange(9)
     state = Lossless(model, Masked(V, V - 1), text, torch.arange(2), 0, 0.0, 1.0, "path", 2)
     torch.manual_seed(0)
-    alike = torch.zeros(2, 2, V - 1)
+    alike = torch.zeros(2, 2, V - 1).double()
     alike[..., 1:5] = 2.0
-    for logits in alike, torch.randn(2, 2, V - 1):
+    for logits in alike, torch.randn(2, 2, V - 1).double():
         found = state.path(logits).tolist()
         for row, n in enumerate((30, 9)):
             grams, logq = NGrams(None, text[row : row + 1, :n], V), logits[row].double().log_softmax(-1)
@@ -283,6 +283,16 @@ def test_a_row_has_as_many_drafts_checked_as_stayed_lately():
         state.adapt_length(n, torch.stack((good * n[0], n[1].clamp(max=1), n[2])))
         found.append(state.length.tolist())
     assert found == [[3, 3, 4], [2, 3, 4], [1, 2, 4], [2, 2, 4], [2, 2, 4], [3, 2, 4]], found
+    checked = []
+    for adaptive in (False, True):
+        state = Lossless(
+            model, Masked(V, V - 1), text, torch.arange(3), 0, 1.0, 1.0, "head", 4, adaptive=adaptive
+        )
+        with torch.no_grad():
+            for _ in range(6):
+                state.round(torch.ones(3, dtype=torch.bool))
+        checked.append(sum(state.offered.tolist()))
+    assert checked[1] < checked[0], "drafts beyond the length are not checked"
 
 
 @pytest.mark.parametrize("eos_id", [1, 4, 7])
@@ -290,6 +300,7 @@ def test_rows_that_end_leave_the_others_as_they_are(eos_id):
     base, model = pair()
     how = {"temperature": 1.0, "max_new_tokens": 24, "eos_id": eos_id, "seed": eos_id}
     ar = written(base, PROMPTS, "ar", **how)
+    assert texts(written(model, PROMPTS, "lossless", draft="path", adaptive=True, **how)) == texts(ar)
     assert len({len(row) - len(p) for row, p in zip(texts(ar), PROMPTS, strict=True)}) > 1
     assert texts(written(model, PROMPTS, "lossless", draft="masks", **how)) == texts(ar)
 
