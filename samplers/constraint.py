@@ -38,6 +38,7 @@ REFUSED = {
     "prophet": "it ends with the likeliest token of each position by itself",
     "sched": "it ends with the likeliest token of each position by itself",
     "token_editing": "it replaces single tokens",
+    "delete_split": "it replaces and moves single tokens",
     "self_correction": "it replaces single tokens",
 }
 # those whose other choices do not depend on the tokens of a step: Z / Z' is their weight
