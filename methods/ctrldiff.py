@@ -169,3 +169,18 @@ class Learner(methods.Learner):
 
     def record(self):
         return self.last
+
+
+ROWS = [
+    {
+        "system": "CtrlDiff",
+        "paper": "2505.14455",
+        "claim": "a learned choice of block sizes is better than a coin",
+        "train": "--method ctrldiff --ckpt {control} --max_steps 40 --eval_every 40",
+        "control": "--block_sizes 1:0.34,4:0.33,16:0.33",
+        "sampler": "dynamic_blocks choose=policy",
+        "control_sampler": "dynamic_blocks choose=random",
+        "by": "right 2",
+        "tasks": ["digits"],
+    }
+]

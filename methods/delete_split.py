@@ -242,13 +242,13 @@ def delete_split(block, *, fill=0.7, edit=0.9, post=16, moves=True):
 ROWS = [
     {
         "system": "DELETE and SPLIT (LLaDA 2.2)",
-        "claim": "more right than edits that cannot move tokens",
-        "train": "--method delete_split --ckpt {control} --max_steps 400 --eval_every 400",
-        "control": "",
+        "claim": "more right than edits that move nothing",
+        "train": "--method delete_split --ckpt {base} --max_steps 400 --eval_every 400",
+        "control": "--method delete_split --moved 0 --ckpt {base} --max_steps 400 --eval_every 400",
+        "base": "",
         "sampler": "delete_split",
-        "control_sampler": "threshold",
+        "control_sampler": "delete_split moves=false",
         "by": "right pace",
-        "control_by": "right pace",
         "tasks": ["digits"],
     }
 ]
