@@ -267,7 +267,7 @@ class Llama(Transformer):
             if weight.dtype == wide:
                 return F.linear(h, weight)
             logits = h.new_empty(*h.shape[:-1], len(weight))
-            for first in range(0, len(weight), 2**14):
-                piece = slice(first, first + 2**14)
+            for first in range(0, len(weight), 2**13):
+                piece = slice(first, first + 2**13)
                 logits[..., piece] = F.linear(h, weight[piece].to(wide))
             return logits
