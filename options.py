@@ -228,7 +228,7 @@ class SampleConfig:
     ckpt: str = "out/run"  # a training run's out_dir
     init_from: str = ""  # or published weights: hf:OWNER/REPO/SUBFOLDER, or a folder (hub/published.py)
     prompt: str = ""  # the text to go on from; for rows like sudoku's nothing means blanks
-    chat: str = ""  # or a question, for an instructed model: SmolLM2's template is put around it
+    chat: str = ""  # or a question, for an instructed model: its template, ChatML, is put around it
     prompt_file: str = ""  # or one prompt a line, of any lengths, each with n_samples
     hole: str = ""  # what stands for a token to fill in, in a prompt: with --hole _, "3+_=07;" has one hole
     # draw so many fillings and choose one by how well the text behind it follows (methods/infilling.py)

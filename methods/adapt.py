@@ -447,7 +447,7 @@ class Adapted(llama.Llama):
         return wide(self.whole_head(self.norm(h)))
 
     def recur(self, s, token, packed=False):
-        """The recurrent head's next state (..., D), told the next token (...)."""
+        """s + W_2 silu(W_1 [norm(s), embed(token)]): the head's next state (..., D), told a token."""
         x = torch.cat((self.norm(s), self.embed(token)), dim=-1)
         if not packed:
             return s + self.drafter(x)
@@ -495,7 +495,10 @@ class Learner(llama.Learner):
         return total, None
 
     def distill(self, net, x0, charged, noise):
-        """The mean distance over ends, masks and the head, times the number of tokens of the text."""
+        """
+        distance(p_AR(. | x_<=e+j), q_j(. | x_<=e)): its mean over ends e, masks j and the head, times the
+        number of tokens of the text.
+        """
         s, k, B = self.settings, self.settings.masks, len(x0)
         text = charged.any(1)
         low = charged.int().argmax(1) - 1  # the last token of the prompt

@@ -91,8 +91,8 @@ class Adjusted(_shared.WithPart):
 
     def adjusted(self, h, x, new):
         """
-        Logits (R, b, V) of a block. h (R, b, D) of the pass on x_t; x (R, b), what stands there now; new
-        (R, b) bool, where it was placed since.
+        head( h + g(h + E[x] 1[new]) ): logits (R, b, V) of a block. h (R, b, D) of the pass on x_t; x (R, b),
+        what stands there now; new (R, b) bool, where it was placed since.
         """
         placed = self.embed(x) * (new & self.sees)[..., None]
         rope = self.rope(torch.arange(x.size(1), device=x.device))  # distances alone matter
@@ -122,8 +122,9 @@ class Learner(_shared.PartLearner):
         self, forward, process, x0, size, t, objective, given, charged, schedule, start, noise, device=None
     ):
         """
-        Takes the place of token_loss, arguments there. The mean KL over the masks of x', as often as tokens
-        are charged: the loop divides. All rows are read in blocks of `size`.
+        Takes the place of token_loss, arguments there. The mean over the masks of x' of
+        KL( p(. | x') || p_g(. | h(x_t), x') ), as often as tokens are charged: the loop
+        divides. All rows are read in blocks of `size`.
         """
         b, K = self.size, self.settings.ahead
         x0, given, charged, noise = (y.to(device or x0.device) for y in (x0, given, charged, noise))

@@ -8,7 +8,7 @@ Which part? Every eval_every steps the loss of that step's rows is measured for 
 taken in which it varies least from block to block. Every block size has its own. With block size b and
 predictions that do not depend on p the variance is in proportion to
 
-    1/b ( log(high / low) / (high - low) - 1 )
+    1/b ( log(high / low) / (high - low) - 1 )      (a test compares; `variance` measures it of real losses)
 
 The published code forgets the weight 1/p where low is above 0.5, and so compares unlike numbers; here it
 stays. It also draws masks anew where their share falls outside of the range, which changes what a mask rate

@@ -80,7 +80,10 @@ class Dynamic(Transformer):
         nn.init.zeros_(self.policy.weight), nn.init.zeros_(self.policy.bias)
 
     def log_odds(self, entropies, open):
-        """Of taking parts as one block, (R,): entropies (R, s) in nats, 0 where nothing is open (R, s)."""
+        """
+        w . (mean H, max H, H_1, log2 size) + c, of taking parts as one block, (R,). entropies H (R, s), in
+        nats, 0 where nothing is open (R, s).
+        """
         n = open.sum(1).clamp(min=1)
         first = entropies.gather(1, open.int().argmax(1, keepdim=True))[:, 0]
         size = torch.full_like(first, entropies.size(1)).log2()
@@ -149,7 +152,10 @@ class Learner(methods.Learner):
         return self.reinforce
 
     def reinforce(self, forward, process, x0, block_size, t, objective, given, noise, schedule, **_):
-        """What is called as token_loss is: it writes texts behind the prompts of x0, and learns from them."""
+        """
+        What is called as token_loss is: it writes texts behind the prompts of x0, and learns from the reward
+        log p_AR(block) - price * passes.
+        """
         model, sizes = self.model, sorted(self.cfg.block_sizes)
         prompts = [row[: int((~shown).int().argmax())] for row, shown in zip(x0, given, strict=True)]
         seed = int(noise.key[0, 0]) & (1 << 60) - 1

@@ -4,22 +4,23 @@ DELETE and SPLIT: token editing that can also drop a token, or make room for one
     python train.py --method delete_split --ckpt out/shakespeare_char
     python sample.py --ckpt out/shakespeare_char_moves --sampler delete_split --temperature 0
 
-A token in the wrong place is wrong for all that follow it. Replacing them one by one is long. So a written
-token has two more choices than the V of the vocabulary, from a small head of their own:
+A token too many, or one too few, puts all that follow in the wrong place. Replacing them all takes many
+passes. So a written token has two more choices than the V of the vocabulary, from a small head of their own:
 
     DELETE    drop it: what follows moves one place left, and a mask comes in at the end
     SPLIT     put a mask before it: what follows moves one place right, and the last token falls off
 
 What follows ends at the next given token, or with the block. Training makes the mistakes that these mend:
 
-    with probability moved / 2 a token is dropped, with moved / 2 a random one is put before it; of what then
-    stands there a share `wrong` is replaced, and 1 - alpha_t masked
+    with probability moved / 2 a token is dropped, with moved / 2 a random one is put before it; of the others
+    a share `wrong` is replaced; then each is masked with probability 1 - alpha_t
     loss = sum of -log p(target | that)      target: DELETE at a token put in, SPLIT behind one dropped, else
                                              the token that belongs there
 
-A mask that came in has no target, nor has a token put in and then masked. Masked noise only. LLaDA 2.2 (a
-report without an arXiv id) has the two edits, the least number of tokens a pass, the rule against going in
-circles. Ours: the training, which it does not give. Replacing alone is methods/token_editing.py.
+A mask that came in has no target, nor has a token put in and then masked. A masked token behind a dropped one
+has itself. Masked noise only. From LLaDA 2.2 (a report without an arXiv id): the two edits, a least number of
+tokens a pass, the rule against going in circles. Ours: the training, which it does not give. Replacing alone
+is methods/token_editing.py.
 """
 
 import functools
@@ -147,8 +148,8 @@ def moves_loss(
     *, b, moves, wrong,
 ):  # fmt: skip
     """
-    Takes the place of token_loss, arguments there: cross-entropy in nats. Rows of block size 1 and of other
-    sizes than b read noise without mistakes, as ever.
+    Takes the place of token_loss, arguments there: the sum of -log p(target | mistakes), in nats. Rows of
+    block size 1 and of other sizes than b read noise without mistakes, as ever.
     """
     x0, given, charged, noise = (y.to(device or x0.device) for y in (x0, given, charged, noise))
     x, given, charged = x0[:, start:], given[:, start:], charged[:, start:]

@@ -65,7 +65,10 @@ def check(cfg, s):
 
 
 def certainty_loss(logp, y, masked, certainty, T):
-    """Of one copy: the two means over its masks, added, in nats. logp (B, L, V), y and masked (B, L)."""
+    """
+    Of one copy: the mean over its masks of -log p(y_i), and certainty times the mean of H(p^(1/T)) over those
+    where argmax p is y_i. In nats; logp (B, L, V), y and masked (B, L).
+    """
     right = masked & (logp.argmax(-1) == y)
     q = (logp / T).log_softmax(-1)
     H = -(q.exp() * q).sum(-1)  # logp is finite, and so is this gradient

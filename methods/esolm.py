@@ -158,8 +158,9 @@ class EsoLM(Transformer):
 
 def costs(model, process, x0, sizes, t, sequential, objective, given, charged, schedule, noise):
     """
-    (B, T) nats. Rows `sequential` (B,) bool pay for what is left a mask at alpha0, the others for diffusion
-    at time t. Block size 1 is a sequential row in which diffusion has written nothing.
+    (B, T) nats. Rows `sequential` (B,) bool pay -log p(x_0,i | known tokens, x_0 at masks left of i) for what
+    is left a mask at alpha0, the others -alpha'_t / (1 - alpha_t) * -log p(x_0,i | x_t) at masks of time t.
+    Block size 1 is a sequential row in which diffusion has written nothing.
     """
     alpha0 = process.alpha0 * (sizes != 1).double()
     alpha, dalpha = schedule(t)

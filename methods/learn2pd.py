@@ -135,7 +135,10 @@ class Learner(_shared.PartLearner):
         self.seen = [torch.cat(x) for x in zip(*seen, strict=True)]
 
     def filter_loss(self, forward, process, x0, *args, charged, **how):
-        """Takes the place of token_loss. The mean BCE, as often as tokens are charged: the loop divides."""
+        """
+        Takes the place of token_loss. The mean over uncommitted i of BCE(f(c)_i, 1[y_i = F_i]), as often as
+        tokens are charged: the loop divides.
+        """
         c, left, right = self.seen
         logits = forward(part=(c.to(self.model.embed.weight),))
         bce = F.binary_cross_entropy_with_logits(logits[left], right[left].to(logits))

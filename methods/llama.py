@@ -176,7 +176,7 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x, rope, mask, cond=None, cache=None, i=0):
-        """Arguments as in model.Layer; cond is None."""
+        """h = x + W_o attention(n), y = h + W_down (silu(n W_gate) * n W_up). Arguments as in model.Layer."""
         n = self.norm1(x)
         heads = lambda y: y.unflatten(-1, (-1, self.dim)).transpose(1, 2)  # (B, S, H D) -> (B, H, S, D)
         q = rotate(self.q_norm(heads(self.q(n))), *rope)

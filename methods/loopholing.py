@@ -50,6 +50,7 @@ class Loopholing(Transformer):
         nn.init.zeros_(self.carry_norm.weight)
 
     def embed_noisy(self, tokens, carry=None):
+        """E(x_t) + LN(h), h the carry (B, N, D), or None at the first step."""
         x = self.embed_tokens(tokens)
         return x + self.carry_norm(torch.zeros_like(x) if carry is None else carry)
 

@@ -192,7 +192,9 @@ def pgm_loss(
     device=None, *, halves=2,
 ):  # fmt: skip
     """
-    Takes the place of token_loss, arguments there; the block size is T.
+    Takes the place of token_loss, arguments there; the block size is T. With w(alpha) = -alpha' / (1 - alpha)
+        L = 1/2 ( w(alpha_t) sum over group 1 of -log p(x_0,i | group 0)
+                + w(1 - alpha_t) sum over group 0 of -log p(x_0,i | group 1) )
     halves: 2: both groups pay, half each. 1: group 1 alone, in full, the bound of eval.py.
     """
     assert start == 0, f"start {start}: the one block is the row"

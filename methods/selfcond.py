@@ -71,7 +71,7 @@ class SelfConditioned(Transformer):
         nn.init.zeros_(last.weight)
 
     def embed_noisy(self, tokens, signal=None):
-        """signal (B, N, V): probabilities, or zeros in rows without; None: no row has one."""
+        """E(x_t) + W_2 gelu(W_1 LN(p E)). signal p (B, N, V): zeros in rows without, or None."""
         x = self.embed_tokens(tokens)
         mean = torch.zeros_like(x) if signal is None else self.embed_tokens(signal.to(self.embed.weight))
         return x + self.signal(mean)

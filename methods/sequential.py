@@ -91,8 +91,8 @@ class Sequential(Llama):
 
     def fed(self, noisy, at, edge, text):
         """
-        What stands one place before each noisy token, (B, N) ids: in its block, or at its edge the last of
-        the clean text (B, n). Before position 0 stands the last id.
+        x_p-1, y_p, ..., y_p+b-2 of blocks that begin at p: what stands one place before each noisy token,
+        (B, N) ids, at a block's edge the last of the clean text (B, n). Before position 0 stands the last id.
         """
         first = at == edge  # (B or 1, N): the first token of its block
         if not first[:, :1].all() or int(at[first.any(0)].max()) > text.size(1):

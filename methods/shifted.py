@@ -64,7 +64,10 @@ class Shifted(Llama):
         return self.to_logits(self.one_before(before, h, block_size, start))
 
     def one_before(self, clean, noisy, block_size, start):
-        """The state one position before each noisy token, (B, N, D). clean (B, .., D), noisy (B, N, D)."""
+        """
+        h of noisy i - 1, or of clean i - 1 for the first token of a block, (B, N, D). clean (B, .., D), noisy
+        (B, N, D).
+        """
         B, N, D = noisy.shape
         at, start = torch.arange(N, device=noisy.device), torch.as_tensor(start, device=noisy.device)
         position = start if start.dim() else start + at

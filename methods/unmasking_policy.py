@@ -147,7 +147,8 @@ class Learner(_shared.PartLearner):
     def runs(self, x0, given, real, u):
         """
         G runs of a block of each row. u (B, G, b, b): what decides, by run, step and position.
-        Returns the records of unmask_by, the rewards (B G,), and which rows had something to write.
+        Returns the records of unmask_by, the rewards R = 1[right] ((n - passes + 1) / n)^alpha (B G,), and
+        which rows had something to write.
         """
         G = self.settings.group
         blocks = _shared.blocks_of(x0, given, real, self.size)
@@ -174,8 +175,8 @@ class Learner(_shared.PartLearner):
 
     def policy_loss(self, forward, process, x0, size, t, objectives, given, charged, noise, **how):
         """
-        Takes the place of token_loss: minus the sum whose gradient the docstring above has, over the runs, as
-        often as tokens are charged: the loop divides.
+        Takes the place of token_loss: minus the mean over runs of (R - mean R of the other G - 1) S, with S =
+        sum of log Bernoulli(chosen_i; sigmoid(h_i)), as often as tokens are charged: the loop divides.
         """
         B, G, b = len(x0), self.settings.group, self.size
         if not charged.any():  # a batch of prompts

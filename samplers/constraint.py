@@ -89,7 +89,7 @@ class Chain:
         return values.gather(1, self.next.reshape(R, Q * C)).view(R, Q, C)
 
     def betas(self, logc, greedy=False):
-        """b + 1 tensors (R, Q): log of the probability that the text ends well, from each state."""
+        """log beta_i(q) = log sum_v p_i(v) beta_i+1(d(q, v)), b + 1 tensors (R, Q). greedy: max, no sum."""
         found = [torch.where(self.end, 0.0, -math.inf).to(logc)]
         for i in reversed(range(logc.size(1))):
             ahead = logc[:, i, None] + self.behind(found[0])
@@ -106,8 +106,9 @@ class Chain:
 
     def draw(self, logp, key, greedy=False):
         """
-        (y (R, b), log Z (R,)): tokens drawn from the product logp (R, b, V) given the language, by
-        exponential clocks as in rng.draw, key (R, b). greedy: the likeliest, and log of its probability.
+        (y (R, b), log Z (R,)): y_i ~ p_i(v) beta_i+1(d(q_i, v)), so y is a draw of logp (R, b, V) given
+        the language, by exponential clocks as in rng.draw, key (R, b). greedy: the likeliest, and log of its
+        probability.
         """
         betas = self.betas(self.by_class(logp, greedy), greedy)
         state, tokens = self.start, []
@@ -133,7 +134,7 @@ class Chain:
         return logp[:, i] + ahead[:, self.classes], following
 
     def marginals(self, logp):
-        """log p(y_i = v | language), (R, b, V); logp itself at fixed positions."""
+        """log of p_i(v) sum_q f_i(q) beta_i+1(d(q, v)) / Z, (R, b, V); logp itself at fixed positions."""
         logc, (R, Q, C) = self.by_class(logp), self.shape
         betas, found = self.betas(logc), []
         f = torch.full_like(betas[0], -math.inf).scatter(1, self.start[:, None], 0.0)  # (R, Q)
