@@ -49,8 +49,18 @@ def test_another_control_or_other_code_is_another_place(tmp_path, monkeypatch):
     assert long[0] != long[1] and max(map(len, long[0].split("/"))) < 200
     code.write_text('"""Other words."""\nx = 1  # a comment\nROWS = [1]\n')
     assert at("--method mine --ckpt {control}") == first
+    code.write_text("x = 1\nROWS = []\n")
+    assert at("--method mine --ckpt {control}") == first
     code.write_text('"""Words."""\nx = 2\nROWS = []\n')
     assert at("--method mine --ckpt {control}") != first
+    functions = [
+        f"def f():{docs}\n    return {n}\n" for n, docs in ((1, ""), (1, '\n    """Docs."""'), (2, ""))
+    ]
+    places = []
+    for function in functions:
+        code.write_text(function)
+        places.append(at("--method mine --ckpt {control}"))
+    assert places[0] == places[1] != places[2]
     code.write_text('"""Words."""\nx = 1\nROWS = []\n')
     (tmp_path / "config/zoo/sudoku.toml").write_text("lr = 1\n")
     assert at("--method mine --ckpt {control}") != first
@@ -67,6 +77,34 @@ def test_a_row_may_be_written_whole():
     recipe = lambda name: tomllib.loads((ROOT / name).read_text(encoding="utf-8"))
     assert recipe("config/zoo/digits.toml")["seq_len"] == zoo.ROW["digits"]
     assert "seq_len" not in recipe("config/zoo/sudoku.toml") and zoo.ROW["sudoku"] == 2 * 4 * 4
+
+
+def test_results_of_older_code_are_shown_as_such(tmp_path, monkeypatch):
+    """Where there is no time to measure anew. Another recipe, seed or plan is no older code."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config/zoo").mkdir(parents=True)
+    (tmp_path / "config/zoo/sudoku.toml").write_text("")
+    code, cfg = tmp_path / "mine.py", zoo.ZooConfig()
+    monkeypatch.setattr(methods, "load", lambda name: SimpleNamespace(__file__=str(code)))
+    row = {"system": "Mine", "train": "--method mine", "control": "", "sampler": "ar", "control_sampler": "ar",
+           "by": "nats 16", "control_by": "nats 16", "base": "", "block": 16}  # fmt: skip
+    monkeypatch.setattr(zoo, "trained", lambda *_: (None, 0.0))
+    find = lambda lines, seed=0: zoo.compared(cfg, "sudoku", row, seed, lines, lambda: False)
+    lines = []
+    for text in ("x = 1\n", "x = 2\n"):
+        code.write_text(text)
+        for flags in ("", "--method mine"):
+            lines.append({"row": zoo.label_of(cfg, "sudoku", flags, 0, row)[0], "seed": 0, "text": text,
+                          "n_eval": cfg.n_eval, "n_mc": cfg.n_mc, "asked": [["ar", {}, 16, None]]})  # fmt: skip
+    now = find(lines)
+    assert now["system"]["text"] == "x = 2\n" and not zoo.is_older(cfg, "sudoku", row, now)
+    code.write_text("x = 3\n")
+    now = find(lines)
+    assert now["system"]["text"] == "x = 2\n", "the newest"
+    assert zoo.is_older(cfg, "sudoku", row, now)
+    assert find(lines, seed=1) is None and find([]) is None
+    assert find([line | {"n_mc": 2} for line in lines]) is None
+    assert find([line | {"row": line["row"].replace("mine", "other")} for line in lines]) is None
 
 
 @pytest.mark.slow  # a dozen small trainings
