@@ -15,7 +15,7 @@ import re
 import sys
 import textwrap
 from contextlib import suppress
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 
 try:
     import tomllib
@@ -201,11 +201,14 @@ def example_of(setting):
 
 def show_settings(cls):
     """
-    Print the flags of a dataclass with their defaults and comments, in 80 columns. By its source: a comment
-    stands behind its field or on the lines above; "# ----- words" begins a part.
+    Print the flags of a dataclass with their defaults and comments, in 80 columns, and those it inherits. By
+    its source: a comment stands behind its field or on the lines above; "# ----- words" begins a part.
     """
-    declared, above = {f.name: f for f in fields(cls)}, []
-    for line in map(str.strip, inspect.getsource(cls).splitlines()):
+    declared, above, lines = {f.name: f for f in fields(cls)}, [], inspect.getsource(cls).splitlines()
+    for base in filter(is_dataclass, cls.__mro__[1:]):
+        lines += [f"# ----- as {base.__module__.replace('.', '/')}.py has it"]
+        lines += inspect.getsource(base).splitlines()
+    for line in map(str.strip, lines):
         code, _, comment = line.partition("# ")
         if line.startswith("# -----"):
             print(f"\n{line.removeprefix('# -----').strip()}:")
@@ -215,8 +218,8 @@ def show_settings(cls):
             default = str(example_of(setting))
             flag = f"    --{setting.name} {default.lower() if setting.type is bool else default}".rstrip()
             text = textwrap.wrap(" ".join([*above, comment]).strip(), 50, break_on_hyphens=False)
-            lines = [f"{flag:<28}  {text.pop(0)}" if len(flag) <= 28 and text else flag]
-            print("\n".join(lines + [f"{'':<30}{rest}" for rest in text]))
+            first = f"{flag:<28}  {text.pop(0)}" if len(flag) <= 28 and text else flag
+            print("\n".join([first] + [f"{'':<30}{rest}" for rest in text]))
             above = []
 
 

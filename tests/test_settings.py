@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from options import SampleConfig
 from run.checkpoint import build
-from run.cli import die, load_config, parse_dict, said, shown
+from run.cli import die, load_config, parse_dict, said, show_settings, shown
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -191,3 +191,25 @@ def test_controls_of_others_are_spelt_out(slip):
     assert shown(kept) == kept
     assert slip(die, f"no key named {HOSTILE}", HOSTILE) == f"error: no key named {want}\n  try: {want}\n"
     assert want in said(ValueError(HOSTILE))
+
+
+def test_help_prints_what_settings_inherit(capsys):
+    """Each flag once, its own default first, its comment behind it."""
+
+    @dataclass
+    class Base:
+        width: int = 4  # of a thing
+        # in metres
+        height: float = 1.0
+
+    @dataclass
+    class Own(Base):
+        width: int = 5  # of another thing
+        depth: int = 6
+
+    show_settings(Own)
+    out = capsys.readouterr().out
+    own, base = out.split(f"\nas {__name__.replace('.', '/')}.py has it:\n")
+    assert [line.split() for line in own.splitlines()] == [
+        ["--width", "5", "of", "another", "thing"], ["--depth", "6"]]  # fmt: skip
+    assert base.split() == ["--height", "1.0", "in", "metres"]
