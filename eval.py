@@ -281,7 +281,7 @@ def main():
         if not fine:
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {least}")
     if cfg.json:
-        writable(cfg.json, "json")
+        writable(cfg.json, "json", b'{\n "ckpt"')
     cfg.ckpt, flag = cfg.init_from or cfg.ckpt, "--init_from" if cfg.init_from else "--ckpt"
     changes = cfg.weights, cfg.rope_factor, cfg.seq_len
     run, meta, step, model, process = restore(cfg.ckpt, cfg.device, cfg.plain, flag, *changes)

@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python course/__main__.py works too
 from course import harness
 from run import machine
 from run.cli import die, load_config
@@ -118,6 +119,8 @@ def main():
         show(exercise)
         return
     file = Path(cfg.file).resolve() if cfg.file else exercise_file(number)
+    if not file.is_file():
+        die(f"{cfg.file or file} not found", f"python -m course {number}, or git checkout course/")
     if not check(number, file):
         raise SystemExit(1)
     if cfg.run:

@@ -145,7 +145,7 @@ def main():
     if cfg.include and not Path(cfg.include).is_dir():
         die(f"{cfg.include} is no folder", "--include FOLDER, with .yaml files of tasks")
     if cfg.json:
-        writable(cfg.json, "json")
+        writable(cfg.json, "json", b"{\n ")
     source, flag = cfg.init_from or cfg.ckpt, "--init_from" if cfg.init_from else "--ckpt"
     run, meta, _, model, process = restore(source, cfg.device, False, flag)
     tokenizer = Tokenizer(meta, Path("data") / run.dataset)

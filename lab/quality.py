@@ -217,7 +217,7 @@ def judge(name, own, tokenizer, device):
         encode = None if tokenizer.kind == "gpt2" else encode
         other = tokenizer.kind == "none"
     else:
-        run, meta, _, model, process = rebuild(name, device)
+        run, meta, _, model, process = rebuild(name, device, checkpoint.load(name, "--judge"))
         if 1 not in run.block_sizes:
             die(
                 f"{name} has no AR mode to judge with: "
@@ -471,7 +471,7 @@ def main():
         if not fine:
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {least}")
     if cfg.json:
-        writable(cfg.json, "json")
+        writable(cfg.json, "json", b'{\n "ckpt"')
     cfg.ckpt, flag = cfg.init_from or cfg.ckpt, "--init_from" if cfg.init_from else "--ckpt"
     run, meta, step, model, process = restore(cfg.ckpt, cfg.device, cfg.plain, flag)
     data, trained = dataset_for(cfg.ckpt, run, meta, model, cfg.dataset), sorted(run.block_sizes)

@@ -93,6 +93,8 @@ def measure(cfg, ckpt):
     """{"ancestral": ..., "greedy": ...}: accuracy() of a checkpoint's texts."""
     trained, meta, step, model, process = restore(ckpt, cfg.device)
     data, b = dataset_for(ckpt, trained, meta, model), max(trained.block_sizes)
+    if b == 1:
+        die(f"{ckpt} was trained on block size 1 alone: it has no denoising steps", "another --ckpt")
     prompts, module, found = prompts_of(data, cfg.n_eval), checker(data.folder), {}
     how = {"block_size": b, "schedule": SCHEDULES[trained.schedule], "trained": sorted(trained.block_sizes)}
     how["max_new_tokens"] = cfg.max_new_tokens or None
@@ -171,6 +173,8 @@ def report(cfg):
     lines, out = read(cfg.out), [HEAD]
     if not lines:
         die(f"{cfg.out} holds no lines yet", "python -m lab.rl --ckpt out/sudoku")
+    if any(not {"ckpt", "run", "max_steps", "cpu_s", "curve"} <= set(line) for line in lines):
+        die(f"{cfg.out} holds lines that are no run's of lab.rl", "--out of its own file")
     ckpts = list(dict.fromkeys(line["ckpt"] for line in lines))
     for ckpt in ckpts:
         heads = "| run | seeds | updates | CPU | ancestral · different | greedy · different | entropy | KL |"
@@ -218,7 +222,7 @@ def main():
         if getattr(cfg, name) < least:
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {least} or more")
     writable(cfg.out, "out")
-    train_and_measure(cfg, numbers("seeds", cfg.seeds, int, 0))
+    train_and_measure(cfg, numbers("seeds", cfg.seeds, int, 0, RlConfig.seeds))
 
 
 if __name__ == "__main__":

@@ -178,10 +178,15 @@ def read(path, mend=False):
     """The lines that are there. mend: cut off what a killed run left of its last one, and say so."""
     if not Path(path).exists():
         return []
-    text, lines = Path(path).read_text(encoding="utf-8"), []
+    try:
+        text, lines = Path(path).read_text(encoding="utf-8"), []
+    except UnicodeDecodeError:
+        die(f"{path} is no file of lines of JSON", "another path")
     for i, line in enumerate(text.splitlines()):
         try:
             lines.append(json.loads(line))
+            if type(lines[-1]) is not dict:
+                die(f"{path}, line {i + 1} is no measurement", f"sed -i {i + 1}d {path}")
         except ValueError:
             if mend and not text.endswith("\n") and i + 1 == len(text.splitlines()):
                 os.truncate(path, len(text.encode()) - len(line.encode()))
@@ -197,8 +202,8 @@ def read(path, mend=False):
     return lines
 
 
-def numbers(name, text, kind, least):
-    """'1,2,4' -> [1, 2, 4]"""
+def numbers(name, text, kind, least, example):
+    """'1,2,4' -> [1, 2, 4]. example: a list that is fine."""
     try:
         values = [kind(part) for part in text.split(",")]
         if min(values) < least or not all(map(math.isfinite, values)) or len(set(values)) < len(values):
@@ -206,7 +211,7 @@ def numbers(name, text, kind, least):
     except ValueError:
         die(
             f"{name} {text!r} is not a list of different numbers from {least:g} on",
-            f"--{name} {getattr(SweepConfig, name)}",
+            f"--{name} {example}",
         )
     return values
 
@@ -295,8 +300,8 @@ def main():
     for name, least in (("n_eval", 2), ("batch_size", 1), ("max_new_tokens", 0), ("seed", 0), ("exact", 1)):
         if not least <= getattr(cfg, name) < 2**62:
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {least} or more")
-    steps = numbers("steps", cfg.steps, int, 1)
-    temperatures = numbers("temperatures", cfg.temperatures, float, 0)
+    steps = numbers("steps", cfg.steps, int, 1, SweepConfig.steps)
+    temperatures = numbers("temperatures", cfg.temperatures, float, 0, SweepConfig.temperatures)
     lines = read(cfg.out, mend=True)
     run, meta, step, model, process = restore(cfg.ckpt, cfg.device, False, flag)
     trained, device = sorted(run.block_sizes), next(model.parameters()).device

@@ -99,7 +99,9 @@ def entries(cfg):
             die(f"{cfg.rows} has no {min(lacking)}.toml", f"--methods {','.join(files)}")
         some = [(name, [read_toml(files[name])]) for name in names or files]
     else:
-        some = [(name, getattr(methods.load(name), "ROWS", [])) for name in names or methods.names()]
+        some = [
+            (name, getattr(methods.load(name, "--methods"), "ROWS", [])) for name in names or methods.names()
+        ]
     found = []
     for name, rows in some:
         for row in rows:

@@ -35,15 +35,15 @@ def names():
     return sorted(f.stem for f in Path(__file__).parent.glob("[a-z]*.py"))
 
 
-def load(name):
-    """The module of a method, or None for no name. Exits with two lines on a name that is none."""
+def load(name, flag="--method"):
+    """The module of a method, or None for no name. Exits with two lines on a name that is none, of flag."""
     if not name:
         return None
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1)
         die(
             f"no method named {name!r}, only {', '.join(names())}",
-            f"--method {near[0] if near else names()[0]}",
+            f"{flag} {near[0] if near else names()[0]}",
         )
     return importlib.import_module(f"methods.{name}")
 

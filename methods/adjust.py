@@ -26,7 +26,7 @@ from generate import sampler
 from methods import _shared
 from model import Layer
 from run.cli import die
-from samplers.pieces import need, top
+from samplers.pieces import made_by, need, top
 
 
 @dataclass
@@ -158,7 +158,7 @@ def adjust(block, *, every=4):
     """
     need(every >= 1, "every", every, "at least 1")
     model = block.model
-    need(isinstance(model, Adjusted), "the network", type(model).__name__, "one of --method adjust")
+    made_by(isinstance(model, Adjusted), "adjust")
     for k in range(block.x.size(1)):
         noise, left = block.noise(k), block.open & (block.x == block.process.mask_id)
         n = left.sum(1)

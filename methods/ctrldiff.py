@@ -14,6 +14,7 @@ is not public: what the policy reads, and the reward, are ours.
     python sample.py --ckpt out/ctrldiff --sampler dynamic_blocks --choose policy --steps 2
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,8 +57,8 @@ def DEFAULTS(s):
 
 
 def check(cfg, s):
-    if s.price < 0:
-        die(f"price is {s.price}, it must be at least 0 nats", f"--price={Settings.price}")
+    if not 0 <= s.price < math.inf:
+        die(f"price is {s.price}, it must be finite and at least 0 nats", f"--price={Settings.price}")
     if s.rollout_steps < 1:
         die(f"rollout_steps is {s.rollout_steps}, it must be at least 1", "--rollout_steps=2")
     if 1 not in cfg.block_sizes or len(cfg.block_sizes) < 2:

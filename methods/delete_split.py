@@ -36,7 +36,7 @@ from generate import sampler
 from methods import _shared
 from model import Transformer
 from run.cli import die
-from samplers.pieces import need, top
+from samplers.pieces import made_by, need, top
 
 ROOM, END = -1, -2  # in `moved`: the mask of a SPLIT, the mask at the end
 
@@ -203,12 +203,7 @@ def delete_split(block, *, fill=0.7, edit=0.9, post=16, moves=True):
     need(0 <= fill <= 1, "fill", fill, "between 0 and 1")
     need(0 <= edit < math.inf, "edit", edit, "at least 0 and finite")
     need(post >= 0, "post", post, "at least 0")
-    need(
-        isinstance(block.model, Editor),
-        "the network",
-        type(block.model).__name__,
-        "one of --method delete_split",
-    )
+    made_by(isinstance(block.model, Editor), "delete_split")
     mask, k = block.process.mask_id, 0
     first, seen = block.open & (block.x == mask), []  # masks that were there from the beginning
     passes_left = torch.full((len(block.x),), post, device=block.x.device)

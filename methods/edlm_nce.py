@@ -32,7 +32,7 @@ from generate import sampler
 from model import Transformer
 from rng import draw
 from run.cli import die
-from samplers.pieces import need
+from samplers.pieces import made_by, need
 
 
 @dataclass
@@ -181,9 +181,7 @@ def edlm_nce(block, *, candidates=2, start=0.6, stop=0.4):
     start: only at times from here, ancestral before
     stop: down to here, ancestral after
     """
-    need(
-        hasattr(block.model, "energy"), "the network", type(block.model).__name__, "one of --method edlm_nce"
-    )
+    made_by(hasattr(block.model, "energy"), "edlm_nce")
     need(candidates >= 2, "candidates", candidates, "at least 2")
     need(0 < start <= 1, "start", start, "a time above 0, at most 1")
     need(0 <= stop <= start, "stop", stop, "a time from 0, at most start")

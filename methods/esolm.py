@@ -28,7 +28,7 @@ from generate import sampler
 from model import Transformer, attention_mask
 from rng import Noise, draw
 from run.cli import die
-from samplers.pieces import need
+from samplers.pieces import made_by, need
 
 
 @dataclass
@@ -262,7 +262,7 @@ def esolm(block, *, alpha0=-1.0, shared=True):
         of one batch are not independent. false: every row draws its own numbers
     """
     model, process, T = block.model, block.process, block.x.size(1)
-    need(isinstance(model, EsoLM), "the network", type(model).__name__, "one of --method esolm")
+    made_by(isinstance(model, EsoLM), "esolm")
     need(T == model.cfg.seq_len, "block_size", T, f"the whole row, {model.cfg.seq_len}")
     need(alpha0 == -1 or 0 <= alpha0 <= 1, "alpha0", alpha0, "in [0, 1], or -1")
     step, u = plan(block, process.alpha0 if alpha0 == -1 else alpha0, shared)

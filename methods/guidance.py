@@ -31,7 +31,7 @@ from generate import ancestral, sampler
 from model import Transformer
 from rng import draw, uniforms
 from run.cli import die
-from samplers.pieces import need
+from samplers.pieces import made_by, need
 
 NO_LABEL = 2  # labels are 0 and 1
 
@@ -239,8 +239,7 @@ def asker(block, alpha, label):
 
 
 def check_request(block, label, gamma):
-    name = type(block.model).__name__
-    need(isinstance(block.model, Guided), "the network", name, "one of --method guidance")
+    made_by(isinstance(block.model, Guided), "guidance")
     need(label in (0, 1), "label", label, "0 or 1")
     need(0 <= gamma < 1e6, "gamma", gamma, "at least 0 and below 1e6")
 

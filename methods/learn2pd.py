@@ -27,7 +27,7 @@ from diffusion import pick
 from generate import SAMPLERS, sampler
 from methods import _shared
 from run.cli import die
-from samplers.pieces import need, top
+from samplers.pieces import made_by, need, top
 from samplers.unmasking import unmask
 
 
@@ -166,7 +166,7 @@ def learn2pd(block, *, tau=0.9, end=-1, guess=False):
     need(-1 <= end < block.process.vocab_size, "end", end, "an id, or -1")
     need(end >= 0 or not guess, "guess", guess, "left out where there is no --end")
     part = getattr(block.model, "part", None)
-    need(isinstance(part, Filter), "the network", type(block.model).__name__, "one of --method learn2pd")
+    made_by(isinstance(part, Filter), "learn2pd")
     n = block.x.size(1)
     need(part.size == n, "block_size", n, f"{part.size}, which the filter was trained for")
     logit = math.inf if tau == 1 else math.log(tau) - math.log1p(-tau) if tau > 0 else -math.inf

@@ -65,10 +65,8 @@ def check(cfg, settings):
         die(problem, f"--n_kv_heads={cfg.n_heads}")
     if (settings.head_dim or cfg.d_model // cfg.n_heads) % 2 or settings.head_dim < 0:
         die(f"head_dim is {settings.head_dim}: rotary positions turn pairs", "--head_dim=32")
-    if not settings.rope_base > 0 or not settings.rope_factor > 0 or not settings.norm_eps >= 0:
-        die("rope_base and rope_factor must be above 0, norm_eps at least 0", "--rope_base=10000")
-    if settings.rope_yarn and not (settings.rope_original > 0 and 0 < settings.rope_low < settings.rope_high):
-        die("YaRN needs the context of before, and rope_low below rope_high", "--rope_original=4096")
+    if problem := problem_of(settings):
+        die(problem, "leave it out, or the value of a published model's config.json")
     if settings.lora < 0:
         die(f"lora is {settings.lora}: a rank is at least 1, and 0 is none", "--lora=32")
     if settings.lora and cfg.fsdp:
@@ -81,6 +79,25 @@ def check(cfg, settings):
         die(f"recipe {settings.recipe!r} is none of plain, complementary, position", "--recipe=plain")
     if masks := recipe(settings):
         methods.load("masks").check(cfg, masks)
+
+
+def problem_of(s):
+    """What numbers of Settings no network can have, in a line; or ''."""
+    positive = ("rope_base", "rope_factor", "rope_scale", "rope_low", "rope_high")
+    for name in (*positive, "norm_eps"):
+        value = getattr(s, name)
+        if not 0 <= value < math.inf or name in positive and value == 0:
+            return f"{name} is {value}, it must be finite and {'above' if name in positive else 'at least'} 0"
+    for name in ("d_mlp", "rope_original"):
+        if getattr(s, name) < 0:
+            return f"{name} is {getattr(s, name)}, it must be at least 0"
+    if s.rope_yarn and s.rope_original == 0:
+        return "YaRN needs the context of before, rope_original"
+    if s.rope_yarn and s.rope_base <= 1:
+        return f"rope_base is {s.rope_base}, for YaRN it must be above 1"
+    if s.rope_original and s.rope_low >= s.rope_high:
+        return f"rope_low is {s.rope_low}, it must be below rope_high, {s.rope_high}"
+    return ""
 
 
 def recipe(settings):

@@ -24,7 +24,7 @@ from generate import sampler
 from model import Transformer
 from rng import Noise
 from run.cli import die
-from samplers.pieces import need
+from samplers.pieces import made_by
 
 
 @dataclass
@@ -100,12 +100,7 @@ def loopholing(block, *, carry=True):
 
     carry: false leaves h out, the control
     """
-    need(
-        hasattr(block.model, "carry_norm"),
-        "the network",
-        type(block.model).__name__,
-        "one of --method loopholing",
-    )
+    made_by(hasattr(block.model, "carry_norm"), "loopholing")
     for k in range(block.steps):
         a_t, a_s = block.alpha[k : k + 2]
         h = block.state.get("carry") if carry else None

@@ -35,7 +35,7 @@ from generate import Block, sampler
 from model import Transformer, rotate
 from rng import Noise, draw, float64
 from run.cli import die
-from samplers.pieces import need
+from samplers.pieces import made_by, need
 
 BOTH, NOBODY = -1, -2  # groups of what both groups read, and of what fills up a shorter row
 
@@ -257,7 +257,7 @@ def pgm(block, *, even=True):
     even: as many tokens at every step. false: each token's step is drawn, as in ancestral sampling
     """
     model, process, T = block.model, block.process, block.x.size(1)
-    need(isinstance(model, PGM), "the network", type(model).__name__, "one of --method pgm")
+    made_by(isinstance(model, PGM), "pgm")
     need(T == model.cfg.seq_len, "block_size", T, f"the whole row, {model.cfg.seq_len}")
     (step, u), device = plan(block, even), model.embed.weight.device
     for k in step[block.open].unique().tolist():

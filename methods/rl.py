@@ -43,6 +43,7 @@ from samplers.pieces import entropy, kl, top
 
 # Samplers whose only draws that depend on the network are proposals: log D of these is the whole score.
 SCORED = ("ancestral", "confidence", "threshold", "factor", "entropy_bound", "rcr", "prophet", "sched")
+OTHER_BLOCKS = ("dynamic_blocks", "freedave", "speculation", "diffuspec", "idlm", "lossless", "sdlm")
 
 
 @dataclass
@@ -110,6 +111,8 @@ def check(cfg, s):
     ):
         if not fine:
             die(f"{name} cannot be {getattr(s, name)}", f"--{name} {fix}")
+    if s.sampler in OTHER_BLOCKS:
+        die(f"{s.sampler} asks about other blocks than the one that it writes", "--sampler ancestral")
     if s.objective in ("trace", "mdpo") and s.sampler not in SCORED:
         die(
             f"{s.sampler} draws more than proposals, and {s.objective} would score these alone",
@@ -228,7 +231,8 @@ def rollout(model, process, prompts, ids, group, b, start, s, **how):
         for state in generate(model, process, [p for p in prompts for _ in range(group)], **how):
             pass
     except ValueError as e:
-        die(f"{s.sampler}: {e}", "--sampler ancestral")
+        long = "positions; the model has" in str(e)
+        die(f"{s.sampler}: {e}", "a smaller --max_new_tokens" if long else "--sampler ancestral")
     if not tape:
         die(f"{s.sampler} never asks about a block with noise in it", "--sampler ancestral")
     text = state.x

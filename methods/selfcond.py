@@ -31,7 +31,7 @@ from generate import sampler
 from model import Transformer
 from rng import uniforms
 from run.cli import die
-from samplers.pieces import entropy, need, top
+from samplers.pieces import entropy, made_by, need, top
 
 
 @dataclass
@@ -168,8 +168,7 @@ def self_conditioned(block, *, bound=0.1, hot=0.8, cold=0.4, sure=0.005, carry=T
     sure: in nats; 0 never ends a row early, but for certain tokens
     carry: false leaves the prediction out, the control
     """
-    name = type(block.model).__name__
-    need(isinstance(block.model, SelfConditioned), "the network", name, "one of --method selfcond")
+    made_by(isinstance(block.model, SelfConditioned), "selfcond")
     need(0 <= bound < math.inf, "bound", bound, "at least 0 nats and finite")
     need(1e-6 <= cold <= hot <= 1e6, "cold", cold, "in [1e-6, 1e6], and hot at least that")
     need(0 <= sure < math.inf, "sure", sure, "at least 0 nats and finite")

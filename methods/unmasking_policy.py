@@ -34,7 +34,7 @@ from generate import SAMPLERS, sampler
 from methods import _shared
 from model import Layer, ModelConfig
 from run.cli import die
-from samplers.pieces import need, top
+from samplers.pieces import made_by, need, top
 from samplers.unmasking import unmask
 
 
@@ -216,8 +216,7 @@ def policy(block, *, cut=0.5, draws=False):
     need(0 <= cut <= 1, "cut", cut, "between 0 and 1")
     need(not draws or cut == 0.5, "cut", cut, "left out where choices are draws")
     part = getattr(block.model, "part", None)
-    name = type(block.model).__name__
-    need(isinstance(part, Policy), "the network", name, "one of --method unmasking_policy")
+    made_by(isinstance(part, Policy), "unmasking_policy")
     n = block.x.size(1)
     need(part.size == n, "block_size", n, f"{part.size}, which the policy was trained for")
 

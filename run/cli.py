@@ -35,6 +35,9 @@ def shown(text):
 def die(problem, fix):
     """End the program as a user's slip: two lines on stderr, exit code 2."""
     problem, fix = (shown(" ".join(s.splitlines())) for s in (problem, fix))  # they may quote several lines
+    for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
+        bar.leave = True  # a progress bar ends its line
+        bar.close()
     print(f"error: {problem}\n  try: {fix}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -44,11 +47,19 @@ def said(e):
     return shown(f"{type(e).__name__}: {' '.join(str(e).split())[:160]}")
 
 
-def writable(path, flag):
-    """Make the folder of a file that will be written later; exit now rather than then if it cannot be."""
+def writable(path, flag, begins=b""):
+    """
+    Make the folder of a file that will be written later; exit now rather than then if it cannot be. A file
+    that is there must begin as those of this flag do: no other is written over. begins: bytes, or a tuple.
+    """
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         new = not os.path.exists(path)
+        if os.path.isfile(path):
+            with open(path, "rb") as f:
+                first = f.read(64)
+            if first and not first.startswith(begins):
+                die(f"{path} is there and is no --{flag} file: it would be lost", f"--{flag} ANOTHER_FILE")
         with open(path, "a", encoding="utf-8"):
             pass
         if new:
@@ -102,7 +113,11 @@ class Unbroken:
 def command():
     """What this program is started with, behind `python`: train.py, or -m lab.bench."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"-m {spec.name}" if spec is not None and spec.parent else os.path.basename(sys.argv[0])
+    return (
+        f"-m {spec.name.removesuffix('.__main__')}"
+        if spec is not None and spec.parent
+        else os.path.basename(sys.argv[0])
+    )
 
 
 def load_config(cls, argv, help="--help"):

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python run/pack.py works too
 from run import checkpoint, rounding
 from run.cli import die, load_config
+from run.machine import guard
 
 
 @dataclass
@@ -28,11 +30,12 @@ def n_bytes(weights):
     return sum(t.numel() * t.element_size() for t in parts if torch.is_tensor(t))
 
 
+@guard("--out_dir of a folder of yours")
 def main():
     cfg = load_config(PackConfig, sys.argv[1:])
     if cfg.weights not in rounding.BITS:
         die(f"weights {cfg.weights!r} are none of {', '.join(rounding.BITS)}", "--weights int8")
-    if not cfg.out_dir or (Path(cfg.out_dir) / "ckpt.pt").exists():
+    if not cfg.out_dir or (Path(cfg.out_dir) / "ckpt.pt").exists() or Path(cfg.out_dir).is_file():
         die(f"out_dir {cfg.out_dir!r} is not a new folder", f"--out_dir {cfg.ckpt}_{cfg.weights}")
     if checkpoint.is_foreign(cfg.ckpt):
         die(

@@ -23,6 +23,7 @@ TEXTS = 16  # so many texts are recorded; the others are made as ever
 LOOKS = 16  # so many steps of a block keep all predictions; between them those of tokens that were written
 TOP = 5  # alternatives of a token
 PAGE = Path(__file__).with_name("page.html")
+BEGINS = {"html": b"<!doctype html>", "trace": b'{"kind":"run"', "gif": (b"GIF8", b"\x89PNG")}  # of our files
 
 
 def thousandths(p):
@@ -315,9 +316,11 @@ def lanes(block, i, where):
 
 def wanted(cfg, model):
     """A Record, if a flag asks for one, else None. Exits if a file cannot be written."""
-    for flag in ("html", "trace", "gif"):
-        if getattr(cfg, flag):
-            writable(getattr(cfg, flag), flag)
+    asked = [(flag, getattr(cfg, flag)) for flag in BEGINS if getattr(cfg, flag)]
+    for i, (flag, path) in enumerate(asked):
+        writable(path, flag, BEGINS[flag])
+        if any(Path(path).resolve() == Path(other).resolve() for _, other in asked[:i]):
+            die(f"two records would be written to {path}", f"--{flag} ANOTHER_FILE")
     return Record(model) if cfg.html or cfg.trace or cfg.gif else None
 
 

@@ -73,7 +73,7 @@ def method_of(state):
     try:
         method = methods.load(kept["name"])
         return method, methods.settings_of(method, kept["settings"])
-    except (TypeError, ValueError, KeyError) as e:
+    except (AttributeError, TypeError, ValueError, KeyError) as e:
         die(
             f"this checkpoint's method is of another version: {said(e)}",
             "train again, or check out the version that wrote it",
@@ -322,11 +322,12 @@ def compare(state, cfg, settings, method, data, world, say):
         if name in SHAPES and old[name] != value:
             fix = f"--objective={old['objective']}" if name == "predicts" else f"--{name}={old[name]}"
             die(
-                f"{cfg.out_dir}/ckpt.pt was trained with {name} {old[name]}, not {value}",
+                f"{cfg.out_dir}/ckpt.pt was trained with {name} {old[name] or 'none'}, not {value or 'none'}",
                 f"{fix}, or another --out_dir",
             )
         if name not in ("resume", "out_dir") and old[name] != value:
             say(shown(f"changed since the checkpoint: {name} {old[name]} -> {value}"))
+    method_of(state)  # two lines where it is none
     before, now = state.get("method", {}).get("settings", {}), {} if settings is None else asdict(settings)
     for name, value in now.items():
         if name in before and before[name] != value:

@@ -69,7 +69,8 @@ class Run:
             facts["network"] = {**facts["network"], "dropout": cfg.dropout, "seq_len": cfg.seq_len}
 
         torch.manual_seed(cfg.seed)
-        noise = state.get("process") if state else facts.pop("noise", None)
+        noise = facts.pop("noise", None)
+        noise = state.get("process") if state else noise
         noise = None if hasattr(method, "process") else noise  # which is as its settings are now
         self.model, self.process = checkpoint.build(
             cfg, data.meta["vocab_size"], facts.get("network"), method, settings, noise
@@ -284,6 +285,13 @@ class Run:
             )
             fix = f"free space for {self.cfg.out_dir}, then{' --resume' * (self.saved > 0) or ' again'}"
             die(f"no checkpoint of step {done}, {where}", fix)
+        if done and self.skipped[0] == done and not stop:
+            if self.rank > 0:
+                raise SystemExit(2)  # rank 0 says why
+            die(
+                f"none of {done} steps had a finite gradient: nothing was learned",
+                f"--lr={self.cfg.lr / 4:.2g}",
+            )
         if stop:
             name = self.signals.name or "a signal to another process"
             self.say(f"{name}: stopped after step {done}" + ", saved; --resume goes on" * (self.saved > 0))

@@ -40,7 +40,7 @@ def diffuspec(block, *, search="path", adaptive=True, corpus="", beam=3, mass=0.
     weight: of p_3; 0 takes the likeliest token everywhere
     """
     need(search in ("path", "none"), "search", search, "path or none")
-    need(beam >= 1, "beam", beam, "at least 1")
+    need(1 <= beam <= 1000, "beam", beam, "from 1 to 1000")
     need(0 < mass <= 1, "mass", mass, "above 0, at most 1")
     need(width >= 1, "width", width, "at least 1")
     need(0 <= weight <= 1, "weight", weight, "between 0 and 1")

@@ -21,6 +21,14 @@ def need(fine, name, value, what):
         raise ValueError(f"{name} must be {what}, not {value}")
 
 
+def made_by(fine, method):
+    """Raise ValueError unless a network is one of a method."""
+    if not fine:
+        e = ValueError(f"the network must be one of --method {method}")
+        e.fix = f"python train.py --method {method} --help"
+        raise e
+
+
 def entropy(logp):
     """Of log-probabilities (..., V), in nats."""
     return torch.special.entr(logp.exp()).sum(-1)

