@@ -62,16 +62,16 @@ def test_ctrl_c_ends_a_command_without_a_traceback(project):
     assert p.returncode == 128 + signal.SIGINT and not err.strip(), err
 
 
-@pytest.mark.slow  # 1,500 steps, twice
+@pytest.mark.slow  # 600 steps, twice
 @pytest.mark.parametrize("processes", [1, 2])
 def test_memory_stays_where_it_was(project, processes):
     """
     Rows of five block sizes change the sizes of tensors at every step. Small things that stay from step to
-    step, such as a graph of the average of the weights, then take the heap to pieces: 1.27 times as much.
+    step, such as a graph of the average of the weights, then take the heap to pieces: 1.4 times as much by then.
     """
     start = "-m torch.distributed.run --standalone --nproc_per_node=2" if processes == 2 else ""
     sizes = "--block_sizes=1:0.2,2:0.2,4:0.2,8:0.2,16:0.2 --seq_len=64 --d_model=64 --batch_size=16"
-    flags = f"{' '.join(TINY)} --dataset=toy --out_dir=out/run --max_steps=1500 --log_every=10"
-    shell(f"python {start} ROOT/train.py {flags} {sizes} --eval_every=1500")
+    flags = f"{' '.join(TINY)} --dataset=toy --out_dir=out/run --max_steps=600 --log_every=10"
+    shell(f"python {start} ROOT/train.py {flags} {sizes} --eval_every=600")
     peak = {r["step"]: r["peak_mb"] for r in map(json.loads, open("out/run/log.jsonl")) if "peak_mb" in r}
-    assert peak[1500] < 1.2 * peak[30], peak
+    assert peak[600] < 1.2 * peak[30], peak
