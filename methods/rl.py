@@ -43,7 +43,7 @@ from samplers.pieces import entropy, kl, top
 
 # Samplers whose only draws that depend on the network are proposals: log D of these is the whole score.
 SCORED = ("ancestral", "confidence", "threshold", "factor", "entropy_bound", "rcr", "prophet", "sched")
-OTHER_BLOCKS = ("dynamic_blocks", "freedave", "speculation", "diffuspec", "idlm", "lossless", "sdlm")
+OTHER_BLOCKS = ("dynamic_blocks", "freedave")  # they ask about blocks of their own, which nobody records
 
 
 @dataclass
@@ -112,7 +112,7 @@ def check(cfg, s):
         if not fine:
             die(f"{name} cannot be {getattr(s, name)}", f"--{name} {fix}")
     if s.sampler in OTHER_BLOCKS:
-        die(f"{s.sampler} asks about other blocks than the one that it writes", "--sampler ancestral")
+        die(f"{s.sampler} asks about other blocks than the one it writes", "--sampler ancestral")
     if s.objective in ("trace", "mdpo") and s.sampler not in SCORED:
         die(
             f"{s.sampler} draws more than proposals, and {s.objective} would score these alone",
