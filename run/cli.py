@@ -178,7 +178,7 @@ def given_settings(cls, argv, help="--help"):
             pairs, given = {name: value}, from_flags
         elif word in ("-h", "--help"):
             doc = sys.modules["__main__"].__doc__ or sys.modules[cls.__module__].__doc__ or ""
-            print(narrow(inspect.cleandoc(doc)), "\n")
+            print(f"{narrow(inspect.cleandoc(doc))}\n")
             show_settings(cls)
             raise SystemExit
         elif word.endswith(".toml"):

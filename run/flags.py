@@ -111,7 +111,7 @@ def load_with_method(cls, argv, asked):
     if wants_help(argv, {**kinds_of(cls), **mine}):
         if by_flag and method:
             cli.show_anything()
-            print(cli.narrow(inspect.getdoc(method)), "\n")
+            print(f"{cli.narrow(inspect.getdoc(method))}\n")
             cli.show_settings(own) if own else print("It has no settings of its own.")
             print("\nWhat every method shares: python train.py --help")
             raise SystemExit

@@ -258,6 +258,8 @@ def begin_from(cfg, settings=None, method=None, asked=()):
             setattr(cfg, name, theirs)
         elif name not in may_change and mine != theirs:
             die(f"{source} has {name} {theirs}, not {mine}", f"leave --{name} out")
+    if "next_token" not in asked and set(cfg.block_sizes) != {1}:
+        cfg.next_token = False  # blocks are asked for: they have a noisy stream
     cfg.__post_init__()
     if hasattr(method, "begin"):
         method.begin(settings, state)

@@ -498,8 +498,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(chatty, capsys):
 
 
 def test_it_answers_learns_and_writes_the_base_s_own_text(chatty, capsys):
-    run(train.main, *FLAGS, "--max_steps=1", "--out_dir=run", "--learn=both", "--n_eval=2")
-    capsys.readouterr()
+    sizes = "--block_sizes=1:0.25,4:0.75"  # larger blocks need no --next_token=false beside them
+    run(train.main, *FLAGS, "--max_steps=1", "--out_dir=run", "--learn=both", "--n_eval=2", sizes)
+    assert "block 4" in capsys.readouterr().out
     state = torch.load("run/ckpt.pt", weights_only=True)
     ids = np.fromfile("data/self/train.bin", np.uint16).astype(np.int64)
     kept = state["ema"]["draft_ids"]
