@@ -186,12 +186,12 @@ def of_children():
 
 
 def label_of(cfg, task, flags, seed, row):
-    """What a line of results is called; and what it is called whatever the code of its method."""
-    label = str(Path(folder(cfg, task, flags, seed, row)).relative_to(cfg.out))
-    return label, without_code(label)
+    """What a line of results is called: a folder below cfg.out."""
+    return str(Path(folder(cfg, task, flags, seed, row)).relative_to(cfg.out))
 
 
 def without_code(label):
+    """The same whatever the code of its method."""
     return re.sub(r"-[0-9a-f]{8}(/\d+)$", r"\1", label)
 
 
@@ -207,7 +207,7 @@ def compared(cfg, task, row, seed, lines, may_begin):
     ):
         name, own = asked_for([sampler])[0]
         plan = [[name, own, block_of(row, task), n] for n in steps_of(name)]
-        label, name = label_of(cfg, task, flags, seed, row)
+        label = label_of(cfg, task, flags, seed, row)
         what = {"seed": seed, "n_eval": cfg.n_eval, "n_mc": cfg.n_mc, "asked": plan}
         some = [one for one in lines if all(one.get(k) == v for k, v in what.items())]
         found[side] = next((one for one in some if one["row"] == label), None)
@@ -216,7 +216,8 @@ def compared(cfg, task, row, seed, lines, may_begin):
             if out_dir is not None:
                 found[side] = measured(label, seed, out_dir, cfg, lines, seconds, plan)
         if found[side] is None:
-            found[side] = next((one for one in some[::-1] if without_code(one["row"]) == name), None)
+            older = (one for one in some[::-1] if without_code(one["row"]) == without_code(label))
+            found[side] = next(older, None)
         if found[side] is None:
             return None
     return found
@@ -265,7 +266,7 @@ def head_of(cfg):
 def is_older(cfg, task, row, found):
     """Is one of the two sides measured with other code than there is?"""
     sides = ("system", row["train"]), ("control", row["control"])
-    return any(found[s]["row"] != label_of(cfg, task, flags, found[s]["seed"], row)[0] for s, flags in sides)
+    return any(found[s]["row"] != label_of(cfg, task, flags, found[s]["seed"], row) for s, flags in sides)
 
 
 def write(cfg, table, lines, missing=()):

@@ -121,13 +121,13 @@ def carried(x, source, new):
 def mistakes(x, open, alpha, moves, wrong, process, noise):
     """
     Blocks x (R, b) with mistakes: (xt, target), both (R, b). target: an id; V for DELETE, V + 1 for SPLIT; -1
-    where nothing is to be learnt. alpha (R, 1): the share that is not masked. noise: (R, b, 4) uniform.
+    where nothing is to be learnt. alpha (R, b): the share that is not masked. noise: (R, b, 4) uniform.
     """
     u, V, mask = noise.unbind(-1), process.vocab_size, process.mask_id
     other = (u[0] * (V - 1)).long().clamp(max=V - 2)
     other = other + (other >= mask)  # any id but the mask
     drop = open & (u[1] <= moves / 2)
-    behind = torch.nn.functional.pad(drop[:, :-1], (1, 0)) & open & ~drop
+    behind = nn.functional.pad(drop[:, :-1], (1, 0)) & open & ~drop
     add = open & (u[1] > 1 - moves / 2) & ~behind
     source = moved(drop, add, open)
     there, room = source >= 0, source == ROOM

@@ -769,3 +769,7 @@ ZIPF = """
         pi = pi / pi.sum()
         return alpha, (1 - alpha)[..., None] * pi, torch.ones_like(alpha), -pi
 """
+
+
+def test_a_file_that_is_not_there_gets_two_lines(slip, tmp_path):
+    assert "mine.py not found" in slip(command.main, argv=["3", "--file", str(tmp_path / "mine.py")])

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, resumed
 from exact import GENERATE, P_VALUE, V3, agree, chi_squared, last, net
 
 import diffusion as d
@@ -338,14 +338,13 @@ def test_training_is_resumed_and_refused(project, slip):
     base = [*TINY, "--dataset=pairs", "--block_sizes=1:0.25,4:0.75", "--lr=0.05", "--max_steps=4"]
     go(*base, "--out_dir=net", "--warmup=1")
     flags = ["--method=delete_split", "--ckpt=net", "--device=cpu", "--lr=0.01", "--n_eval=4"]
-    go(*flags, "--max_steps=4", "--out_dir=whole")
-    go(*flags, "--max_steps=2")
-    go(*flags, "--max_steps=4", "--resume")
-    states = [checkpoint.load(name) for name in ("whole", "net_moves", "net")]
-    assert set(states[0]) == set(states[1]), "a resumed run leaves the same things"
-    weights = [state["model"] for state in states]
-    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
-    assert any(not torch.equal(x, weights[0][name]) for name, x in weights[2].items())
+    whole, parts = resumed(training.main, *flags)
+    assert set(whole) == set(parts), "a resumed run leaves the same things"
+    before = checkpoint.load("net")["model"]
+    assert any(not torch.equal(x, whole["model"][name]) for name, x in before.items())
+    checkpoint.save("odd", {**parts, "method": "x"})
+    argv = [*flags, "--out_dir=odd", "--max_steps=6", "--resume"]
+    assert "method is of another version" in slip(training.main, argv=argv)
     go(*base, "--out_dir=uniform", "--process=uniform")
     for bad, says in (
         (["--ckpt=uniform"], "masked noise"),

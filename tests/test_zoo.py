@@ -31,12 +31,18 @@ def test_every_row_is_complete():
             assert what == "nats" or at in possible, f"{row['system']}: {sampler} has {possible}, not {at}"
 
 
-def test_another_control_or_other_code_is_another_place(tmp_path, monkeypatch):
+@pytest.fixture
+def code(tmp_path, monkeypatch):
+    """The file of every method there is, in a folder with an empty recipe."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config/zoo").mkdir(parents=True)
     (tmp_path / "config/zoo/sudoku.toml").write_text("")
-    code, cfg = tmp_path / "mine.py", zoo.ZooConfig()
-    monkeypatch.setattr(methods, "load", lambda name: SimpleNamespace(__file__=str(code)))
+    monkeypatch.setattr(methods, "load", lambda name: SimpleNamespace(__file__=str(tmp_path / "mine.py")))
+    return tmp_path / "mine.py"
+
+
+def test_another_control_or_other_code_is_another_place(code, tmp_path):
+    cfg = zoo.ZooConfig()
     code.write_text('"""Words."""\nx = 1\nROWS = []\n')
     at = lambda flags, control="", base="": zoo.folder(
         cfg, "sudoku", flags, 0, {"control": control, "base": base}
@@ -79,13 +85,9 @@ def test_a_row_may_be_written_whole():
     assert "seq_len" not in recipe("config/zoo/sudoku.toml") and zoo.ROW["sudoku"] == 2 * 4 * 4
 
 
-def test_results_of_older_code_are_shown_as_such(tmp_path, monkeypatch):
+def test_results_of_older_code_are_shown_as_such(code, monkeypatch):
     """Where there is no time to measure anew. Another recipe, seed or plan is no older code."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config/zoo").mkdir(parents=True)
-    (tmp_path / "config/zoo/sudoku.toml").write_text("")
-    code, cfg = tmp_path / "mine.py", zoo.ZooConfig()
-    monkeypatch.setattr(methods, "load", lambda name: SimpleNamespace(__file__=str(code)))
+    cfg = zoo.ZooConfig()
     row = {"system": "Mine", "train": "--method mine", "control": "", "sampler": "ar", "control_sampler": "ar",
            "by": "nats 16", "control_by": "nats 16", "base": "", "block": 16}  # fmt: skip
     monkeypatch.setattr(zoo, "trained", lambda *_: (None, 0.0))
@@ -94,7 +96,7 @@ def test_results_of_older_code_are_shown_as_such(tmp_path, monkeypatch):
     for text in ("x = 1\n", "x = 2\n"):
         code.write_text(text)
         for flags in ("", "--method mine"):
-            lines.append({"row": zoo.label_of(cfg, "sudoku", flags, 0, row)[0], "seed": 0, "text": text,
+            lines.append({"row": zoo.label_of(cfg, "sudoku", flags, 0, row), "seed": 0, "text": text,
                           "n_eval": cfg.n_eval, "n_mc": cfg.n_mc, "asked": [["ar", {}, 16, None]]})  # fmt: skip
     now = find(lines)
     assert now["system"]["text"] == "x = 2\n" and not zoo.is_older(cfg, "sudoku", row, now)
