@@ -22,11 +22,17 @@ QWEN = (
     r"|\s+(?!\S)|\s+"
 )
 LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+MISTRAL = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 CUTS = {
     "qwen": [{**SPLIT, "pattern": {"Regex": QWEN}}, BYTES],
     "llama3": [{**SPLIT, "pattern": {"Regex": LLAMA3}}, BYTES],
+    "mistral": [{**SPLIT, "pattern": {"Regex": MISTRAL}}, BYTES],
     "smollm": [{"type": "Digits", "individual_digits": True}, {**BYTES, "use_regex": True}],
     "gpt2": [{**BYTES, "use_regex": True}],
 }
