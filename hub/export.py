@@ -4,10 +4,12 @@ How do others load our networks? A checkpoint becomes a folder in a layout that 
     python -m hub.export --ckpt out/run --to FOLDER
 
     network                                 layout                               who loads it
-    next-token Llama, Qwen2, Qwen3          LlamaForCausalLM, Qwen2..., Qwen3... transformers as it is
+    next-token Llama, Qwen2, Qwen3,         LlamaForCausalLM, Qwen2..., Qwen3...,
+    Ministral 3                             Ministral3...                        transformers as it is
     block-causal, with norms of q and k     SDARForCausalLM                      SGLang, and SDAR's own code
     block-causal, without them              a2d-llama, a2d-qwen2                 dLLM
     shifted and block-causal, with biases   Fast_dLLM_QwenForCausalLM            Fast-dLLM's code
+    trimode                                 NemotronLabsDiffusionModel           NVIDIA's own code
     the network of model.py                 modeling_nanoblock.py                transformers, by that code
     adapters of --method adapt              LoRA                                 PEFT, beside the base
 
@@ -25,10 +27,11 @@ import torch
 import hub.published  # noqa: F401  --init_from hf:...
 from data.bpe import LETTER_OF
 from hub import lora
-from hub.llama import HUGGING_FACE
+from hub.llama import ENCODER, HUGGING_FACE, TRIMODE, renamed
 from methods.adapt import Adapted
 from methods.llama import Llama
 from methods.shifted import Shifted
+from methods.trimode import Trimode
 from model import Transformer
 from run import checkpoint
 from run.cli import die, load_config
@@ -65,11 +68,22 @@ def their_name(name):
 def causal(model, process):
     """A next-token network as transformers' own class. A mask behind the vocabulary is left out."""
     s = model.settings
-    kind = "qwen3" if s.qk_norm else "qwen2" if s.qkv_bias else "llama"
+    kind = "qwen3" if s.qk_norm else "qwen2" if s.qkv_bias else "ministral3" if s.rope_beta else "llama"
     extra = process.mask_id == model.cfg.vocab_size - 1
     config, weights = llama_config(model, kind, model.cfg.vocab_size - extra)
     config["architectures"] = [f"{kind.capitalize()}ForCausalLM"]
     return config, weights
+
+
+def trimode(model, process, block_size):
+    """A trimode network as NVIDIA released its own."""
+    if model.settings.qk_norm or model.settings.qkv_bias:
+        die("a trimode network is Ministral 3's: no norms of q and k, no biases", "train without --qkv_bias")
+    config, weights = llama_config(model, "ministral3", model.cfg.vocab_size)
+    config |= {"model_type": TRIMODE, "architectures": ["NemotronLabsDiffusionModel"]}
+    config |= {"mask_token_id": process.mask_id, "block_size": block_size, "dlm_paradigm": "block_diff"}
+    words = {THEIR_NAMES[ours]: theirs for theirs, ours in ENCODER.items()}
+    return config, {renamed(name, words): value for name, value in weights.items()}
 
 
 def blocks(model, process, block_size):
@@ -114,25 +128,33 @@ def llama_config(model, kind, vocab_size):
         "max_position_embeddings": cfg.seq_len,
         "tie_word_embeddings": s.tied,
     }
-    if s.rope_factor != 1:
-        config["rope_scaling"] = {"rope_type": "linear", "factor": s.rope_factor}
-        if s.rope_yarn:
-            config["rope_scaling"] = {
-                "rope_type": "yarn",
-                "factor": s.rope_factor,
-                "original_max_position_embeddings": s.rope_original,
-                "beta_slow": s.rope_low,
-                "beta_fast": s.rope_high,
-                "attention_factor": s.rope_scale,
-            }
-        elif s.rope_original:
-            config["rope_scaling"] = {
-                "rope_type": "llama3",
-                "factor": s.rope_factor,
-                "original_max_position_embeddings": s.rope_original,
-                "low_freq_factor": s.rope_low,
-                "high_freq_factor": s.rope_high,
-            }
+    rope = {"rope_type": "linear", "factor": s.rope_factor} if s.rope_factor != 1 else {}
+    if s.rope_yarn:
+        rope = {
+            "rope_type": "yarn",
+            "factor": s.rope_factor,
+            "original_max_position_embeddings": s.rope_original,
+            "beta_slow": s.rope_low,
+            "beta_fast": s.rope_high,
+            "attention_factor": s.rope_scale,
+        }
+    elif rope and s.rope_original:
+        rope = {
+            "rope_type": "llama3",
+            "factor": s.rope_factor,
+            "original_max_position_embeddings": s.rope_original,
+            "low_freq_factor": s.rope_low,
+            "high_freq_factor": s.rope_high,
+        }
+    if kind == "ministral3":
+        rope = {"rope_type": "default", "original_max_position_embeddings": cfg.seq_len, **rope}
+        rope |= {"rope_theta": cfg.rope_base, "llama_4_scaling_beta": s.rope_beta}
+        rope |= {"original_max_position_embeddings": s.rope_original} if s.rope_original else {}
+        config["rope_parameters"] = rope
+    elif s.rope_beta:
+        die(f"queries that grow (--rope_beta) are no {kind}'s", "train without --rope_beta")
+    elif rope:
+        config["rope_scaling"] = rope
     weights = model.merged()
     if s.tied:
         del weights["head.weight"]
@@ -243,6 +265,8 @@ def export(cfg, state):
         return config
     if type(model) is Transformer:
         config, weights = own(model, process, state)
+    elif type(model) is Trimode:
+        config, weights = trimode(model, process, max(run.block_sizes))
     elif type(model) not in (Llama, Shifted):
         die(f"a network of the method {run.method} has no layout that others know", "another --ckpt")
     elif model.cfg.next_token:

@@ -453,9 +453,52 @@ def test_it_is_trained_resumed_sampled_and_measured(project, tmp_path, capsys, s
             "--max_new_tokens=6",
         ],
     )
-    assert "no layout that others know" in slip(
-        export.main, argv=["--ckpt=parts", f"--to={tmp_path / 'out'}"]
-    )
+    run(export.main, "--ckpt=parts", f"--to={tmp_path / 'out'}")
+    more = ["--device=cpu", "--sampler=linear_speculation", "--temperature=0", "--max_new_tokens=12"]
+    texts = []
+    for source in ("--ckpt=parts", f"--init_from={tmp_path / 'out'}"):
+        capsys.readouterr()
+        run(sample.main, source, "--prompt=abc", "--block_size=4", *more)
+        texts.append(capsys.readouterr().out.splitlines()[-2])
+    assert texts[0] == texts[1]
+
+
+def loaded(home):
+    return rebuild(str(home), CPU)[3].double()
+
+
+def exported(home, to):
+    run(export.main, f"--init_from={home}", f"--to={to}")
+    return json.loads((to / "config.json").read_text())
+
+
+def test_what_is_exported_is_what_was_read(project, tmp_path):
+    """Nemotron's layout and Ministral 3's own, and transformers reads the latter."""
+    file = np.load(GOLDEN)
+    ids = torch.tensor(file["ids"]).long()
+    for name, shape in (("yarn", {}), *((str(i), s) for i, s in enumerate(SHAPES))):
+        if "head_dim" in shape:
+            continue  # other weights
+        config = CONFIG | {k: v for k, v in shape.items() if k == "rope_parameters"}
+        home = write(tmp_path / name, config, theirs_or_ours())
+        to = tmp_path / f"{name}_out"
+        assert exported(home, to)["architectures"] == ["NemotronLabsDiffusionModel"]
+        with torch.no_grad():
+            a, b = loaded(home), loaded(to)
+            assert torch.equal(a(ids[:, :AT], ids[:, AT:], None, AT), b(ids[:, :AT], ids[:, AT:], None, AT))
+            plain = {k: v for k, v in config.items() if k not in ("mask_token_id", "block_size")}
+            home = write(tmp_path / f"{name}_plain", plain | {"model_type": "ministral3"}, theirs_or_ours())
+            assert exported(home, tmp_path / f"{name}_ar")["architectures"] == ["Ministral3ForCausalLM"]
+            a, b = (
+                m.to_logits(m.hidden(ids, None, 1)[0])
+                for m in (loaded(home), loaded(tmp_path / f"{name}_ar"))
+            )
+            assert torch.equal(a, b)
+            if importlib.util.find_spec("transformers"):
+                import transformers
+
+                network = transformers.Ministral3ForCausalLM.from_pretrained(tmp_path / f"{name}_ar").double()
+                assert (network(ids).logits - a[..., :V]).abs().max() < 1e-5
 
 
 def theirs_or_ours():
