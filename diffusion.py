@@ -54,8 +54,7 @@ def sigma_for(model, alpha):
 
 def column(alpha, like):
     """An alpha as float64 that broadcasts against (B, L): small numbers like 1 - alpha keep their digits."""
-    alpha = torch.as_tensor(alpha, dtype=None if torch.is_tensor(alpha) else torch.float64)
-    alpha = alpha.to(like.device, float64(like.device))
+    alpha = torch.as_tensor(alpha, dtype=float64(like.device), device=like.device)
     return alpha[:, None] if alpha.dim() == 1 else alpha
 
 
@@ -265,16 +264,14 @@ class Uniform(NoiseProcess):
     def __init__(self, vocab_size, predicts="loo", ar_token=None):
         assert predicts in ("loo", "denoiser"), f"predicts {predicts!r}: loo or denoiser"
         self.vocab_size, self.predicts, self.ar_token = vocab_size, predicts, ar_token
-        self.exact_ar = ar_token is not None
-        self.n_extra_tokens = int(ar_token == vocab_size)
+        self.exact_ar, self.n_extra_tokens = ar_token is not None, int(ar_token == vocab_size)
 
     def mixing(self, alpha):
         pi = torch.full((self.vocab_size,), 1 / self.vocab_size, dtype=alpha.dtype, device=alpha.device)
         return alpha, (1 - alpha)[..., None] * pi, torch.ones_like(alpha), -pi
 
     def prior(self, shape, noise=None, device=None):
-        u = torch.rand(shape, device=device) if noise is None else noise.uniform(1)[..., 0]
-        return self.ids(u)
+        return self.ids(torch.rand(shape, device=device) if noise is None else noise.uniform(1)[..., 0])
 
     def ar_input(self, shape, noise=None, device=None):
         if self.ar_token is None:
@@ -393,8 +390,11 @@ def token_loss(
     per_token = torch.zeros_like(x, dtype=wide(logits).dtype)
     for size in sizes.unique().tolist():
         rows = sizes == size
-        name = objective if isinstance(objective, str) else objective.get(size)
-        tensors = (y[rows] for y in (logits, x, xt, alpha, dalpha))
-        cost = nats(process, "ce" if size == 1 else name, *tensors)
+        name = "ce" if size == 1 else objective if isinstance(objective, str) else objective.get(size)
+        cost = nats(process, name, *(y[rows] for y in (logits, x, xt, alpha, dalpha)))
         per_token[rows] = torch.where(charged[rows], cost, 0.0).to(per_token)
     return per_token.sum(), per_token.detach()
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -185,7 +185,8 @@ def ancestral(block, *, greedy_tail=False):
     """
     for k in range(block.steps):
         a_t, a_s = block.alpha[k : k + 2]
-        temperature = 0.0 if greedy_tail and is_last_fill(block, k) else None
+        fills = block.process.absorbing and k + 1 == block.steps  # the last masks
+        temperature = 0.0 if greedy_tail and fills else None
         block.write(block.reverse(a_t, a_t, a_s, block.noise(k), temperature))
         block.live = block.live & (block.open & block.process.can_change(block.x)).any(1)
         yield
@@ -193,11 +194,6 @@ def ancestral(block, *, greedy_tail=False):
             return
     if greedy_tail:
         yield from tail(block)
-
-
-def is_last_fill(block, k):
-    """Absorbing noise fills its last masks in step k."""
-    return block.process.absorbing and k + 1 == block.steps
 
 
 def tail(block):
@@ -323,3 +319,7 @@ def generate(
                 x[row, last:] = NOTHING
             yield state(span, step, True)
             drop_done_rows()
+
+
+if __name__ == "__main__":
+    print(__doc__)

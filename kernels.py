@@ -556,3 +556,7 @@ def _uniform_slope(v, z, y_z, y_0, w, odds, small, scale, mean, A_z, A_0, top, t
         + tl.where(v == y_0, A_0, 0.0)
     )
     return tl.where(w == 0, 0.0, g)
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -57,11 +57,8 @@ def rotate(x, cos, sin):
 
 
 def adaln(modulation, cond, n):
-    """
-    adaLN (arXiv 2212.09748): n vectors (B, S, D), shift, scale, gate, shift, ..., from cond (B, S, cond_dim).
-    Without time conditioning (cond None) they are numbers that change nothing.
-    """
-    return (0, 0, 1, 0, 0, 1)[:n] if cond is None else modulation(cond).chunk(n, dim=-1)
+    """adaLN (arXiv 2212.09748): n of shift, scale, gate, shift, ... (B, S, D), from cond (B, S, cond_dim)."""
+    return (0, 0, 1, 0, 0, 1)[:n] if cond is None else modulation(cond).chunk(n, dim=-1)  # None: no change
 
 
 def attention_mask(edge, group, n_clean_keys):
@@ -175,8 +172,7 @@ class Transformer(nn.Module):
         sigma (B,) or (1,), or (B, N)  noise level -log(alpha_t); zeros if None; unused without conditioning
         cache       a KVCache: the clean tokens before. `clean` is committed to it
         extra       for methods: goes to embed_noisy and condition
-        Returns logits (B, N, V) of the noisy positions in float32 or better, not normalised, none forbidden.
-        Raises ValueError for positions beyond seq_len.
+        Returns logits (B, N, V), float32 or better, not normalised; ValueError for positions beyond seq_len.
         """
         if self.cfg.next_token:
             return self.forward_next_token(clean, noisy, block_size, start, cache)
@@ -273,3 +269,7 @@ class Transformer(nn.Module):
         h, _ = self.hidden(clean, None, 1, cache=cache)
         first = start - 1 - n_past  # where in `clean` the token before `start` is
         return self.to_logits(h[:, first : first + N] if N else h[:, :0])
+
+
+if __name__ == "__main__":
+    print(__doc__)

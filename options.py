@@ -368,3 +368,7 @@ def check_request(
         raise ValueError(
             f"{'ar' if block_size == 1 else name} takes as many passes as it needs: steps mean nothing"
         )
+
+
+if __name__ == "__main__":
+    print(__doc__)

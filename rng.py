@@ -148,3 +148,7 @@ def stratified_draw(block_sizes, n, seed, step):
         t[rows] = (torch.arange(len(rows)) + u[rows, 1]) / len(rows)
     order = u[:, 2].argsort()  # who gets which: no link between a row of the batch and its noise level
     return sizes[which][order], t[order].clamp(1e-9, 1 - 1e-9)
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python hub/evaluate.py works too
 import hub.published  # noqa: F401  --init_from hf:...
 from data.tokens import Tokenizer
 from diffusion import SCHEDULES, token_loss

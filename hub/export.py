@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python hub/export.py works too
 import hub.published  # noqa: F401  --init_from hf:...
 from data.bpe import LETTER_OF
 from hub import lora

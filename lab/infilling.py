@@ -15,9 +15,11 @@ control.
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python lab/infilling.py works too
 from data.dataset import checker
 from diffusion import SCHEDULES
 from fast.block import generate

@@ -14,7 +14,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python lab/plots.py works too
 from run.cli import die, load_config, writable
+from run.machine import guard
 
 INK, GREY, ACCENT = "#1b1b1b", "#c9c9c9", "#1f6fb4"
 
@@ -284,6 +286,7 @@ def frontier(rows, path, setting, label):
     curves(panels, path)
 
 
+@guard("a smaller --max_new_tokens, or --device=cpu")
 def main():
     cfg = load_config(PlotsConfig, sys.argv[1:])
     if cfg.steps < 1 or cfg.max_new_tokens < 1 or not 0 <= cfg.seed < 2**62:

@@ -11,8 +11,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python lab/questions.py works too
 from data.shards import Bad, read, texts_of
 from run.cli import die, load_config
+from run.machine import guard
 
 NAMES = "Anna Ben Clara David Ella Finn Grace Hugo Iris Jack Lena Max Nora Omar Paula Rosa Sam".split()
 THINGS = "apples books cards coins eggs flowers marbles pencils shells stamps stickers tickets".split()
@@ -65,6 +67,7 @@ def drawn(name, n, rng):
     return [" ".join(text.split()) for text in rng.sample(lines, n)]
 
 
+@guard("another --out_dir")
 def main():
     cfg = load_config(QuestionsConfig, sys.argv[1:])
     n = cfg.n_train + cfg.n_test

@@ -449,4 +449,4 @@ def answer(code):
 
 
 if __name__ == "__main__":
-    launch()
+    print(__doc__) if sys.argv[1:] else launch()

@@ -178,8 +178,12 @@ def given_settings(cls, argv, help="--help"):
             pairs, given = {name: value}, from_flags
         elif word in ("-h", "--help"):
             doc = sys.modules["__main__"].__doc__ or sys.modules[cls.__module__].__doc__ or ""
-            print(f"{narrow(inspect.cleandoc(doc))}\n")
-            show_settings(cls)
+            try:
+                print(f"{narrow(inspect.cleandoc(doc))}\n")
+                show_settings(cls)
+                sys.stdout.flush()
+            except BrokenPipeError:  # `| head`
+                unheard(sys.stdout)
             raise SystemExit
         elif word.endswith(".toml"):
             pairs, given = read_toml(word), from_file

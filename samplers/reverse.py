@@ -16,7 +16,7 @@ import math
 import torch
 
 from diffusion import pick
-from generate import is_last_fill, sampler, tail
+from generate import sampler, tail
 from samplers.pieces import need, top
 
 
@@ -58,9 +58,8 @@ def psi(block, *, kappa="constant", eta=0.5, greedy_tail=False):
         mode = next(m for u, m in zip(until, modes, strict=True) if s >= u - 1e-9)
         logits = block.predict(a_t)
         reverse = noise.uniform(1)[..., 0] <= (kappa_of(mode, eta, a_t, a_s) if k + 1 < block.steps else 1.0)
-        x_s = block.posterior(
-            logits, a_t, a_s, noise, 0.0 if greedy_tail and is_last_fill(block, k) else None
-        )
+        fills = block.process.absorbing and k + 1 == block.steps  # the last masks
+        x_s = block.posterior(logits, a_t, a_s, noise, 0.0 if greedy_tail and fills else None)
         renoised = block.process.corrupt(block.posterior(logits, a_t, 1.0, noise), a_s, noise)
         block.write(torch.where(reverse, x_s, renoised))
         yield

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -258,10 +259,20 @@ def test_scripts_print_their_settings(home, here):
         assert max(map(len, out.splitlines())) <= 80 and "\n    --" in out, command
 
 
+COMMANDS = [f for f in ROOT.glob("[hlr][ua][bn]/*.py") if "\nif __name__ ==" in f.read_text(encoding="utf-8")]
+
+
 @pytest.mark.slow  # a process each
-@pytest.mark.parametrize("name", ["quality", "sweep", "bench", "gsm8k", "paper"])
-def test_a_command_of_lab_runs_as_a_file_too(home, name):
-    assert "\n    --" in call(home, ROOT / f"lab/{name}.py", "--help")
+@pytest.mark.parametrize("file", COMMANDS, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_a_command_of_a_folder_runs_as_a_file_too(home, file):
+    out = call(home, file, "--help")
+    assert "\n    --" in out or file.name in ("cli.py", "sandbox.py")
+
+
+@pytest.mark.parametrize("name", ["model", "diffusion", "generate", "rng", "kernels", "options"])
+def test_a_file_that_is_no_command_says_what_it_is(capsys, name):
+    found = runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+    assert capsys.readouterr().out.strip() == found["__doc__"].strip()
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 Why believe settings.py? Both doors, flags and TOML, refuse what nobody declared and what has the wrong type.
 """
 
+import io
 import re
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -30,6 +32,21 @@ class Cfg:
 
 def load(*argv):
     return load_config(Cfg, argv)
+
+
+class Gone(io.StringIO):
+    """A stream whose reader has gone."""
+
+    def write(self, text):
+        raise BrokenPipeError
+
+
+def test_help_whose_reader_has_gone_ends_without_a_word(monkeypatch):
+    """`--help | head -1`, for commands that no guard stands around too."""
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(SystemExit) as e:
+        load("--help")
+    assert not e.value.code
 
 
 def test_flags_and_toml(tmp_path):
