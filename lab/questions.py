@@ -1,11 +1,12 @@
 """
 Questions about numbers in everyday words, one a line: made from patterns, or GSM8K's. A language model
-answers them, and --method adapt learns from its answers.
+answers them, and --method adapt learns from its answers. test.jsonl has the true ones too, for lab.gsm8k.
 
-    python -m lab.questions                writes out/questions/train.txt and out/questions/test.txt
+    python -m lab.questions                writes out/questions/train.txt, test.txt and test.jsonl
     python -m lab.questions --input train.jsonl --test_input test.jsonl --out_dir out/gsm8k
 """
 
+import json
 import random
 import sys
 from dataclasses import dataclass
@@ -45,13 +46,18 @@ class QuestionsConfig:
     seed: int = 0
 
 
+def answers(x, y, z, v, w):
+    """What answers each of PATTERNS."""
+    return x + y, x * y, z - x, x * y, x * y, z // 2, 7 * x * y, x + y, w - x * y, w // x, x * y - v, 3 * x
+
+
 def question(rng):
+    """(question, the number that answers it)."""
     a, b = rng.sample(NAMES, 2)
     x, y, v = rng.randint(2, 12), rng.randint(2, 9), rng.randint(1, 4)
     numbers = {"x": x, "y": y, "v": v, "z": 2 * x + 2 * y, "w": x * (y + 2)}
-    return rng.choice(PATTERNS).format(
-        a=a, b=b, thing=rng.choice(THINGS), place=rng.choice(PLACES), **numbers
-    )
+    i, thing, place = rng.choice(range(len(PATTERNS))), rng.choice(THINGS), rng.choice(PLACES)
+    return PATTERNS[i].format(a=a, b=b, thing=thing, place=place, **numbers), answers(**numbers)[i]
 
 
 def drawn(name, n, rng):
@@ -82,10 +88,14 @@ def main():
         train, test = drawn(cfg.input, cfg.n_train, rng), drawn(cfg.test_input, cfg.n_test, rng)
     else:
         while len(made) < n:
-            made[question(rng)] = None  # none twice
+            text, answer = question(rng)
+            made[text] = answer  # none twice
         train, test = list(made)[: cfg.n_train], list(made)[cfg.n_train :]
     folder = Path(cfg.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if made:
+        lines = [json.dumps({"question": text, "answer": f"#### {made[text]}"}) for text in test]
+        (folder / "test.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for name, part in (("train", train), ("test", test)):
         (folder / f"{name}.txt").write_text("\n".join(part) + "\n", encoding="utf-8")
         print(f"{folder / name}.txt: {len(part)} questions, such as: {part[0]}")

@@ -8,6 +8,7 @@ import importlib.metadata
 import itertools
 import json
 import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from data.tokens import LETTERS
 from diffusion import Masked
 from generate import SAMPLERS, generate
 from hub import export
-from lab import bench, questions
+from lab import bench, gsm8k, questions
 from methods import adapt, llama
 from methods.adapt import Settings, distance
 from model import ModelConfig
@@ -604,6 +605,44 @@ def test_what_cannot_be_ends_in_two_lines(chatty, slip):
     assert "at least 1" in slip(adapt.check, cfg, Settings(rank=0))
     assert "no network of the kind llama" in slip(adapt.begin, Settings(), {"method": None})
     assert "by itself" in slip(sample.main, argv=["--init_from=gguf:tiny.gguf", "--chat=Who?", "--prompt=a"])
+
+
+def test_the_questions_have_right_answers():
+    """Each pattern by hand, once: x 5, y 3, z 16, v 2, w 25."""
+    wanted = [8, 15, 11, 15, 15, 8, 105, 8, 10, 5, 13, 15]
+    assert list(questions.answers(5, 3, 16, 2, 25)) == wanted and len(questions.PATTERNS) == len(wanted)
+    for seed in range(50):
+        text, answer = questions.question(random.Random(seed))
+        assert type(answer) is int and answer > 0 and "{" not in text
+
+
+def test_answers_in_words_are_measured(chatty, monkeypatch, capsys, slip):
+    """The last number of an answer counts. No program is run."""
+    for text, wanted in (
+        ("She has 3 + 4 = 7 eggs.", 7), ("It costs $1,200.50", 1200.5), ("18, not 12.", 12), ("none", None),
+        ("x = -3.", -3), ("", None), ("1. Two 2. Four is 4, so 8.", 8),
+    ):  # fmt: skip
+        assert gsm8k.in_words(text)["answer"] == wanted, text
+    lines = [{"question": q, "answer": "#### 5"} for q in QUESTIONS[:3]]
+    (chatty / "five.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    monkeypatch.setattr(gsm8k.sandbox, "isolation", lambda: (True, "as if"))
+    monkeypatch.setattr(gsm8k.sandbox, "run", lambda *_, **__: 1 / 0)
+    asked = [
+        "--init_from=gguf:tiny.gguf",
+        "--words",
+        "--input=five.jsonl",
+        "--max_new_tokens=6",
+        "--device=cpu",
+    ]
+    run(gsm8k.main, *asked, "--sampler=ar", "--out=o.jsonl")
+    assert "bootstrap over 3 questions" in capsys.readouterr().out
+    found = [json.loads(line) for line in (chatty / "o.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
+    assert len(found) == 3 and all(line["tokens"] <= 6 for line in found)
+    for line in found:
+        assert line["answer"] == gsm8k.in_words(line["response"])["answer"]
+        assert line["correct"] == (line["answer"] == 5)
+    assert "words" in slip(gsm8k.main, argv=[*asked[:1], *asked[2:], "--sampler=ar", "--out=o.jsonl"])
+    assert "max_new_tokens cannot be -1" in slip(gsm8k.main, argv=[*asked, "--max_new_tokens=-1"])
 
 
 def test_questions(tmp_path, monkeypatch, slip):
