@@ -10,10 +10,12 @@ and writes docs/paper.md.
     python -m lab.paper --rows config/paper_sudoku --out out/paper_sudoku --page docs/paper_sudoku
                                             the question of few steps again, on sudoku
 
-What was trained and measured is not done again. Change a TOML in config/paper and run it again: that row is,
-and nothing else.
+What was measured is in docs/paper.jsonl, and is not trained again. Change a TOML in config/paper and run it
+again: that row is, and nothing else. After a change of model.py, diffusion.py, generate.py or train.py,
+delete that file.
 """
 
+import hashlib
 import json
 import math
 import statistics
@@ -51,7 +53,7 @@ class PaperConfig:
     seeds: int = 3  # trainings a row
     minutes: float = 40.0  # no training begins that would end later, by the longest so far
     out: str = "out/paper"  # checkpoints go to out/ROW/SEED, measurements to out/results.jsonl
-    page: str = "docs/paper"  # this path with .md and three .png
+    page: str = "docs/paper"  # this path with .md, three .png, and the measurements behind them in .jsonl
     n_eval: int = 256  # windows and texts a measurement
     n_mc: int = 8  # draws of noise a window
     device: str = "auto"
@@ -174,6 +176,12 @@ def finished(cfg, out_dir):
     return state["step"] if settings(state["config"]) == settings(asdict(cfg)) else None
 
 
+def recipe_of(cfg):
+    """A short hash of what a row is trained with, wherever that happens."""
+    settings = {k: v for k, v in asdict(cfg).items() if k not in ("resume", "device", "out_dir", "seed")}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
 def train_row(argv, toml, out_dir, resume):
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     # its progress bar and its complaints are on stderr
@@ -185,11 +193,11 @@ def train_row(argv, toml, out_dir, resume):
         raise SystemExit(code)
 
 
-def measured(name, seed, out_dir, cfg, lines, seconds, asked=None):
+def measured(name, seed, out_dir, cfg, lines, seconds, asked=None, recipe=None):
     """
     The results of a checkpoint as a dict: from out/results.jsonl, or measured now and put there. seconds:
     what its training took. asked: [(sampler, its options, block size, steps or None)]; None: those of the
-    paper. Without options a sampler's key in "correct" is "NAME STEPS".
+    paper. Without options a sampler's key in "correct" is "NAME STEPS". recipe: see recipe_of.
     """
     device = pick_device(cfg.device)[0]
     run, meta, _, model, process = rebuild(out_dir, device)
@@ -201,6 +209,7 @@ def measured(name, seed, out_dir, cfg, lines, seconds, asked=None):
         "n_mc": cfg.n_mc,
     }
     what |= {"asked": [list(line) for line in asked]} if asked is not None else {}
+    what |= {"recipe": recipe} if recipe else {}
     for line in lines:
         if all(line.get(k) == v for k, v in what.items()):
             return line
@@ -361,15 +370,19 @@ def write(results, cfg):
     out = [
         HEAD,
         f"""
-Made by `python -m lab.paper` (`make paper`): a network a row of `{cfg.rows}` and seed, {len(results)}
-seed(s); {where}; {sum(line["train_seconds"] for line in lines) / 60:.0f} minutes of training.
-Correct: of the answers that the `check` of the dataset's prepare.py finds in a text, those that are true
-(digits: sums like 3+8=11). Entries are means over seeds and, in brackets, the smallest and the largest;
-{cfg.n_eval} windows and texts a measurement, {cfg.n_mc} draws of noise a window. [paper] marks what
-BlockGen (arXiv 2606.02241) says of far larger networks on text; the rest are questions one would ask. A
-claim is a number a seed that should be above 0, defined in `paper.CLAIMS`: **confirmed** if the 95 %
-interval of its mean by Student's t lies above 0, **not confirmed** if it lies below, else undecided. If
-every true number were 0, about one of {len(CLAIMS)} would get a verdict all the same.
+Made by `python -m lab.paper` (`make paper`): one network for each row of `{cfg.rows}` and each seed, at most
+{len(results)} seeds; {where}; {sum(line["train_seconds"] for line in lines) / 60:.0f} minutes of training.
+A row is a TOML file: change one and run it again, and only that row is trained.
+
+A claim is one number for each seed that should be above 0; `CLAIMS` in `lab/paper.py` defines it. It is
+**confirmed** if the 95 % interval of its mean (Student's t) lies above 0, **not confirmed** if the interval
+lies below, and undecided otherwise. If every true number were 0, about one of {len(CLAIMS)} would get a
+verdict all the same. [paper] marks what BlockGen (arXiv 2606.02241) says of far larger networks on text. The
+other claims are questions one would ask.
+
+Correct means: of the answers that the `check` of the dataset's prepare.py finds in a text, those that are
+true (digits: sums like 3+8=11). Entries are means over seeds, and in brackets the smallest and the largest.
+Each measurement has {cfg.n_eval} windows and texts, and {cfg.n_mc} draws of noise a window.
 
 | | claim | verdict | number (95 % interval) | seeds |
 | --- | --- | --- | --- | --- |""",
@@ -386,8 +399,8 @@ every true number were 0, about one of {len(CLAIMS)} would get a verdict all the
 
 ![nats per token against block size]({name}_likelihood.png)
 
-Nats per token; block size 1 is exact, the others are upper bounds (a step from 1 is one from the truth to a
-bound), whose Monte Carlo error is at most {noisiest:.3f}.
+Nats per token. Block size 1 is exact, and the others are upper bounds, so a step from 1 is one from the truth
+to a bound. The Monte Carlo error of a bound is at most {noisiest:.3f}.
 
 | row | parameters | block sizes | 1 | 4 | 16 | 64 |
 | --- | --- | --- | --- | --- | --- | --- |""")
@@ -401,8 +414,9 @@ bound), whose Monte Carlo error is at most {noisiest:.3f}.
 
 ![percent correct against passes per token]({name}_frontier.png)
 
-Percent of correct answers, and passes a token: T steps of ARPC are 2T - 1 passes a block, and a network
-that does not see the noise level is not asked again while nothing has changed.
+Percent of correct answers, and passes a token. T steps of ARPC are 2T - 1 passes a block. A network that does
+not see the noise level is not asked twice about the same text, so masked ancestral sampling needs fewer
+passes than steps.
 
 | row | sampler | {" | ".join(f"{n} step" + "s" * (n > 1) for n in STEPS)} | own pace |
 | --- | --- |{" --- |" * (len(STEPS) + 1)}""")
@@ -420,17 +434,20 @@ that does not see the noise level is not asked again while nothing has changed.
 
 ![nats of a mixture minus nats of one block size]({name}_mixture.png)
 
-The numbers are in the claims and in the first table. Every network has the same steps and rows, so a
-mixture has seen each block size less.
+The numbers are in the claims and in the first table. Every network has the same steps and rows, so a mixture
+has seen each block size less often.
 
 ## What is not controlled
 
-Uniform networks see the noise level and masked ones do not (the defaults; the paper's see it in neither), so
-they differ in parameters and in time a step, but for the rows `masked_timed` and `uniform_timeless`. All are
-trained by cross-entropy. One dataset, one size of network, one learning rate for all rows. All seeds are
-measured on the same windows: the intervals are about training and noise, not about other data. Bounds of
-uniform noise end at t = 1e-3 and add the last step (`eval.one_draw`); another end gives another bound, lower
-by some hundredths on one network (docs/log.md).
+- Uniform networks see the noise level. Masked ones do not see it. These are the defaults here; the paper's
+  networks never see it. So the two differ in parameters and in time a step. The rows `masked_timed` and
+  `uniform_timeless` are the other way round.
+- All are trained by cross-entropy. There is one dataset, one size of network, and one learning rate for all
+  rows.
+- All seeds are measured on the same windows. The intervals are about training and noise, not about other
+  data.
+- Bounds of uniform noise end at t = 1e-3 and add the last step (`one_draw` in `eval.py`). Another end gives
+  another bound, lower by some hundredths on one network ([log.md](log.md)).
 """)
     text = "\n".join(out)
     Path(f"{cfg.page}.md").write_text(text, encoding="utf-8")
@@ -462,7 +479,8 @@ def main():
         die(f"{page} is not a page of ours, and would be written over", "--page docs/my_paper")
     # complain now, not after half an hour
     writable(f"{cfg.page}.md", "page"), writable(f"{cfg.out}/results.jsonl", "out"), plots.pyplot()
-    lines, results, took = read(f"{cfg.out}/results.jsonl", mend=True), [], 0.0
+    lines = read(f"{cfg.page}.jsonl") + read(f"{cfg.out}/results.jsonl", mend=True)
+    results, took = [{} for _ in range(cfg.seeds)], 0.0
     jobs = [(seed, toml) for seed in range(cfg.seeds) for toml in tomls]
     for toml in tomls:  # before anything is trained
         run = load_config(TrainConfig, [str(toml)])
@@ -475,6 +493,12 @@ def main():
         name, out_dir = toml.stem, f"{cfg.out}/{toml.stem}/{seed}"
         argv = [f"--seed={seed}", f"--out_dir={out_dir}", f"--device={cfg.device}"]
         run = load_config(TrainConfig, [str(toml), *argv])
+        recipe = recipe_of(run)
+        what = {"row": name, "seed": seed, "recipe": recipe, "n_eval": cfg.n_eval, "n_mc": cfg.n_mc}
+        known = next((line for line in lines if all(line.get(k) == v for k, v in what.items())), None)
+        if known is not None:
+            results[seed][name] = known
+            continue
         run.fit(Dataset(run.dataset, run.seq_len))
         done, began = finished(run, out_dir), time.time()
         if done != run.max_steps and name not in asked:
@@ -485,10 +509,11 @@ def main():
         if done != run.max_steps:
             train_row(argv, str(toml), out_dir, resume=done is not None)
         seconds = time.time() - began
-        if len(results) <= seed:
-            results.append({})
-        results[seed][name] = measured(name, seed, out_dir, cfg, lines, seconds)
+        results[seed][name] = measured(name, seed, out_dir, cfg, lines, seconds, recipe=recipe)
         took = max(took, time.time() - began)
+    results = [r for r in results if r]
+    used = [json.dumps(line) for r in results for line in r.values()]
+    Path(f"{cfg.page}.jsonl").write_text("\n".join([*used, ""]), encoding="utf-8")
     pictures(results, cfg.page)
     print(write(results, cfg))
     pages = ", ".join(cfg.page + end for end in (".md", "_likelihood.png", "_frontier.png", "_mixture.png"))
