@@ -333,23 +333,28 @@ def main():
             rows += [{**line, "steps": n} for n in (steps if paced else [None])]
     same = lambda line, row: all(line.get(k) == v for k, v in row.items())
     missing = [row for row in rows if not any(same(line, row) for line in lines)]
+
+    def made(row, prompts):
+        how = {
+            "block_size": 1 if row["sampler"] == "ar" else trained[-1], "steps": row["steps"],
+            "temperature": row["temperature"], "max_new_tokens": cfg.max_new_tokens or None,
+            "schedule": SCHEDULES[run.schedule], "trained": trained, "sampler": SAMPLERS[row["sampler"]],
+        }  # fmt: skip
+        again = prompts, cfg.seed, cfg.batch_size
+        try:
+            return generated(model, process, data, *again, write=write, **how, **row["options"])
+        except ValueError as e:
+            die(str(e), getattr(e, "fix", f"python sample.py --sampler {row['sampler']} --help"))
+
+    for row in {label(row): row for row in missing if row["sampler"] != "real text"}.values():
+        made(row, prompts[:1])  # one text of each sampler: it complains now, not after the others
     bar = tqdm(missing, desc=run.dataset)
     for row in bar:
         bar.set_postfix_str(label(row) + (f", steps {row['steps']}" if row["steps"] else ""))
         if row["sampler"] == "real text":
             result = quality(real, starts[: len(real)], tokenizer, module, score)
         else:
-            how = {
-                "block_size": 1 if row["sampler"] == "ar" else trained[-1], "steps": row["steps"],
-                "temperature": row["temperature"], "max_new_tokens": cfg.max_new_tokens or None,
-                "schedule": SCHEDULES[run.schedule], "trained": trained, "sampler": SAMPLERS[row["sampler"]],
-            }  # fmt: skip
-            again = prompts, cfg.seed, cfg.batch_size
-            try:
-                texts, cost = generated(model, process, data, *again, write=write, **how, **row["options"])
-            except ValueError as e:
-                bar.close()
-                die(str(e), getattr(e, "fix", f"python sample.py --sampler {row['sampler']} --help"))
+            texts, cost = made(row, prompts)
             result = cost | quality(texts, starts, tokenizer, module, score)
         with open(cfg.out, "a", encoding="utf-8") as f:
             f.write(json.dumps(row | result) + "\n")

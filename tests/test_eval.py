@@ -792,11 +792,19 @@ def test_a_killed_sweep_goes_on(toys, monkeypatch, capsys, slip):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:7]) + lines[7][:40])
     made = []
-    monkeypatch.setattr(sweep, "generated", lambda *a, **k: made.append(1) or quality.generated(*a, **k))
+    monkeypatch.setattr(
+        sweep, "generated", lambda *a, **k: made.append(len(a[3])) or quality.generated(*a, **k)
+    )
     out = said_by(sweep, monkeypatch, capsys, *flags)
     again = [json.loads(line) for line in path.read_text().splitlines()]
     same = lambda rows: [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in rows]
-    assert same(again) == same(rows) and "half a line" in out and again[:7] == rows[:7] and len(made) == 5
+    assert same(again) == same(rows) and "half a line" in out and again[:7] == rows[:7]
+    assert made.count(6) == 5 and made.count(1) == len(made) - 5 <= 3, "a text of each sampler first"
+    made.clear()
+    asked = ["--ckpt=out/mix", "--samplers=ancestral,sdlm", "--steps=1", "--n_eval=6", "--out=out/late.jsonl"]
+    assert "sdlm" in slip(sweep.main, argv=asked) and 6 not in made, (
+        "it complains before anything is measured"
+    )
     path.write_text(lines[0] + "not json\n" + lines[1])
     assert "line 2" in slip(sweep.main, argv=list(flags))
     path.write_text("".join(lines))
