@@ -88,6 +88,7 @@ class Trimode(Llama):
         return self.to_logits(torch.cat((before, h), dim=1).gather(1, source[..., None].expand(*h.shape)))
 
     def layout(self, block_size, start, n_past, C, N, device):
+        """As Transformer.layout. block_size None: the noisy tokens are one block, which begins at start."""
         if block_size is not None:
             return super().layout(block_size, start, n_past, C, N, device)
         position, edge, group = super().layout(1, start, n_past, C, N, device)
@@ -124,7 +125,10 @@ class Trio(Ahead):
         return self.process.posterior_sample(logits, pure, 0.0, 1.0, self.temperature, self.top_p, noise)
 
     def next_tokens(self, r, text, start):
-        """What `ar` writes behind each of text (1, C) but the first ones, up to `start` (excluded)."""
+        """
+        A causal pass over text (1, C), which stands behind the cache: what `ar` writes at each position from
+        `start` to the one behind the text, given what stands before it; and how many tokens the pass had.
+        """
         C, cache = text.size(1), self.caches[r]
         pure = torch.full((1, cache.length + C + 1 - start), self.process.mask_id, device=text.device)
         logits = self.model(text, pure, 1, start=start, cache=cache)
