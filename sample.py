@@ -43,7 +43,7 @@ def settled(cfg, sampler, own, trained):
         die(f"--sampler ar is block size 1, not {cfg.block_size}", fix)
     b = 1 if cfg.sampler == "ar" else cfg.block_size or trained[-1]
     if "any block" in sampler.needs:
-        b = cfg.block_size or max(b, 16)
+        b = cfg.block_size or (b if b > 1 else 16)
         trained = sorted({*trained, b})
     for size in (b, 1) if cfg.ar_tokens else (b,):
         if size not in trained:

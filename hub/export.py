@@ -76,19 +76,32 @@ def causal(model, process):
     return config, weights
 
 
-def trimode(model, process, block_size):
+def trimode(model, process, sizes):
     """A trimode network as NVIDIA released its own."""
+    if process.mask_id is None:
+        die(
+            "others know block diffusion with masks alone, and this noise has none",
+            "a run with --process masked",
+        )
+    if set(sizes) != {1, max(sizes)} or len(sizes) == 1:
+        sizes = ", ".join(map(str, sizes))
+        die(f"Nemotron-Labs-Diffusion has block size 1 and one larger, not {sizes}", "another --ckpt")
     if model.settings.qk_norm or model.settings.qkv_bias:
         die("a trimode network is Ministral 3's: no norms of q and k, no biases", "train without --qkv_bias")
     config, weights = llama_config(model, "ministral3", model.cfg.vocab_size)
     config |= {"model_type": TRIMODE, "architectures": ["NemotronLabsDiffusionModel"]}
-    config |= {"mask_token_id": process.mask_id, "block_size": block_size, "dlm_paradigm": "block_diff"}
+    config |= {"mask_token_id": process.mask_id, "block_size": max(sizes), "dlm_paradigm": "block_diff"}
     words = {THEIR_NAMES[ours]: theirs for theirs, ours in ENCODER.items()}
     return config, {renamed(name, words): value for name, value in weights.items()}
 
 
 def blocks(model, process, block_size):
     """A block-causal network in the layout of a release."""
+    if process.mask_id is None:
+        die(
+            "others know block diffusion with masks alone, and this noise has none",
+            "a run with --process masked",
+        )
     s = model.settings
     if isinstance(model, Shifted):
         if not s.qkv_bias:
@@ -267,7 +280,7 @@ def export(cfg, state):
     if type(model) is Transformer:
         config, weights = own(model, process, state)
     elif type(model) is Trimode:
-        config, weights = trimode(model, process, max(run.block_sizes))
+        config, weights = trimode(model, process, sorted(run.block_sizes))
     elif type(model) not in (Llama, Shifted):
         die(f"a network of the method {run.method} has no layout that others know", "another --ckpt")
     elif model.cfg.next_token:

@@ -229,11 +229,15 @@ def of_config(config, where):
             d_model=width,
             next_token=True,
         )
+        if config.get("hidden_act", "silu") != "silu" or config.get("partial_rotary_factor", 1) != 1:
+            raise ValueError("hidden_act other than silu, and rotary positions of a part, are not read")
         slides = config.get("use_sliding_window") or kind == "ministral3" and config.get("sliding_window")
         if slides or config.get("mlp_bias"):
             raise ValueError("sliding windows and biases in the MLP are not read")
         if problem := problem_of(settings):
             raise ValueError(problem)
+        if width < 1 or shape.seq_len < 1:
+            raise ValueError(f"hidden_size {width}, {shape.seq_len} positions")
         if heads % settings.n_kv_heads or settings.head_dim < 2 or settings.head_dim % 2:
             raise ValueError(f"{heads} heads of {settings.head_dim}, {settings.n_kv_heads} of keys")
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
@@ -371,8 +375,8 @@ def made(shape, settings, weights, meta, where, noise=None):
     model gets one id more, a mask that nobody has trained; a block-diffusion model has its mask already.
     """
     V = shape.vocab_size - 1
-    keep = lambda value: value if value.dtype == torch.bfloat16 else value.to(torch.float32)
-    weights = {name: keep(value) for name, value in weights.items()}
+    as_is = lambda value: value.dtype == torch.bfloat16 or not value.is_floating_point()
+    weights = {name: value if as_is(value) else value.to(torch.float32) for name, value in weights.items()}
     method, sizes = noise["method"] if noise else "llama", {1: 1.0}
     both = method in ("sequential", "trimode")  # a language model at block size 1, and larger blocks
     if noise is None:
@@ -391,6 +395,12 @@ def made(shape, settings, weights, meta, where, noise=None):
         shape = replace(shape, next_token=False, clean_causal=both, seq_len=seq_len)
         sizes = {1: 0.5, block_size: 0.5} if both else {block_size: 1.0}
     if settings.tied and "embed.weight" in weights:
+        own = weights.get("head.weight", weights["embed.weight"])
+        if not torch.equal(own, weights["embed.weight"]):
+            die(
+                f"{where}: tie_word_embeddings is true, and it has a head of its own",
+                "the files of one model",
+            )
         weights["head.weight"] = weights["embed.weight"]
     check(shape, settings, weights, where)
     run = TrainConfig(

@@ -94,7 +94,10 @@ def questions(path, n):
 
 def in_words(text):
     """What sandbox.run returns of a program, of an answer in words: its last number."""
-    found = [sandbox.number(word.rstrip(".,")) for word in re.findall(sandbox.NUMBER, text)]
+    numbers = re.findall(
+        r"(?<![\d.,])" + sandbox.NUMBER, text.replace("\u2212", "-")
+    )  # 10-3 ends in 3, not -3
+    found = [sandbox.number(word.rstrip(".,")) for word in numbers]
     found = [value for value in found if value is not None]
     return {"answer": found[-1] if found else None, "why": "answer" if found else "no number"}
 
@@ -124,6 +127,9 @@ def begun(path, settings):
         except (ValueError, KeyError, TypeError):
             die(f"{path}, line {i} is not of this evaluation", "--out FILE, another one")
     theirs = lines[0]["settings"] if lines else settings
+    if theirs != settings and len(lines) == 1:  # its first batch was never written
+        os.truncate(path, 0)
+        return begun(path, settings)
     if theirs != settings:
         key = next(k for k in {**settings, **theirs} if settings.get(k) != theirs.get(k))
         die(
@@ -299,7 +305,9 @@ def written(model, process, prompts, seed, how, dtype):
     {index: (new tokens, passes the row needed)} for prompts {index: ids}; those that leave no room in the
     context are left out.
     """
-    prompts = {i: ids for i, ids in prompts.items() if len(ids) < model.cfg.seq_len}
+    b = how["block_size"]
+    room = model.cfg.seq_len // b * b - how.get("max_new_tokens", 1)
+    prompts = {i: ids for i, ids in prompts.items() if len(ids) <= room}
     if not prompts:
         return {}
     with mixed(model.head.weight.device, dtype):

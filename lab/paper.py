@@ -479,7 +479,8 @@ def main():
         die(f"{page} is not a page of ours, and would be written over", "--page docs/my_paper")
     # complain now, not after half an hour
     writable(f"{cfg.page}.md", "page"), writable(f"{cfg.out}/results.jsonl", "out"), plots.pyplot()
-    lines = read(f"{cfg.page}.jsonl") + read(f"{cfg.out}/results.jsonl", mend=True)
+    kept = read(f"{cfg.page}.jsonl")  # of other seeds and rows too: none is ever dropped
+    lines = kept + read(f"{cfg.out}/results.jsonl", mend=True)
     results, took = [{} for _ in range(cfg.seeds)], 0.0
     jobs = [(seed, toml) for seed in range(cfg.seeds) for toml in tomls]
     for toml in tomls:  # before anything is trained
@@ -512,8 +513,10 @@ def main():
         results[seed][name] = measured(name, seed, out_dir, cfg, lines, seconds, recipe=recipe)
         took = max(took, time.time() - began)
     results = [r for r in results if r]
-    used = [json.dumps(line) for r in results for line in r.values()]
-    Path(f"{cfg.page}.jsonl").write_text("\n".join([*used, ""]), encoding="utf-8")
+    used = kept + [line for r in results for line in r.values() if line not in kept]
+    part = Path(f"{cfg.page}.jsonl.part")
+    part.write_text("".join(json.dumps(line) + "\n" for line in used), encoding="utf-8")
+    part.replace(f"{cfg.page}.jsonl")
     pictures(results, cfg.page)
     print(write(results, cfg))
     pages = ", ".join(cfg.page + end for end in (".md", "_likelihood.png", "_frontier.png", "_mixture.png"))

@@ -93,12 +93,15 @@ def main():
         train, test = list(made)[: cfg.n_train], list(made)[cfg.n_train :]
     folder = Path(cfg.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "test.jsonl").unlink(missing_ok=True)  # of other questions
     if made:
         lines = [json.dumps({"question": text, "answer": f"#### {made[text]}"}) for text in test]
         (folder / "test.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for name, part in (("train", train), ("test", test)):
         (folder / f"{name}.txt").write_text("\n".join(part) + "\n", encoding="utf-8")
         print(f"{folder / name}.txt: {len(part)} questions, such as: {part[0]}")
+    if made:
+        print(f"{folder / 'test.jsonl'}: the same as test.txt, with their answers")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ def check(cfg, settings):
     if (settings.head_dim or cfg.d_model // cfg.n_heads) % 2 or settings.head_dim < 0:
         die(f"head_dim is {settings.head_dim}: rotary positions turn pairs", "--head_dim=32")
     if problem := problem_of(settings):
-        die(problem, "leave it out, or the value of a published model's config.json")
+        needs_more = settings.rope_beta and not settings.rope_original
+        fix = "leave it out, or the value of a published model's config.json"
+        die(problem, f"--rope_original={cfg.seq_len or 'N'}" if needs_more else fix)
     if settings.lora < 0:
         die(f"lora is {settings.lora}: a rank is at least 1, and 0 is none", "--lora=32")
     if settings.lora and cfg.fsdp:

@@ -3,17 +3,18 @@ Trimode: one network that writes from left to right, that writes in blocks, and 
 left to right (Nemotron-Labs-Diffusion: A Tri-Mode Language Model, technical report, NVIDIA 2026).
 
     logits of token i  =  head(h of clean i - 1)      at block size 1: the language model that it is
-                          head(h of noisy i)          in a larger block: what stands at the mask itself
+                          head(h of noisy i)          in a larger block: at the mask itself
 
-One head serves both. The clean stream is token-causal. Position 0 has no token before it, and is read where
-it stands. The layers and flags are those of methods/llama.py. The paper's loss, masks and next tokens
-together, is a mixture of block sizes:
+One head serves both. The clean stream is token-causal. At block size 1 the very first token has none before
+it: it is read at its own mask. The layers and flags are those of methods/llama.py. The paper's loss, masks
+and next tokens together, is a mixture of block sizes:
 
     python train.py config/shakespeare_char.toml --method trimode --block_sizes 1:0.5,16:0.5
     python sample.py --init_from hf:nvidia/Nemotron-Labs-Diffusion-3B --sampler nemotron
     python sample.py --ckpt out/run --sampler linear_speculation --temperature 0
 
-A block need not begin at a multiple of its size: model(None, block, None, start=n) reads one from n on.
+A block need not begin at a multiple of its size. With the text in a cache, model(None, block, None, start=n)
+reads one that begins at position n.
 """
 
 import math
@@ -34,8 +35,10 @@ __all__ = ["DEFAULTS", "Learner", "Settings", "begin", "check", "network"]
 
 def check(cfg, settings):
     llama.check(cfg, settings)
-    if not cfg.clean_causal or cfg.next_token:
-        die("a trimode network has two streams, a token-causal clean one", "--clean_causal true")
+    if not cfg.clean_causal:
+        die("a trimode network's clean stream is token-causal", "leave --clean_causal out")
+    if cfg.next_token:
+        die("a trimode network has two streams", "leave --next_token out: block size 1 reads the next token")
 
 
 def begin(settings, state):
@@ -50,7 +53,8 @@ def network(model_cfg, settings):
 class Cache(KVCache):
     """It also keeps what the last layer says of each clean token, and what was written ahead of the block."""
 
-    states = ahead = None  # (B, clean tokens, D)
+    states = None  # (B, clean tokens, D)
+    ahead = None  # an Ahead
 
     def remember(self, h):
         """All clean states, of which h (B, C, D) are the newest."""
@@ -72,19 +76,17 @@ class Trimode(Llama):
     def forward(self, clean, noisy, block_size, start=0, sigma=None, cache=None, **extra):
         """As Transformer.forward. block_size None: the noisy tokens are one block, wherever it begins."""
         C, N = 0 if clean is None else clean.size(1), noisy.size(1)
-        h, _ = self.hidden(clean, noisy, block_size, start, None, cache, **extra)
-        before, h = h[:, :C], h[:, C:]
-        before = before if cache is None else cache.remember(before)
+        both, _ = self.hidden(clean, noisy, block_size, start, None, cache, **extra)
+        before, h = both[:, :C] if cache is None else cache.remember(both[:, :C]), both[:, C:]
         if block_size is None:
             return self.to_logits(h)
         start, at = torch.as_tensor(start, device=h.device), torch.arange(N, device=h.device)
         position = start if start.dim() else start + at
         b = torch.as_tensor(block_size, device=h.device)
-        next_token = (b if b.dim() == 2 else b.view(-1, 1)).eq(1) & (position > 0)  # (B or 1, N)
-        last = int(position[next_token.any(0)].max()) if next_token.any() else 0
-        if last > before.size(1):
+        by_next = (b if b.dim() == 2 else b.view(-1, 1)).eq(1) & (position > 0)  # (B or 1, N)
+        if by_next.any() and int(position[by_next.any(0)].max()) > before.size(1):
             raise ValueError("block size 1 of a trimode network reads the clean token before each")
-        source = torch.where(next_token, position - 1, before.size(1) + at)
+        source = torch.where(by_next, position - 1, before.size(1) + at)
         return self.to_logits(torch.cat((before, h), dim=1).gather(1, source[..., None].expand(*h.shape)))
 
     def layout(self, block_size, start, n_past, C, N, device):
@@ -99,8 +101,8 @@ class Trimode(Llama):
 # ----- the published loops
 
 
-class Trio(Ahead):
-    """What both samplers need. `work`: the block of each row, (1, b) ids with masks, or None."""
+class InBlocks(Ahead):
+    """What both samplers need. `work`: the block of each row, (1, b) ids with masks in it, or None."""
 
     def __init__(self, block, threshold):
         super().__init__(block)
@@ -136,15 +138,15 @@ class Trio(Ahead):
 
     def denoise(self, r, start, step):
         """
-        One pass of the block of row r: what is at least as sure as the threshold is written, and the surest
-        mask. Returns the tokens of the pass.
+        One pass of the block of row r. It writes the surest token, and all whose probability reaches the
+        threshold. Returns the tokens of the pass.
         """
         work, masks = self.work[r], self.masks(r)
         logits = self.model(None, work, None, start=start, cache=self.caches[r])
         logits = self.process.loo_logits(logits, work, 0.0)
         y = self.draw(r, logits, start, step)
         sure = pick(logits.log_softmax(-1), y)  # before the temperature
-        keep = masks & (sure.exp() >= self.threshold) | top(sure, 1, masks)
+        keep = (masks & (sure.exp() >= self.threshold)) | top(sure, 1, masks)
         self.work[r] = torch.where(keep, y, work)
         return work.size(1)
 
@@ -156,7 +158,7 @@ class Trio(Ahead):
         self.n[r] = n + m
 
 
-class Blocks(Trio):
+class Denoising(InBlocks):
     def further(self, r):
         """A causal pass over the text, which says a block's first token; then passes over the block."""
         n = int(self.n[r])
@@ -177,16 +179,16 @@ def nemotron(block, *, threshold=0.9):
     """
     `generate` of Nemotron-Labs-Diffusion (NVIDIA 2026), for networks of --method trimode. A block begins
     right behind the text. Its first token is what AR sampling writes there; the rest are masks. Each pass
-    writes the surest token, and all that are at least as sure as the threshold. Then the text is read again,
+    writes the surest token, and all whose probability reaches the threshold. Then the text is read again,
     causally. Temperature 0 is the published loop. Confidence is that before the temperature.
 
     threshold: above 1 one token a pass; 0 the whole block in one
     """
     need(0 <= threshold < math.inf, "threshold", threshold, "at least 0")
-    yield from ahead_of(block, Blocks, threshold)
+    yield from ahead_of(block, Denoising, threshold)
 
 
-class Checked(Trio):
+class Speculating(InBlocks):
     def further(self, r):
         """The text, once; then in turn: draft a block behind the last token, and check it causally."""
         cache, n = self.caches[r], int(self.n[r])
@@ -217,7 +219,7 @@ def linear_speculation(block, *, threshold=0.0):
     threshold: 0 drafts in one pass; else as in `nemotron`
     """
     need(0 <= threshold < math.inf, "threshold", threshold, "at least 0")
-    yield from ahead_of(block, Checked, threshold)
+    yield from ahead_of(block, Speculating, threshold)
 
 
 def ahead_of(block, kind, threshold):

@@ -110,13 +110,19 @@ class Unbroken:
         return getattr(self.stream, name)
 
 
+def of_root(path):
+    """A file's path from this project's folder, or its name if it lies elsewhere."""
+    near = os.path.relpath(os.path.abspath(path), os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    return os.path.basename(path) if near.startswith("..") else near
+
+
 def command():
     """What this program is started with, behind `python`: train.py, or -m lab.bench."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return (
         f"-m {spec.name.removesuffix('.__main__')}"
         if spec is not None and spec.parent
-        else os.path.basename(sys.argv[0])
+        else of_root(sys.argv[0])
     )
 
 

@@ -621,6 +621,7 @@ def test_answers_in_words_are_measured(chatty, monkeypatch, capsys, slip):
     for text, wanted in (
         ("She has 3 + 4 = 7 eggs.", 7), ("It costs $1,200.50", 1200.5), ("18, not 12.", 12), ("none", None),
         ("x = -3.", -3), ("", None), ("1. Two 2. Four is 4, so 8.", 8),
+        ("10-3", 3), ("so \u22125", -5), ("1.2.3", 1.2),
     ):  # fmt: skip
         assert gsm8k.in_words(text)["answer"] == wanted, text
     lines = [{"question": q, "answer": "#### 5"} for q in QUESTIONS[:3]]
@@ -641,6 +642,12 @@ def test_answers_in_words_are_measured(chatty, monkeypatch, capsys, slip):
     for line in found:
         assert line["answer"] == gsm8k.in_words(line["response"])["answer"]
         assert line["correct"] == (line["answer"] == 5)
+    (chatty / "p.jsonl").write_text(json.dumps({"settings": {"of": "another"}}) + "\n", encoding="utf-8")
+    capsys.readouterr()
+    context = rebuild("gguf:tiny.gguf", torch.device("cpu"))[0].seq_len
+    longer = [*asked, "--sampler=ar", "--out=p.jsonl", f"--max_new_tokens={context - 2}"]
+    run(gsm8k.main, *longer)
+    assert "prompt too long" in capsys.readouterr().out, "a question too long for its answer is left out"
     assert "words" in slip(gsm8k.main, argv=[*asked[:1], *asked[2:], "--sampler=ar", "--out=o.jsonl"])
     assert "max_new_tokens cannot be -1" in slip(gsm8k.main, argv=[*asked, "--max_new_tokens=-1"])
 

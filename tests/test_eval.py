@@ -920,6 +920,10 @@ def test_one_row_of_the_paper_is_made_again_and_no_other(toys, monkeypatch, caps
     (toys / "out/paper/results.jsonl").unlink()
     go()
     assert runs == [("rows/masked_ar.toml", True)], "a killed training goes on"
+    there = (toys / "pages/paper.jsonl").read_text().splitlines()
+    monkeypatch.setattr(sys, "argv", [*argv, "--seeds=1", "--only=masked_ar"])
+    paper.main()
+    assert (toys / "pages/paper.jsonl").read_text().splitlines() == there, "a first look drops nothing"
     assert "is no row of rows" in slip(paper.main, argv=[*argv[1:], "--only=masked_mix"])
     (toys / "pages/paper.md").write_text("# By hand\n")
     assert "not a page of ours" in slip(paper.main, argv=argv[1:])

@@ -8,12 +8,14 @@ published loops, written out plainly.
 import importlib.util
 import itertools
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, resumed, run
+from safetensors.torch import load_file, save_file
 
 import eval as evaluate
 import sample
@@ -77,8 +79,6 @@ def their_logits(network, ids, sees):
 
 def write(home, config, weights):
     """A folder as the release has it: the names of its tensors."""
-    from safetensors.torch import save_file
-
     home.mkdir(parents=True)
     (home / "config.json").write_text(json.dumps(config))
     named = lambda k: k.replace("model.", "encoder.", 1).replace("lm_head.", "diffusion_head.")
@@ -436,8 +436,21 @@ def test_it_is_trained_resumed_sampled_and_measured(project, tmp_path, capsys, s
     capsys.readouterr()
     run(evaluate.main, *how, "--n_eval=4", "--n_mc=2")
     assert "masked (trimode)" in capsys.readouterr().out
-    for refused in (["--clean_causal=false", "--block_sizes=4:1"], ["--next_token", "--block_sizes=1:1"]):
-        assert "trimode network has two streams" in slip(train.main, argv=[*flags[:-1], *refused])
+    for refused, fix in (
+        (["--clean_causal=false", "--block_sizes=4:1"], "leave --clean_causal out"),
+        (["--next_token", "--block_sizes=1:1"], "leave --next_token out"),
+        (["--block_sizes=4:1", "--rope_beta=0.5"], "--rope_original="),
+    ):
+        assert fix in slip(train.main, argv=[*flags[:-1], *refused])
+    for other, words in (
+        ("4:1", "not 4"),
+        ("1:0.5,2:0.25,4:0.25", "not 1, 2, 4"),
+        ("uniform", "masks alone"),
+    ):
+        change = ["--process=uniform"] if other == "uniform" else [f"--block_sizes={other}"]
+        run(train.main, *flags, *change, "--dtype=float32", "--max_steps=1", "--out_dir=odd")
+        assert words in slip(export.main, argv=["--ckpt=odd", f"--to={tmp_path / 'odd_out'}"])
+        shutil.rmtree("odd")
     other = write(
         tmp_path / "other",
         {k: v for k, v in CONFIG.items() if k != "mask_token_id"} | {"model_type": "ministral3"},
@@ -521,9 +534,18 @@ def test_folders_that_are_wrong_end_in_two_lines(tmp_path, slip):
         ),
         ({"rope_parameters": {**ROPE, "rope_type": "longrope"}}, "longrope"),
         ({"intermediate_size": 40}, "do not fit"),
+        ({"tie_word_embeddings": True}, "a head of its own"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"partial_rotary_factor": 0.5}, "rotary positions of a part"),
+        ({"hidden_size": 0}, "hidden_size 0"),
+        ({"max_position_embeddings": -3}, "-3 positions"),
     ):
         (home / "config.json").write_text(json.dumps({**config, **change}))
         assert words in slip(llama.llama, home), change
+    (home / "config.json").write_text(json.dumps(config))
+    weights = load_file(home / "model.safetensors")
+    save_file({k: v.to(torch.int8) for k, v in weights.items()}, home / "model.safetensors")
+    assert "holds int8" in slip(llama.llama, home)
 
 
 if __name__ == "__main__" and importlib.util.find_spec("transformers"):
