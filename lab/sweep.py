@@ -248,7 +248,7 @@ def served(cfg, run, process, trained):
     if refused := [name for name, _ in named if name in cannot]:
         sizes = ", ".join(map(str, trained)) + (", under a constraint" if cfg.regex or cfg.constraint else "")
         problem = f"{cfg.ckpt}, {run.process}, block sizes {sizes}: it cannot serve {refused[0]}"
-        die(problem, "--samplers ancestral")
+        die(problem, f"--samplers {'ar' if trained == [1] else 'ancestral'}")
     own = [name for name, f in SAMPLERS.items() if f.__module__ == f"methods.{run.method}"]
     every = asked_for([*LINES, *own])
     if cfg.regex or cfg.constraint:  # the last step of a greedy tail knows no language
