@@ -149,10 +149,11 @@ T_975 = {
 def verdict(values):
     """
     (verdict, mean, low, high) of one number a seed: the 95 % interval of the mean by Student's t decides, if
-    it has one side of 0.
+    it has one side of 0. Numbers that are equal by chance, as few right of many may be, have no spread to
+    make one of.
     """
     mean = statistics.mean(values) if values else math.nan
-    if len(values) < 2:
+    if len(set(values)) < 2:
         return "undecided", mean, -math.inf, math.inf
     half = T_975[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
     low, high = mean - half, mean + half

@@ -35,6 +35,7 @@ second time. After a change of model.py, diffusion.py, generate.py or train.py, 
 import ast
 import hashlib
 import json
+import math
 import os
 import re
 import statistics
@@ -300,7 +301,7 @@ measured before the method's file was last changed; the command measures it agai
         word, mean, low, high = verdict([gain(found, row) for found in several])
         nats = row["by"].startswith("nats")
         digits, unit = (3, "nats") if nats else (1, "points")
-        interval = f" ({low:+.{digits}f} to {high:+.{digits}f})" if len(several) > 1 else ""
+        interval = f" ({low:+.{digits}f} to {high:+.{digits}f})" if math.isfinite(low) else ""
         file = Path(cfg.rows, f"{name}.toml") if cfg.rows else Path(f"methods/{name}.py")
         length = len(Path(ROOT, file).read_text(encoding="utf-8").splitlines())
         paper = f"[{row['paper']}](https://arxiv.org/abs/{row['paper']})" if row["paper"] else ""

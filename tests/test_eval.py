@@ -841,6 +841,7 @@ def test_a_verdict_needs_seeds_and_a_side():
     assert (
         said == "undecided" and mean == 2 and high - mean == pytest.approx(4.303 / math.sqrt(3)) and low < 0
     )
+    assert paper.verdict([4.7, 4.7])[0] == "undecided", "equal by chance is no spread"
     assert paper.verdict([5.0])[0] == "undecided" and paper.verdict([])[0] == "undecided"
 
 
