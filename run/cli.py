@@ -188,8 +188,9 @@ def given_settings(cls, argv, help="--help"):
                 print(f"{narrow(inspect.cleandoc(doc))}\n")
                 show_settings(cls)
                 sys.stdout.flush()
-            except BrokenPipeError:  # `| head`
+            except BrokenPipeError:  # `| head`: ended as by SIGPIPE
                 unheard(sys.stdout)
+                raise SystemExit(141) from None
             raise SystemExit
         elif word.endswith(".toml"):
             pairs, given = read_toml(word), from_file
