@@ -78,12 +78,7 @@ def causal(model, process):
 
 def trimode(model, process, sizes):
     """A trimode network as NVIDIA released its own."""
-    if process.mask_id is None:
-        die(
-            "others know block diffusion with masks alone, and this noise has none",
-            "a run with --process masked",
-        )
-    if set(sizes) != {1, max(sizes)} or len(sizes) == 1:
+    if len(sizes) != 2 or sizes[0] != 1:
         sizes = ", ".join(map(str, sizes))
         die(f"Nemotron-Labs-Diffusion has block size 1 and one larger, not {sizes}", "another --ckpt")
     if model.settings.qk_norm or model.settings.qkv_bias:
@@ -97,11 +92,6 @@ def trimode(model, process, sizes):
 
 def blocks(model, process, block_size):
     """A block-causal network in the layout of a release."""
-    if process.mask_id is None:
-        die(
-            "others know block diffusion with masks alone, and this noise has none",
-            "a run with --process masked",
-        )
     s = model.settings
     if isinstance(model, Shifted):
         if not s.qkv_bias:
@@ -279,10 +269,14 @@ def export(cfg, state):
         return config
     if type(model) is Transformer:
         config, weights = own(model, process, state)
+    elif type(model) not in (Llama, Shifted, Trimode):
+        die(f"a network of the method {run.method} has no layout that others know", "another --ckpt")
+    elif process.mask_id is None and not model.cfg.next_token:
+        die(
+            "others know block diffusion by masks alone, and this noise has none", "a run of --process masked"
+        )
     elif type(model) is Trimode:
         config, weights = trimode(model, process, sorted(run.block_sizes))
-    elif type(model) not in (Llama, Shifted):
-        die(f"a network of the method {run.method} has no layout that others know", "another --ckpt")
     elif model.cfg.next_token:
         config, weights = causal(model, process)
     elif model.cfg.clean_causal:

@@ -26,7 +26,7 @@ from diffusion import pick
 from generate import sampler
 from methods import llama
 from methods.llama import DEFAULTS, Learner, Llama, Settings
-from model import KVCache
+from methods.shifted import ShiftedCache
 from run.cli import die
 from samplers.pieces import Ahead, made_by, need, top, write_ahead
 
@@ -50,21 +50,13 @@ def network(model_cfg, settings):
     return Trimode(replace(model_cfg, rope_base=settings.rope_base), settings)
 
 
-class Cache(KVCache):
-    """It also keeps what the last layer says of each clean token, and what was written ahead of the block."""
+class Cache(ShiftedCache):
+    """It also keeps what was written ahead of the block."""
 
-    states = None  # (B, clean tokens, D)
     ahead = None  # an Ahead
-
-    def remember(self, h):
-        """All clean states, of which h (B, C, D) are the newest."""
-        before = self.length - h.size(1)
-        self.states = h if self.states is None else torch.cat((self.states[:, :before], h), dim=1)
-        return self.states
 
     def keep(self, rows):
         super().keep(rows)
-        self.states = None if self.states is None else self.states[rows]
         if self.ahead is not None:
             self.ahead.keep(rows)
 
@@ -75,12 +67,12 @@ class Trimode(Llama):
 
     def forward(self, clean, noisy, block_size, start=0, sigma=None, cache=None, **extra):
         """As Transformer.forward. block_size None: the noisy tokens are one block, wherever it begins."""
-        C, N = 0 if clean is None else clean.size(1), noisy.size(1)
+        C, n_past = 0 if clean is None else clean.size(1), 0 if cache is None else cache.length
         both, _ = self.hidden(clean, noisy, block_size, start, None, cache, **extra)
-        before, h = both[:, :C] if cache is None else cache.remember(both[:, :C]), both[:, C:]
+        before, h = both[:, :C] if cache is None else cache.remember(both[:, :C], n_past), both[:, C:]
         if block_size is None:
             return self.to_logits(h)
-        start, at = torch.as_tensor(start, device=h.device), torch.arange(N, device=h.device)
+        start, at = torch.as_tensor(start, device=h.device), torch.arange(h.size(1), device=h.device)
         position = start if start.dim() else start + at
         b = torch.as_tensor(block_size, device=h.device)
         by_next = (b if b.dim() == 2 else b.view(-1, 1)).eq(1) & (position > 0)  # (B or 1, N)

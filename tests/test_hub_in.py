@@ -175,10 +175,14 @@ def test_a_token_causal_release_is_an_ordinary_language_model(tmp_path):
 
 
 def network_of(shifted, seed=0):
-    """A small random network in float64. Its answers are varied: some sure, some not."""
     torch.manual_seed(seed)
     cfg = ModelConfig(V, 64, n_layers=2, n_heads=4, d_model=24, clean_causal=False)
-    model = (Shifted if shifted else Llama)(cfg, Settings(n_kv_heads=2)).double().eval()
+    return varied((Shifted if shifted else Llama)(cfg, Settings(n_kv_heads=2)))
+
+
+def varied(model):
+    """A small network in float64 with random weights. Its answers are varied: some sure, some not."""
+    model = model.double().eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
     model.head.weight.data *= 1.5

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, resumed, run
 from safetensors.torch import load_file, save_file
+from test_hub_in import varied
 
 import eval as evaluate
 import sample
@@ -179,16 +180,9 @@ def test_fresh_networks_are_those_of_transformers(tmp_path, shape):
 
 
 def small(seed=0, **settings):
-    """A random network in float64. Its answers are varied: some sure, some not."""
     torch.manual_seed(seed)
     cfg = ModelConfig(V, 64, n_layers=2, n_heads=4, d_model=24)
-    model = trimode.network(cfg, Settings(n_kv_heads=2, **settings)).double().eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.5)
-    model.head.weight.data *= 1.5
-    for layer in model.layers:  # what stands beside a token matters
-        layer.v.weight.data *= 3
-    return model
+    return varied(trimode.network(cfg, Settings(n_kv_heads=2, **settings)))
 
 
 def test_a_block_reads_clean_text_before_it_and_itself():
@@ -432,7 +426,6 @@ def test_it_is_trained_resumed_sampled_and_measured(project, tmp_path, capsys, s
         run(sample.main, *how, "--prompt=abc", *more)
         texts.append(capsys.readouterr().out)
     assert all("13 tokens" in text for text in texts)
-    assert texts[0].splitlines()[1:-1] == texts[1].splitlines()[1:-1]
     capsys.readouterr()
     run(evaluate.main, *how, "--n_eval=4", "--n_mc=2")
     assert "masked (trimode)" in capsys.readouterr().out
