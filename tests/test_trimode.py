@@ -438,6 +438,7 @@ def test_it_is_trained_resumed_sampled_and_measured(project, tmp_path, capsys, s
     for other, words in (
         ("4:1", "not 4"),
         ("1:0.5,2:0.25,4:0.25", "not 1, 2, 4"),
+        ("4:0.5,8:0.5", "not 4, 8"),
         ("uniform", "masks alone"),
     ):
         change = ["--process=uniform"] if other == "uniform" else [f"--block_sizes={other}"]
