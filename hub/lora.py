@@ -2,7 +2,7 @@
 The adapters of --method adapt as a folder that PEFT reads, and back.
 
     adapter_config.json, adapter_model.safetensors     LoRA: what noisy tokens go through, W + B A
-    drafts.safetensors, nanoblock.json                 what PEFT has no place for: masks, the recurrent head
+    drafts.safetensors, nanoblock.json                 what PEFT has no place for: masks, heads
 
 The base is not in the folder: it is named. Merged into the base by PEFT, the adapters are the network of the
 noisy tokens alone. The text is the base's, so its own tokens must not go through them.
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from hub.llama import HUGGING_FACE, read_json
+from methods.adapt import LEARNED
 from run import checkpoint
 from run.cli import die, said
 
@@ -37,7 +38,7 @@ def layout(model, state, base_model):
                 lora[f"{prefix(i, part)}.lora_A.weight"] = adapter.A
                 lora[f"{prefix(i, part)}.lora_B.weight"] = B
     whole = model.state_dict()
-    drafts = {k: v for k, v in whole.items() if k.startswith(("masks", "drafter.", "draft_ids"))}
+    drafts = {k: v for k, v in whole.items() if k.startswith(LEARNED)}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -47,7 +48,9 @@ def layout(model, state, base_model):
         "lora_alpha": settings.rank,  # so that its factor alpha / r is 1
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(THEIRS[part].split(".")[-1] for parts in PARTS.values() for part in parts),
+        "target_modules": sorted(
+            THEIRS[part].split(".")[-1] for name in settings.beside.split(",") for part in PARTS[name]
+        ),
     }
     run = {**state["config"], "block_sizes": list(state["config"]["block_sizes"].items())}
     facts = {name: state[name] for name in ("process", "method", "meta", "step", "network")}
@@ -71,7 +74,8 @@ def read_lora(path, flag="--init_from"):
         learned = {k: v.float() if v.is_floating_point() else v for k, v in learned.items()}
         run = facts["config"] | {"block_sizes": {int(b): w for b, w in facts["config"]["block_sizes"]}}
         for i in range(facts["network"]["n_layers"]):
-            for name, parts in PARTS.items():
+            for name in facts["method"]["settings"].get("beside", ",".join(PARTS)).split(","):
+                parts = PARTS[name]
                 ours = f"layers.{i}.adapters.{name}"
                 learned[f"{ours}.A"] = lora.pop(f"{prefix(i, parts[0])}.lora_A.weight").float()
                 others = [lora.pop(f"{prefix(i, part)}.lora_A.weight").float() for part in parts[1:]]

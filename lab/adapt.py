@@ -22,11 +22,11 @@ from run import checkpoint
 from run.cli import die, shown
 from run.machine import pick_dtype
 from run.restore import load_state, rebuild
-from samplers.lossless import Lossless
+from samplers.lossless import BOTH, OF_MASKS, Lossless
 
 CONTEXT = 2048  # tokens of question and answer, however short the rows were that the run learnt from
 UNTRAINED = ("none", "jacobi", "lookup")
-TRAINED = (*UNTRAINED, "masks", "path", "path adaptive", "head", "masks+lookup", "path+lookup", "head+lookup")
+TRAINED = (*UNTRAINED, *OF_MASKS, "path adaptive", "head", *BOTH)
 
 
 @dataclass
@@ -204,7 +204,7 @@ def bench(cfg):
     drafts = (TRAINED if base else UNTRAINED) if cfg.drafts == "all" else ("none", *cfg.drafts.split(","))
     if unknown := {draft.removesuffix(" adaptive") for draft in drafts} - set(TRAINED if base else UNTRAINED):
         die(f"drafts {', '.join(sorted(unknown))}: {cfg.adapt} has none such", "--drafts lookup")
-    if cfg.ahead > len(model.masks) and any("masks" in draft or "path" in draft for draft in drafts):
+    if cfg.ahead > len(model.masks) and any(draft.startswith(OF_MASKS) for draft in drafts):
         fix = f"--ahead {len(model.masks)}, or --drafts head,lookup,head+lookup"
         die(f"ahead is {cfg.ahead}, and {cfg.adapt} has {len(model.masks)} masks", fix)
     how = cfg.ahead, cfg.new_tokens, cfg.temperature, meta.get("eos_id"), dtype

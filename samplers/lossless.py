@@ -1,6 +1,6 @@
 """
 The text of a frozen language model, several tokens a pass: drafts by the adapters of methods/adapt.py, by its
-recurrent head, or by looking back in the text. See generate.py for letters.
+heads, or by looking back in the text. See generate.py for letters.
 
 A pass reads the last token and d drafted ones behind it. The logits behind each say what AR sampling would
 write there. The drafts that agree stay, and one token more:
@@ -20,7 +20,9 @@ from rng import Noise
 from samplers.diffuspec import NGrams, best_path, candidates
 from samplers.pieces import known
 
-DRAFTS = ("masks", "path", "head", "lookup", "masks+lookup", "path+lookup", "head+lookup", "jacobi", "none")
+OF_MASKS = ("masks", "chain", "path")
+BOTH = [f"{draft}+lookup" for draft in (*OF_MASKS, "head")]
+DRAFTS = (*OF_MASKS, "head", "lookup", *BOTH, "jacobi", "none")
 # Rounding should not depend on what else is in a pass. A CPU adds up 512 keys at a time. So a pass has a
 # multiple of KEYS, or all slots of the text with ROOM for masks, and hides the others. It has TOGETHER tokens
 # at least: one alone is computed otherwise, and not faster.
@@ -51,7 +53,7 @@ class Lossless:
         self.offered, self.accepted = torch.zeros(2, ahead, dtype=torch.long)
         self.adaptive, self.length = adaptive, torch.full_like(self.n, ahead)
         self.lately = self.length.double()  # (R,) running mean of the drafts that stayed in a pass
-        self.k = ahead if "masks" in draft or "path" in draft else 0  # masks behind a token
+        self.k = ahead if draft.startswith(OF_MASKS) else 0  # masks behind a token
         self.slots = model.slots(R, W + max(ROOM, max(ahead + 1, TOGETHER) * self.k + 1))
         self.forwards = 0  # tokens put through the network, and not counted yet
         longest = int(self.n.max()) - 1
@@ -142,18 +144,22 @@ class Lossless:
         rows, d = torch.arange(len(m), device=m.device), self.d
         self.n_drafts = torch.full_like(self.n, 0 if self.draft in ("none", "lookup") else d)
         at = self.n[:, None] + torch.arange(d, device=m.device)
-        if self.k:
-            logits = self.model.draft_logits(masks[rows, m], packed=True)
-            self.drafts = self.path(logits) if "path" in self.draft else self.choose_draft(logits, at)
-        elif "head" in self.draft:
+        if "head" in self.draft or "chain" in self.draft:
             state, token, drafts = h[rows, m], own[rows, m], []
             for j in range(d):
-                state = self.model.recur(state, token, packed=True)
+                x = self.model.embed(token)
+                if self.k:
+                    state = self.model.told("chain", masks[rows, m, j], state, x, packed=True)
+                else:
+                    state = self.model.told("drafter", state, x, packed=True)
                 token = self.choose_draft(
                     self.model.draft_logits(state, packed=True)[:, None], at[:, j : j + 1]
                 )[:, 0]
                 drafts.append(token)
             self.drafts = torch.stack(drafts, dim=1)
+        elif self.k:
+            logits = self.model.draft_logits(masks[rows, m], packed=True)
+            self.drafts = self.path(logits) if "path" in self.draft else self.choose_draft(logits, at)
         elif self.draft == "jacobi":  # what the AR mode said behind a wrong draft
             guess = torch.cat((own, own[:, -1:].expand(-1, d)), dim=1)
             self.drafts = guess.gather(1, m[:, None] + 1 + torch.arange(d, device=m.device))

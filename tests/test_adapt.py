@@ -112,9 +112,11 @@ def test_adapters_change_no_bit_of_the_base(dtype):
 
 
 @torch.no_grad()
-def test_the_merged_pass_is_the_passes_it_merges():
+@pytest.mark.parametrize("beside", ["qkv,out,wide,down", "out,down"])
+def test_the_merged_pass_is_the_passes_it_merges(beside):
     """Packed weights, slots, several rows at places of their own, against the plain passes. Float64."""
-    _, model = pair()
+    _, model = pair(beside=beside)
+    assert {name for layer in model.layers for name in layer.adapters} == set(beside.split(","))
     text, k = torch.randint(V - 1, (3, 40)), 3
     cache = model.new_cache(3, 40)
     h = model.read(text, cache)
@@ -168,6 +170,8 @@ def test_the_cost_is_the_distance_to_the_base_s_softmax_behind_the_true_prefix(k
     text = torch.randint(V - 1, (2, 24))
     charged = torch.zeros(2, 24, dtype=torch.bool)
     charged[0, 6:], charged[1, 10:15] = True, True
+    told = lambda net, s, *more: s / rms(s) + net(torch.cat([y / rms(y) for y in (s, *more)], dim=-1))
+    rms = lambda y: (y.pow(2).mean(-1, keepdim=True) + torch.finfo(y.dtype).eps).sqrt()
     ends = []
     model.behind, plain = lambda end, *args: ends.append(end) or plain(end, *args), model.behind
     found = learner.distill(model, text, charged, Noise(0, torch.arange(2), torch.arange(24)))
@@ -178,14 +182,16 @@ def test_the_cost_is_the_distance_to_the_base_s_softmax_behind_the_true_prefix(k
         for r in range(2):
             for e in end[r].tolist():
                 prefix = text[r : r + 1, : e + 1]
-                cache, state = model.new_cache(1, 0), None
-                state = model.read(prefix, cache)[:, -1]
+                cache = model.new_cache(1, 0)
+                state = chained = model.read(prefix, cache)[:, -1]
                 masks = plain(torch.tensor([[e]]), k, cache, e + 1)[0, 0]
                 for j in range(1, k + 1):
                     longer = text[r : r + 1, : e + 1 + j]
                     p = base(longer, longer[:, :1], 1, e + 1 + j)[0, 0, model.draft_ids].softmax(-1)
-                    state = model.recur(state, text[r : r + 1, e + j])
-                    for hidden in (masks[j - 1], state[0]):
+                    token = model.embed(text[r : r + 1, e + j])
+                    state = told(model.drafter, state, token)
+                    chained = told(model.chain, masks[j - 1][None], chained, token)
+                    for hidden in (masks[j - 1], state[0], chained[0]):
                         q = model.to_logits(hidden)[model.draft_ids].softmax(-1)
                         costs.append(
                             {
@@ -194,7 +200,7 @@ def test_the_cost_is_the_distance_to_the_base_s_softmax_behind_the_true_prefix(k
                                 "tv": (p - q).abs().sum() / 2,
                             }[kind]
                         )
-    wanted = 2 * torch.stack(costs).mean() * charged.sum()  # masks and head, each a mean
+    wanted = 3 * torch.stack(costs).mean() * charged.sum()  # masks, head and chain, each a mean
     assert abs(found - wanted) < 1e-9 * wanted
     found.backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
@@ -219,18 +225,18 @@ def test_every_draft_writes_the_text_of_ar(temperature, top_p):
     how = {"temperature": temperature, "top_p": top_p, "max_new_tokens": 16, "seed": 3}
     ar = written(base, PROMPTS, "ar", **how)
     passes = {}
-    for draft in DRAFTS if temperature == 0 else ("masks", "head+lookup", "none"):
+    for draft in DRAFTS if temperature == 0 else ("chain", "head+lookup", "none"):
         state = written(model, PROMPTS, "lossless", draft=draft, **how)
         assert texts(state) == texts(ar), draft
         passes[draft] = int(state.nfe_rows.sum())
-    assert passes["masks"] < passes["none"] and passes["head+lookup"] < passes["none"]
+    assert passes["chain"] < passes["none"] and passes["head+lookup"] < passes["none"]
     assert texts(written(model, PROMPTS, "lossless", use_cache=False, **how)) == texts(ar)
     assert texts(written(model, PROMPTS, "speculation", **how)) == texts(ar), (
         "the block sampler is lossless too"
     )
     one = written(model, PROMPTS[:1], "lossless", draft="masks+lookup", **how)
     assert texts(one) == texts(ar)[:1]
-    for draft in ("masks", "path", "head+lookup"):
+    for draft in ("masks", "chain", "path", "head+lookup"):
         assert texts(written(model, PROMPTS, "lossless", draft=draft, adaptive=True, **how)) == texts(ar), (
             draft
         )
@@ -361,15 +367,54 @@ def test_a_draft_that_knows_the_text_is_always_right(temperature):
     for layer in model.layers:
         for weight in (layer.out.weight, layer.down.weight, *(a.B for a in layer.adapters.values())):
             torch.nn.init.zeros_(weight)
-    model.recur = lambda s, token, packed: model.embed(token)
+    model.told = lambda name, s, *more, packed: more[-1]
     how = {"temperature": temperature, "max_new_tokens": 24, "ahead": 3, "seed": 2}
-    state = written(model, [[1, 2, 3, 4, 5, 6, 7]], "lossless", draft="head", **how)
-    assert state.nfe == 1 + 24 // 4 or temperature == 0 and state.nfe <= 7
+    for draft in ("head", "chain"):
+        state = written(model, [[1, 2, 3, 4, 5, 6, 7]], "lossless", draft=draft, **how)
+        assert state.nfe == 1 + 24 // 4 or temperature == 0 and state.nfe <= 7, draft
     with torch.no_grad():
         model.embed.weight.copy_(model.embed.weight[:1].expand(V, -1))
         model.masks.copy_(model.embed.weight[:1].expand(3, -1))
     state = written(model, [[1, 2, 3, 4, 5, 6, 7]], "lossless", draft="masks", **how)
     assert state.nfe == 1 + 24 // 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("draft", ["masks", "chain", "head"])
+def test_drafts_are_what_was_learned(draft):
+    """Of rows at places of their own, in a merged pass: what the plain passes and the last token of AR's own draft."""
+    _, model = pair()
+    text = torch.full((4, T), -1)
+    for row, prompt in zip(text, PROMPTS, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    ar, state = (
+        Lossless(model, Masked(V, V - 1), text, torch.arange(4), 7, 0.0, 1.0, name, 3)
+        for name in ("none", draft)
+    )
+    for _ in range(4):
+        ar.round(torch.ones(4, dtype=torch.bool))
+    state.n_drafts[:] = 3
+    for r, n in enumerate(state.n.tolist()):  # of its first drafts r are right
+        state.drafts[r] = (ar.tokens[r, n : n + 3] + (torch.arange(3) >= r)) % (V - 1)
+    begun = state.n
+    state.round(torch.ones(4, dtype=torch.bool))
+    assert (state.n - begun).tolist() == [1, 2, 3, 4]
+    for tokens, n, drafts in zip(state.tokens, state.n.tolist(), state.drafts, strict=True):
+        e, cache, found = n - 2, model.new_cache(1, 0), []
+        hidden = model.read(tokens[None, : e + 1], cache)[0, -1]
+        masks = model.behind(torch.tensor([[e]]), 3, cache, e + 1)[0, 0]
+        token = tokens[e + 1]
+        for j in range(3):
+            x = model.embed(token)
+            if draft != "masks":
+                hidden = (
+                    model.told("chain", masks[j], hidden, x)
+                    if draft == "chain"
+                    else model.told("drafter", hidden, x)
+                )
+            token = model.draft_ids[model.draft_logits(masks[j] if draft == "masks" else hidden).argmax()]
+            found.append(int(token))
+        assert found == drafts.tolist()
 
 
 def test_tokens_are_counted_as_they_go_through_the_network():
@@ -525,7 +570,7 @@ def adapted(chatty):
     state = torch.load("run/ckpt.pt", weights_only=True)
     torch.manual_seed(0)
     for name, w in state["ema"].items():
-        if ".adapters." in name or name.startswith(("masks", "drafter.")):
+        if ".adapters." in name or name.startswith(("masks", "drafter.", "chain.")):
             w.normal_(std=0.2)
     checkpoint.save("run", state)
     return chatty
@@ -578,13 +623,27 @@ def test_adapters_become_a_lora_and_come_back(adapted, capsys, slip):
     assert "damaged" in slip(checkpoint.load, "lora")
 
 
+def test_adapters_beside_some_products_become_a_lora(adapted, capsys):
+    """beside=out,down: a smaller folder, and the same texts from it."""
+    run(train.main, *FLAGS, "--max_steps=2", "--out_dir=some", "--beside=out,down", "--n_eval=2")
+    run(export.main, "--ckpt=some", "--to=lora")
+    names = json.loads(Path("lora/adapter_config.json").read_text())["target_modules"]
+    assert sorted(names) == ["down_proj", "o_proj"]
+    capsys.readouterr()
+    texts = []
+    for source in ("--ckpt=some", "--init_from=lora"):
+        run(sample.main, source, "--chat=Who?", "--sampler=ancestral", "--steps=4", "--seq_len=256")
+        texts.append(capsys.readouterr().out.splitlines()[1:-1])
+    assert texts[0] == texts[1]
+
+
 def test_the_bench_compares_every_draft_with_ar(adapted, capsys, slip):
     argv = ["--adapt=run", "--questions=questions.txt", "--n_questions=3", "--new_tokens=12", "--ahead=2"]
     run(bench.main, *argv, "--dtype=float32")
     out = capsys.readouterr().out
     assert [line.split("|")[1].strip() for line in out.splitlines() if line.endswith("3 of 3 |")] == [
-        "none (AR)", "jacobi", "lookup", "masks", "path", "path adaptive", "head", "masks+lookup", "path+lookup",
-        "head+lookup",
+        "none (AR)", "jacobi", "lookup", "masks", "chain", "path", "path adaptive", "head", "masks+lookup",
+        "chain+lookup", "path+lookup", "head+lookup",
     ]  # fmt: skip
     assert "products in float32 (as asked)" in out and "1.00 | - |" in out
     run(bench.main, *argv, "--show=1", "--dtype=bfloat16")
@@ -601,6 +660,7 @@ def test_what_cannot_be_ends_in_two_lines(chatty, slip):
     assert "begins from a language model" in slip(adapt.check, TrainConfig(), Settings())
     assert "--form=anchored" in slip(adapt.check, cfg, Settings(form="shifted"))
     assert "--learn=distill" in slip(adapt.check, cfg, Settings(learn="all"))
+    assert "no such product" in slip(adapt.check, cfg, Settings(beside="out,up"))
     assert "--distance=ce" in slip(adapt.check, cfg, Settings(distance="js"))
     assert "at least 1" in slip(adapt.check, cfg, Settings(rank=0))
     assert "no network of the kind llama" in slip(adapt.begin, Settings(), {"method": None})
