@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from diffusion import wide
 from generate import sampler
 from methods import llama
-from model import KVCache, attention_mask
+from model import KVCache, attention_mask, rotate
 from run.cli import die
 from samplers.lossless import DRAFTS, OF_MASKS, TOGETHER, Lossless
 from samplers.pieces import need, so_far, write_ahead
@@ -158,10 +158,13 @@ class Layer(llama.Layer):
         return torch.cat((y[:, :C], y[:, C:] + self.adapters[name](x[:, C:])), dim=1)
 
     def forward(self, x, C, rope, mask, cache, i):
-        """x (B, S, D), the first C clean. mask (B or 1, 1, S, keys). The cache may be a KVCache or Slots."""
+        """x (B, S, D), the first C clean. mask: see queries_mask. The cache may be a KVCache or Slots."""
         heads = self.product("qkv", self.norm1(x), C, cache).unflatten(-1, (-1, self.dim)).transpose(1, 2)
         q, k, v = heads.split((self.n_heads, self.n_kv, self.n_kv), dim=1)
-        q, k = llama.turned(self.q_norm(q), self.k_norm(k), rope)
+        cos, sin, *grown = rope  # as in llama.turned, of both at once
+        turned = rotate(torch.cat((self.q_norm(q), self.k_norm(k)), dim=1), cos, sin)
+        q, k = turned.split((self.n_heads, self.n_kv), dim=1)
+        q = q * grown[0].to(q.dtype) if grown else q
         k, v = cache.extend(i, k, v)
         x = x + self.product("out", attention(q, k, v, mask), C, cache)
         gate, up = self.product("wide", self.norm2(x), C, cache).chunk(2, dim=-1)
@@ -169,12 +172,21 @@ class Layer(llama.Layer):
 
 
 def attention(q, k, v, mask):
-    """grouped_attention, of TOGETHER queries at least: a CPU rounds fewer of them otherwise."""
-    S = q.size(2)
-    if S < TOGETHER:
-        more = 0, 0, 0, TOGETHER - S
-        q, mask = F.pad(q, more), F.pad(mask, more, value=True)
-    return llama.grouped_attention(q, k, v, mask)[:, :S]
+    """llama.grouped_attention, with a mask of queries_mask: made once, for all layers."""
+    B, H, S, D = q.shape
+    n = mask.size(2) // (H // k.size(1))
+    q = F.pad(q, (0, 0, 0, n - S)) if n > S else q
+    y = F.scaled_dot_product_attention(q.reshape(B, k.size(1), -1, D), k, v, attn_mask=mask)
+    return y.reshape(B, H, n, D)[:, :, :S].transpose(1, 2).flatten(2)
+
+
+def queries_mask(mask, share, dtype):
+    """
+    A mask (B or 1, 1, S, keys) for the queries of `share` heads, one behind the other. A head has TOGETHER
+    queries at least: a CPU rounds fewer of them otherwise. dtype: of a mask of numbers; None: of bools.
+    """
+    mask = F.pad(mask, (0, 0, 0, max(0, TOGETHER - mask.size(2))), value=True).repeat(1, 1, share, 1)
+    return mask if dtype is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 class Cache(KVCache):
@@ -206,7 +218,7 @@ class Packed:
     def __call__(self, x, C):
         y = self.W(x)
         if C < x.size(1) and self.adapted:
-            y[:, C:] += self.B(self.A(x[:, C:]))
+            y[:, C:].add_(self.B(self.A(x[:, C:])))
         return y
 
 
@@ -236,15 +248,16 @@ class Slots:
         shape = len(model.layers), B, layer.n_kv, slots, layer.dim
         self.k, self.v = (torch.zeros(shape, dtype=model.packed_as, device=device) for _ in range(2))
         self.slots, self.at, self.n, self.used = slots, None, 0, 0
+        self.rows = torch.arange(B, device=device)[:, None]
 
     def extend(self, i, k, v):
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        self.k[i].transpose(1, 2)[rows, self.at] = k.transpose(1, 2)
-        self.v[i].transpose(1, 2)[rows, self.at] = v.transpose(1, 2)
+        self.k[i].transpose(1, 2)[self.rows, self.at] = k.transpose(1, 2)
+        self.v[i].transpose(1, 2)[self.rows, self.at] = v.transpose(1, 2)
         return self.k[i][:, :, : self.n], self.v[i][:, :, : self.n]
 
     def keep(self, rows):
         self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.rows = self.rows[: self.k.size(1)]
 
 
 class Adapted(llama.Llama):
@@ -336,7 +349,9 @@ class Adapted(llama.Llama):
         """All layers. x (B, S, D), the first C clean."""
         if position.numel() and position.max() >= self.cfg.seq_len:
             raise ValueError(f"position {int(position.max())} is beyond seq_len {self.cfg.seq_len}")
-        rope = self.rope(position)
+        rope, layer = self.rope(position), self.layers[0]
+        dtype = self.packed_as if isinstance(cache, Slots) else None
+        mask = queries_mask(mask, layer.n_heads // layer.n_kv, dtype)
         for i, layer in enumerate(self.layers):
             x = layer(x, C, rope, mask, cache, i)
         return x
