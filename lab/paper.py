@@ -282,6 +282,15 @@ def against(r, row, alone, b):
     return nats(r, row, b) - nats(r, alone, b)
 
 
+# the columns of the third picture: (noise, block size, the row that knows nothing else)
+GROUPS = ("masked", 1, "ar"), ("uniform", 1, "ar"), ("masked", 16, "block"), ("uniform", 16, "block")
+
+
+def costs(results, row, noise, b, alone):
+    """What the mixture of a row ("dial" or "mixture") costs in nats, a number for each seed that has both."""
+    return values_of(results, against, f"{noise}_{row}", f"{noise}_{alone}", b)
+
+
 def passes(r, row, key):
     return r[row]["correct"][key]["nfe_token"]
 
@@ -341,24 +350,20 @@ def pictures(results, page):
     }
     plots.curves([[panel]], f"{page}_frontier.png")
 
-    series, groups = (
-        [],
-        [("masked", 1, "ar"), ("uniform", 1, "ar"), ("masked", 16, "block"), ("uniform", 16, "block")],
-    )
+    series = []
     for row, (marker, label) in list(names.items())[:2]:
-        points = []
-        for i, (noise, b, alone) in enumerate(groups):
-            points += point(i, values_of(results, against, f"{noise}_{row}", f"{noise}_{alone}", b))
+        points = [p for i, group in enumerate(GROUPS) for p in point(i, costs(results, row, *group))]
         series.append((label, points, {"marker": marker, "linestyle": "none"}))
     panel = {
         "title": "what a mixture costs (above 0) or gives",
         "xlabel": "",
         "ylabel": "nats per token, against that block size alone",
-        "ticks": (range(4), [f"{noise},\nblock size {b}" for noise, b, _ in groups]),
+        "ticks": (range(4), [f"{noise},\nblock size {b}" for noise, b, _ in GROUPS]),
         "series": series,
         "level": 0,
     }
-    plots.curves([[panel]], f"{page}_mixture.png")
+    if any(points for _, points, _ in series):
+        plots.curves([[panel]], f"{page}_mixture.png")
 
 
 def write(results, cfg):
@@ -388,13 +393,19 @@ Each measurement has {cfg.n_eval} windows and texts, and {cfg.n_mc} draws of noi
 | | claim | verdict | number (95 % interval) | seeds |
 | --- | --- | --- | --- | --- |""",
     ]
+    lacking = 0
     for which, text, unit, number in CLAIMS:
         values = values_of(results, number)
+        if not values:
+            lacking += 1
+            continue
         said, mean, low, high = verdict(values)
         digits = 3 if unit == "nats" else 1
         interval = f" ({low:+.{digits}f} to {high:+.{digits}f})" if math.isfinite(low) else ""
-        number = f"{mean:+.{digits}f}{interval} {unit}" if values else ""
+        number = f"{mean:+.{digits}f}{interval} {unit}"
         out.append(f"| {which} | {text} | {said} | {number} | {len(values)} |")
+    if lacking:
+        out.append(f"\n{lacking} more claims of `CLAIMS` need rows that are not here.")
     out.append(f"""
 ## (a) Likelihood from AR to diffusion
 
@@ -430,14 +441,15 @@ passes than steps.
                 cells.append(percent + (f" · {statistics.mean(cost):.2f}" if cost else ""))
             if any(cells):
                 out.append(f"| `{row}` | {sampler} | {' | '.join(cells)} |")
-    out.append(f"""
+    if any(costs(results, "mixture", *group) for group in GROUPS):
+        out.append(f"""
 ## (c) What the mixture costs its AR mode and gives its diffusion mode
 
 ![nats of a mixture minus nats of one block size]({name}_mixture.png)
 
 The numbers are in the claims and in the first table. Every network has the same steps and rows, so a mixture
-has seen each block size less often.
-
+has seen each block size less often.""")
+    out.append("""
 ## What is not controlled
 
 - Uniform networks see the noise level. Masked ones do not see it. These are the defaults here; the paper's
@@ -520,7 +532,7 @@ def main():
     part.replace(f"{cfg.page}.jsonl")
     pictures(results, cfg.page)
     print(write(results, cfg))
-    pages = ", ".join(cfg.page + end for end in (".md", "_likelihood.png", "_frontier.png", "_mixture.png"))
+    pages = f"{cfg.page}.md, {cfg.page}_likelihood.png and other pictures"
     print(f"{pages}: {(time.time() - start) / 60:.0f} minutes")
 
 

@@ -2,7 +2,7 @@
 Adapt: a pretrained language model learns to draft by diffusion, and not one bit of it changes.
 
 The base is frozen. It is the clean stream, and clean tokens never read noisy ones. Only noisy tokens go
-through the adapters (LoRA, arXiv 2106.09685), beside each product of a layer:
+through the adapters (LoRA, arXiv 2106.09685), beside the products of a layer (--beside):
 
     y = W x + B A x        noisy tokens        B = 0 at first
     y = W x                clean tokens        so AR logits, keys and values are the base's own
@@ -15,9 +15,10 @@ says the one at e + 1. What a mask learns, by --learn:
     both       their sum
 
 --form anchored: a noisy token stands one place before the one it predicts, as in the base; the first input of
-a block is the last clean token. in_place: it stands where its token will. Two small networks (--head) know
-which tokens were drafted before. A recurrent head starts from the base's own hidden state h_e, without masks.
-A chain leads from mask to mask, whose hidden vectors are m_j:
+a block is the last clean token. in_place: it stands where its token will.
+
+Two small networks (--head) know which tokens were drafted before. A recurrent head starts from the base's own
+hidden vector h_e and needs no masks. A chain leads from mask to mask, whose hidden vectors are m_j:
 
     s_0 = h_e,   q_j = softmax(head(norm(s_j)))
     head     s_j = s_j-1 + W_2 silu(W_1 [s_j-1, embed(x_e+j)])
