@@ -1,7 +1,7 @@
 # make demo    environment, data, training, tables, animated samples: 6 to 14 minutes on 2 CPU cores, no GPU
 # make paper   are BlockGen's claims true at this scale? 30 small networks, docs/paper.md (24 took 36 minutes on the same machine)
 # make recipes   how is a language model adapted? 13 recipes beside their controls, docs/recipes.md; an hour and more for 3 seeds
-# make adapt   a language model of 135 million weights learns to draft: 93 MB, 5 minutes on 2 cores with bfloat16
+# make adapt   a language model of 135 million weights learns to draft: 93 MB, 5 to 8 minutes on 2 cores with bfloat16
 # make test    one test of each kind, 2 to 6 minutes on 2 cores
 # make test-all    what CI runs: those, then the tests marked slow
 # make faults  runs killed at random moments, full disks, malformed input: 10 minutes

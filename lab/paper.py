@@ -382,9 +382,9 @@ A row is a TOML file: change one and run it again, and only that row is trained.
 
 A claim is one number for each seed that should be above 0; `CLAIMS` in `lab/paper.py` defines it. It is
 **confirmed** if the 95 % interval of its mean (Student's t) lies above 0, **not confirmed** if the interval
-lies below, and undecided otherwise. If every true number were 0, about one of {len(CLAIMS)} would get a
-verdict all the same. [paper] marks what BlockGen (arXiv 2606.02241) says of far larger networks on text. The
-other claims are questions one would ask.
+lies below, and undecided otherwise. If every true number were 0, one of twenty would get a verdict all the
+same. [paper] marks what BlockGen (arXiv 2606.02241) says of far larger networks on text. The other claims are
+questions one would ask.
 
 Correct means: of the answers that the `check` of the dataset's prepare.py finds in a text, those that are
 true (digits: sums like 3+8=11). Entries are means over seeds, and in brackets the smallest and the largest.

@@ -144,13 +144,7 @@ class Lossless:
         rows, d = torch.arange(len(m), device=m.device), self.d
         self.n_drafts = torch.full_like(self.n, 0 if self.draft in ("none", "lookup") else d)
         at = self.n[:, None] + torch.arange(d, device=m.device)
-        found = [[]]
-        if "lookup" in self.draft:
-            texts = zip(self.tokens.tolist(), self.n.tolist(), strict=True)
-            found = [look_up(text[:n], d, self.ngram) for text, n in texts]
-        if all(found):  # there is nothing to draft
-            pass
-        elif "head" in self.draft or "chain" in self.draft:
+        if "head" in self.draft or "chain" in self.draft:
             state, token, drafts = h[rows, m], own[rows, m], []
             for j in range(d):
                 x = self.model.embed(token)
@@ -169,10 +163,11 @@ class Lossless:
         elif self.draft == "jacobi":  # what the AR mode said behind a wrong draft
             guess = torch.cat((own, own[:, -1:].expand(-1, d)), dim=1)
             self.drafts = guess.gather(1, m[:, None] + 1 + torch.arange(d, device=m.device))
-        for r, tokens in enumerate(found):
-            if tokens:
-                self.drafts[r] = torch.tensor(tokens, device=m.device)
-                self.n_drafts[r] = d
+        if "lookup" in self.draft:
+            for r, (text, n) in enumerate(zip(self.tokens.tolist(), self.n.tolist(), strict=True)):
+                if found := look_up(text[:n], d, self.ngram):
+                    self.drafts[r] = torch.tensor(found, device=m.device)
+                    self.n_drafts[r] = d
 
     def path(self, logits):
         """
