@@ -154,7 +154,9 @@ def interval(correct, seed=0, n=10_000):
 def settled_sampler(cfg, sampler, run, model, trained):
     """(name, block size, steps or None), as asked or as fits the checkpoint."""
     b = cfg.block_size or (1 if cfg.sampler == "ar" else trained[-1])
-    if b not in trained:
+    if sampler is not None and "any block" in sampler.needs:
+        b = cfg.block_size or (b if b > 1 else 16)
+    elif b not in trained:
         die(
             f"it was trained on block sizes {', '.join(map(str, trained))}, not {b}",
             f"--block_size {trained[-1]}",

@@ -1,5 +1,7 @@
 """samplers/idlm.py: drafts by masks in the clean stream of a language model."""
 
+import re
+
 import pytest
 import torch
 from conftest import TINY, run
@@ -9,6 +11,7 @@ import diffusion as d
 import sample
 import train
 from generate import SAMPLERS
+from lab import gsm8k, quality
 from methods.llama import Llama, Settings
 from model import ModelConfig
 
@@ -108,3 +111,11 @@ def test_it_serves_a_network_that_knows_block_size_1_alone(project, capsys, slip
     assert "stride" in slip(
         sample.main, argv=["--ckpt=out/run", "--prompt=a", "--sampler=idlm", "--stride=0"]
     )
+    table = ["--ckpt=out/run", "--device=cpu", "--sampler=idlm", "--n_eval=2", "--max_new_tokens=8"]
+    for size in (8, 16):  # 16 where nothing is said
+        run(quality.main, *table, *([f"--block_size={size}"] if size == 8 else []))
+        assert re.search(rf"^ +idlm +{size} ", capsys.readouterr().out, re.MULTILINE)
+    cfg = gsm8k.Gsm8kConfig(sampler="idlm", block_size=8)
+    assert gsm8k.settled_sampler(cfg, SAMPLERS["idlm"], None, model, [1]) == ("idlm", 8, None)
+    cfg = gsm8k.Gsm8kConfig(sampler="idlm")
+    assert gsm8k.settled_sampler(cfg, SAMPLERS["idlm"], None, model, [1]) == ("idlm", 16, None)
