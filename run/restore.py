@@ -279,6 +279,8 @@ def begin_from(cfg, settings=None, method=None, asked=()):
         print(f"from {source}: " + shown(", ".join(f"{name} {getattr(cfg, name)}" for name in SHAPES)))
     streams = {"next_token": cfg.next_token, "clean_causal": cfg.clean_causal}
     facts = {"network": {**state["network"], **streams}} if "network" in state else {}
+    if run.method != cfg.method:
+        facts["whose"] = run.method, cfg.method
     if "process" in state and not hasattr(method, "process"):
         # what the weights have learned to read: the settings do not say all of it
         facts["noise"] = state["process"]
@@ -343,8 +345,11 @@ def compare(state, cfg, settings, method, data, world, say):
         say(f"changed since the checkpoint: rows of a step {rows} -> {now}")
 
 
-def load_state(ckpt, state, **parts):
-    """Load the parts of a checkpoint of the same names; two lines if they do not fit."""
+def load_state(ckpt, state, whose=None, **parts):
+    """
+    Load the parts of a checkpoint of the same names; two lines if they do not fit.
+    whose: (the method whose network was saved, the one whose network is here), if they differ; "" is none.
+    """
     try:
         for name, part in parts.items():
             saved = state[name]
@@ -362,4 +367,7 @@ def load_state(ckpt, state, **parts):
             empty = module and next(part.parameters()).is_meta
             part.load_state_dict(saved, **({"assign": True} if empty else {}))
     except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as e:
+        if whose:
+            saved, here = (f"--method={m}" if m else "no --method" for m in whose)
+            die(f"{ckpt} holds the network of {saved}, not of {here}", f"{saved} with --init_from={ckpt}")
         die(f"{ckpt}: its {name} does not fit its settings: {said(e)}", f"train again: --out_dir={ckpt}")

@@ -69,14 +69,14 @@ class Run:
             facts["network"] = {**facts["network"], "dropout": cfg.dropout, "seq_len": cfg.seq_len}
 
         torch.manual_seed(cfg.seed)
-        noise = facts.pop("noise", None)
+        noise, whose = facts.pop("noise", None), facts.pop("whose", None)
         noise = state.get("process") if state else noise
         noise = None if hasattr(method, "process") else noise  # which is as its settings are now
         self.model, self.process = checkpoint.build(
             cfg, data.meta["vocab_size"], facts.get("network"), method, settings, noise
         )
         if weights is not None:
-            load_state(cfg.init_from or cfg.out_dir, {"weights": weights}, weights=self.model)
+            load_state(cfg.init_from or cfg.out_dir, {"weights": weights}, whose, weights=self.model)
         # as asked; compare may split the same rows in another way
         self.given = [cfg.batch_size, cfg.accumulation]
         if state:

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from test_train import log, run, same
 
 import eval as evaluation
+import train
 from model import ModelConfig
 from options import TrainConfig
 from run import checkpoint
@@ -292,6 +294,17 @@ def squeeze(file):
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in parts.items():
             archive.writestr(name, data)
+
+
+@pytest.mark.parametrize("saved, here", [("pgm", ""), ("", "pgm"), ("pgm", "loopholing")])
+def test_a_network_of_another_method_is_named(project, slip, saved, here):
+    flags = lambda name: [f"--method={name}"] if name else []
+    tiny = ["--seq_len=8", "--block_sizes=8:1", "--max_steps=1"]
+    run("--out_dir=a", "--n_layers=2", *tiny, *flags(saved), *(["--decoder_layers=1"] if saved else []))
+    err = slip(train.main, argv=[*TINY, *tiny, "--out_dir=b", "--init_from=a", *flags(here)])
+    name = lambda method: f"--method={method}" if method else "no --method"
+    assert f"a holds the network of {name(saved)}, not of {name(here)}\n" in err
+    assert f"try: {name(saved)} with --init_from=a" in err
 
 
 def test_noise_that_cannot_be_is_refused(project, slip):
