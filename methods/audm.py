@@ -154,9 +154,9 @@ ROWS = [
     {
         "system": "AUDM",
         "paper": "2605.22765",
-        "claim": "at least as many right in 8 steps as masked noise",
+        "claim": "more right in 8 steps than masked noise",
         "train": "--method audm",
-        "control": "",
+        "control": "--objective elbo --time_conditioning true",
         "by": "right 8",
     },
     {

@@ -318,7 +318,7 @@ ROWS = [
         "paper": "2412.10193",
         "claim": "at gamma 4 more grids stay right with uniform noise than with masked noise",
         "train": "--method guidance --process uniform",
-        "control": "--method guidance",
+        "control": "--method guidance --time_conditioning true",
         "sampler": "classifier_free gamma=4",
         "control_sampler": "classifier_free gamma=4",
         "by": "right 8",

@@ -282,7 +282,7 @@ ROWS = [
         "paper": "2505.18883",
         "claim": "fewer nats than masked noise with complementary masks",
         "train": "--method pgm --block_sizes {row}:1",
-        "control": "--method masks --masks complementary --block_sizes {row}:1",
+        "control": "--method masks --masks complementary --block_sizes {row}:1 --objective elbo",
         "sampler": "pgm",
         "by": "nats row",
         "block": "row",

@@ -235,7 +235,7 @@ ROWS = [
     {
         "system": "Unmasking policy",
         "paper": "2512.09106",
-        "claim": "as right as a threshold of 0.9, learned",
+        "claim": "more right than a threshold of 0.9",
         "train": "--method unmasking_policy --ckpt {control} --max_steps 100 --eval_every 100 --batch_size 8",
         "control": "",
         "sampler": "policy",
