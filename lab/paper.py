@@ -1,16 +1,17 @@
 """
-Are the paper's claims true at laptop scale? Trains a network a row of config/paper and seed, measures them,
-and writes docs/paper.md.
+Are the paper's claims true at laptop scale? Trains one network for each row of config/paper and each seed,
+measures them, and writes docs/paper.md.
 
-    make paper                          rows x 3 seeds (24 of them took 36 minutes on 2 CPU cores)
-    python -m lab.paper --seeds 1           a first look; every claim stays undecided, for one seed has no
-                                            spread
+    make paper                          10 rows, 3 seeds: 30 small networks (24 took 36 minutes on 2 cores)
+    python -m lab.paper --seeds 1 --page out/paper      a first look, on a page of its own; every claim stays
+                                            undecided, for one seed has no spread
     python -m lab.paper --minutes 20        no training begins that would end later: fewer seeds
     python -m lab.paper --seeds 12 --only masked_mixture,uniform_mixture     more seeds of these rows alone
     python -m lab.paper --rows config/paper_sudoku --out out/paper_sudoku --page docs/paper_sudoku
                                             the question of few steps again, on sudoku
 
-What was measured is in docs/paper.jsonl, and is not trained again. Change a TOML in config/paper and run it
+The page is written over, with the seeds that are asked for. What was measured stays in docs/paper.jsonl,
+and is not trained again. Change a TOML in config/paper and run it
 again: that row is, and nothing else. After a change of model.py, diffusion.py, generate.py or train.py,
 delete that file.
 """
@@ -91,42 +92,46 @@ def rises(r, row):
 CLAIMS = [
     ("a", "masked: AR alone has fewer nats than the bound of blocks of 16 alone", "nats",
      lambda r: nats(r, "masked_block", 16) - nats(r, "masked_ar", 1)),
-    ("a", "uniform: the same", "nats", lambda r: nats(r, "uniform_block", 16) - nats(r, "uniform_ar", 1)),
+    ("a", "uniform: AR alone has fewer nats than the bound of blocks of 16 alone", "nats",
+     lambda r: nats(r, "uniform_block", 16) - nats(r, "uniform_ar", 1)),
     ("a", "[paper] masked: one network's nats rise with every step of the dial 1, 4, 16, 64 "
      "(the smallest step)", "nats", lambda r: rises(r, "masked_dial")),
-    ("a", "[paper] uniform: the same", "nats", lambda r: rises(r, "uniform_dial")),
+    ("a", "[paper] uniform: one network's nats rise with every step of the dial 1, 4, 16, 64 "
+     "(the smallest step)", "nats", lambda r: rises(r, "uniform_dial")),
     ("b", "[paper] uniform beats masked in few ancestral steps (mean of 1, 2, 4)", "points",
      lambda r: few_steps(r, "uniform_mixture", "masked_mixture")),
-    ("b", "the same at equal parameters: neither sees the noise level", "points",
-     lambda r: few_steps(r, "uniform_timeless", "masked_mixture")),
-    ("b", "the same at equal parameters: both see the noise level", "points",
-     lambda r: few_steps(r, "uniform_mixture", "masked_timed")),
+    ("b", "uniform beats masked in few steps, where neither sees the noise level (equal parameters)",
+     "points", lambda r: few_steps(r, "uniform_timeless", "masked_mixture")),
+    ("b", "uniform beats masked in few steps, where both see the noise level (equal parameters)",
+     "points", lambda r: few_steps(r, "uniform_mixture", "masked_timed")),
     ("b", "uniform: seeing the noise level helps in few ancestral steps", "points",
      lambda r: few_steps(r, "uniform_mixture", "uniform_timeless")),
-    ("b", "masked: the same", "points", lambda r: few_steps(r, "masked_timed", "masked_mixture")),
+    ("b", "masked: seeing the noise level helps in few ancestral steps", "points",
+     lambda r: few_steps(r, "masked_timed", "masked_mixture")),
     ("b", "uniform beats masked in 16 ancestral steps", "points",
      lambda r: correct(r, "uniform_mixture", "ancestral", 16)
      - correct(r, "masked_mixture", "ancestral", 16)),
     ("b", "[paper] masked: ARPC in 8 steps (15 passes a block) beats ancestral in 16 (at most 16)", "points",
      lambda r: correct(r, "masked_mixture", "arpc", 8) - correct(r, "masked_mixture", "ancestral", 16)),
-    ("b", "[paper] uniform: the same", "points",
+    ("b", "[paper] uniform: ARPC in 8 steps (15 passes a block) beats ancestral in 16 (at most 16)", "points",
      lambda r: correct(r, "uniform_mixture", "arpc", 8) - correct(r, "uniform_mixture", "ancestral", 16)),
     ("b", "[paper] with ARPC and many passes (16 steps) masked beats uniform", "points",
      lambda r: correct(r, "masked_mixture", "arpc", 16) - correct(r, "uniform_mixture", "arpc", 16)),
     ("c", "masked: the mixture costs its AR mode nats", "nats",
      lambda r: nats(r, "masked_mixture", 1) - nats(r, "masked_ar", 1)),
-    ("c", "uniform: the same", "nats", lambda r: nats(r, "uniform_mixture", 1) - nats(r, "uniform_ar", 1)),
-    ("c", "masked: and correct answers", "points",
+    ("c", "uniform: the mixture costs its AR mode nats", "nats",
+     lambda r: nats(r, "uniform_mixture", 1) - nats(r, "uniform_ar", 1)),
+    ("c", "masked: the mixture costs its AR mode correct answers", "points",
      lambda r: correct(r, "masked_ar", "ar") - correct(r, "masked_mixture", "ar")),
-    ("c", "uniform: the same", "points",
+    ("c", "uniform: the mixture costs its AR mode correct answers", "points",
      lambda r: correct(r, "uniform_ar", "ar") - correct(r, "uniform_mixture", "ar")),
-    ("c", "masked: it gives its blocks of 16 a better bound", "nats",
+    ("c", "masked: the mixture gives its blocks of 16 a better bound", "nats",
      lambda r: nats(r, "masked_block", 16) - nats(r, "masked_mixture", 16)),
-    ("c", "uniform: the same", "nats",
+    ("c", "uniform: the mixture gives its blocks of 16 a better bound", "nats",
      lambda r: nats(r, "uniform_block", 16) - nats(r, "uniform_mixture", 16)),
-    ("c", "masked: and more correct answers, 16 ancestral steps", "points",
+    ("c", "masked: the mixture gives its blocks of 16 more correct answers, 16 ancestral steps", "points",
      lambda r: correct(r, "masked_mixture", "ancestral", 16) - correct(r, "masked_block", "ancestral", 16)),
-    ("c", "uniform: the same", "points",
+    ("c", "uniform: the mixture gives its blocks of 16 more correct answers, 16 ancestral steps", "points",
      lambda r: correct(r, "uniform_mixture", "ancestral", 16) - correct(r, "uniform_block", "ancestral", 16)),
 ]  # fmt: skip
 
@@ -373,11 +378,17 @@ def write(results, cfg):
     name = Path(cfg.page).name
     noisiest = max((e[1] for line in lines for b, e in line["nats"].items() if b != "1"), default=0.0)
     where = f"torch {torch.__version__}, {pick_device(cfg.device)[0].type}, {torch.get_num_threads()} threads"
+    usual, words = PaperConfig(), f"python -m lab.paper --seeds {len(results)}"
+    for flag in ("only", "rows", "out", "page"):
+        value = getattr(cfg, flag)
+        words += f" --{flag} {value}" if value != getattr(usual, flag) else ""
+    minutes = sum(line["train_seconds"] for line in lines) / 60
+    fewest = min(sum(row in r for r in results) for row in rows)
     out = [
-        HEAD,
+        f"{HEAD}: `{cfg.rows}`",
         f"""
-Made by `python -m lab.paper` (`make paper`): one network for each row of `{cfg.rows}` and each seed, at most
-{len(results)} seeds; {where}; {sum(line["train_seconds"] for line in lines) / 60:.0f} minutes of training.
+Made by `{words}`: one network for each row of `{cfg.rows}`
+and each seed, {fewest} to {len(results)} seeds a row; {where}; {minutes:.0f} minutes of training.
 A row is a TOML file: change one and run it again, and only that row is trained.
 
 A claim is one number for each seed that should be above 0; `CLAIMS` in `lab/paper.py` defines it. It is
@@ -387,8 +398,8 @@ same. [paper] marks what BlockGen (arXiv 2606.02241) says of far larger networks
 questions one would ask.
 
 Correct means: of the answers that the `check` of the dataset's prepare.py finds in a text, those that are
-true (digits: sums like 3+8=11). Entries are means over seeds, and in brackets the smallest and the largest.
-Each measurement has {cfg.n_eval} windows and texts, and {cfg.n_mc} draws of noise a window.
+true (digits: sums like 3+8=11; sudoku: grids). Entries are means over seeds, and in brackets the smallest and
+the largest. Each measurement has {cfg.n_eval} windows and texts, and {cfg.n_mc} draws of noise a window.
 
 | | claim | verdict | number (95 % interval) | seeds |
 | --- | --- | --- | --- | --- |""",
@@ -426,9 +437,9 @@ to a bound. The Monte Carlo error of a bound is at most {noisiest:.3f}.
 
 ![percent correct against passes per token]({name}_frontier.png)
 
-Percent of correct answers, and passes a token. T steps of ARPC are 2T - 1 passes a block. A network that does
-not see the noise level is not asked twice about the same text, so masked ancestral sampling needs fewer
-passes than steps.
+Percent of correct answers, and passes a token. T steps of ARPC are 2T - 1 passes a block. With masked
+noise a step that lifts no mask needs no pass: the random numbers say so first. With uniform noise a network
+that does not see the noise level is not asked twice about the same text.
 
 | row | sampler | {" | ".join(f"{n} step" + "s" * (n > 1) for n in STEPS)} | own pace |
 | --- | --- |{" --- |" * (len(STEPS) + 1)}""")

@@ -1,9 +1,9 @@
 """
 Do the field's systems do what they say, side by side? Trains each one and its control with the same network,
-data, rows and number of steps, measures both, and writes docs/zoo.md.
+data, rows and number of steps (the page names the exceptions), measures both, and writes docs/zoo.md.
 
     python -m lab.zoo                                    everything, as far as the minutes go; again: go on
-    python -m lab.zoo --methods loopholing,gidd --seeds 1    two of them, a first look
+    python -m lab.zoo --methods loopholing,gidd --seeds 1 --page out/zoo    a first look, on a page of its own
     python -m lab.zoo --minutes 0                        only write the page, from what was measured
     python -m lab.zoo --rows lab/recipes --page docs/recipes    other rows: adapting a language model
 
@@ -29,7 +29,8 @@ A row of the table is an entry of ROWS in a file of methods/:
 
 Or it is a .toml file of --rows, with the same keys. Rows that share a control share its training. A method
 whose code changed is trained again, and nothing else: a measurement that is in docs/zoo.jsonl is not made a
-second time. After a change of model.py, diffusion.py, generate.py or train.py, delete that file.
+second time. After a change of model.py, diffusion.py, generate.py or train.py, delete that file. The page is
+written over, with the rows and seeds that are asked for.
 """
 
 import ast
@@ -58,9 +59,9 @@ from samplers import SAMPLERS
 
 HEADS = {
     "# The zoo": """Do the field's systems do what they say? Each one is trained beside its control, on the
-lesson as it stands (`--plain`). Network, data, rows and steps are the control's, but for two kinds of rows.
-Those with `--ckpt {control}` train on from the control, for more steps. Those of uniform noise, GIDD and AUDM
-also see the noise level. Made by `python -m lab.zoo`.""",
+lesson as it stands (`--plain`). Network, data, rows and steps are the control's, with three exceptions. Rows
+with `--ckpt {control}` train on from the control, for more steps. PGM has a network of its own. The control
+of complementary masks sees twice the rows. Made by `python -m lab.zoo`.""",
     "# Recipes": """How does a network that writes from left to right learn to write in blocks? The published
 recipes contradict each other. Each row changes one thing, with equal rows and steps, and both sides go on
 from the same network. (LoRA, and a control that begins with nothing, have their own learning rate.) All is
@@ -291,7 +292,9 @@ A claim is one number a seed that should be above 0: percent right minus the con
 control's bound minus the system's. **Confirmed**: the 95 % interval of its mean by Student's t lies above 0.
 **Not confirmed**: it lies below. Else undecided. Options that a row does not name are the defaults of its
 file. Those it names were chosen by hand, some after earlier measurements on the same tasks. *Older code*:
-measured before the method's file was last changed; the command measures it again.
+measured before the method's file was last changed; the command measures it again. *Lines*: of the method's
+file. The last two columns say what was trained, how texts were written, and what decides: percent right in so
+many steps a block (pace: at the sampler's own), or nats at that block size (row: the whole row).
 
 | system | paper | its claim | task | better by (95 %) | seeds | verdict | lines | flags, sampler | control |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |""",

@@ -1,6 +1,6 @@
 """
-What is a method? A system of the literature that is more than a sampler: one file here, and everything about
-it is there.
+What is a method? A system of the literature in one file here, and everything about it is there: a noise
+process, a loss, a network, a way to train, or several of these with their samplers.
 
 A file methods/NAME.py is taken by `train.py --method NAME`. Its docstring says what changes, the equation and
 the paper. It may define
@@ -10,13 +10,13 @@ the paper. It may define
                   says nothing
     INHERITS      settings that come from the run of --init_from too, where the user says nothing
     FIXED         settings that a resumed run cannot change
-    check         (cfg, settings): exits with two lines (run.cli.die) on what cannot be
+    check         (cfg, settings): refuses settings that cannot work (run.cli.die: what is wrong, what helps)
     begin         (settings, state): what the checkpoint of --init_from settles, before `check`
     network       (model_cfg, settings) -> a Transformer, or a subclass
     process       (cfg, settings, vocab_size) -> a NoiseProcess; vocab_size counts no mask
     Learner       a subclass of Learner below: the loss at a step, the batches, modules and state of its own
-    bound         (model, process, x0, block_size, t, ...) -> (total, per_token), what eval.py takes for
-                  token_loss
+    bound         (model, process, x0, block_size, t, ...) -> (total, per_token) in nats: eval.py uses it in
+                  place of diffusion.token_loss
     samplers      decorated with generate.sampler, as in samplers/
     ROWS          what lab/zoo.py trains and compares: the claim, and the control
 
@@ -79,11 +79,17 @@ class Learner:
         )
 
     def loss(self, step):
-        """What is called as token_loss is, for this step."""
+        """
+        The loss of this step: a function with the arguments of diffusion.token_loss. It returns (total,
+        per_token (B, L)) in nats.
+        """
         return self.token_loss
 
     def batches(self, step, default):
-        """The batches of this step; default(step) are those of train.step_batches."""
+        """
+        The batches of this step, as default(step) has them (train.step_batches): (x0 (B, T) ids, given (B, T)
+        bool, real (B, T) bool, block sizes (B,), times (B,), slots (B,)) each.
+        """
         return default(step)
 
     def modules(self):

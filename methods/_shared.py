@@ -1,13 +1,13 @@
 """
-What do methods share that begin from a checkpoint and look at how it writes? Not a method of its own: the
-underscore keeps it off the list.
+Shared by methods that begin from a checkpoint and watch how it writes. Not a method: the underscore keeps it
+off the list.
 
     defaults     the settings of train.py that such a method wants
     check        refuses what none of them can use
     blocks_of    the blocks of a batch of rows, each behind its own clean context
     Writes       a Learner that makes such blocks for samplers to fill
     WithPart     a Transformer whose weights are frozen, and `part`, a module that learns
-    PartLearner  the Learner of one
+    PartLearner  the Learner of a WithPart
 
 Letters as in generate.py: R rows, b the block size.
 """
@@ -52,8 +52,9 @@ def check(cfg, settings, name):
 
 def blocks_of(x0, given, real, size):
     """
-    [(begin, open)] of the blocks of a batch in which something is to be written: open (B, b) bool. All of a
-    block in which text stands, padding too, but for what is given; as data.dataset.charged_tokens has it.
+    [(begin, open)] of the blocks of a batch in which something is to be written: open (B, b) bool. If a block
+    holds text, all of it is open but the given tokens. Padding counts as open, as in
+    data.dataset.charged_tokens.
     """
     found = []
     for begin in range(0, x0.size(1) - size + 1, size):
@@ -117,6 +118,8 @@ class WithPart(Transformer):
 
 
 class PartLearner(Writes):
+    """The Learner of a WithPart. Exits with two lines if its weights are rounded to another format."""
+
     def __init__(self, cfg, settings, model, process, token_loss):
         super().__init__(cfg, settings, model, process, token_loss)
         if any(p.is_meta for p in model.parameters()):

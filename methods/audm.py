@@ -2,7 +2,8 @@
 AUDM: uniform noise, but the network is told which tokens may be noise. ReAUDM: its sampler that repairs.
 
 Every position draws one noise token u, once for all times. It shows x_t = x_0 with probability a_t, else u.
-That is uniform noise; but who knows u knows more: a token other than u is certainly clean, as with masks.
+That is uniform noise. But a network that is told u knows more: a token other than u is certainly clean, as
+with masks.
 A token that is u is noise, or x_0 happens to be u. With D, what the network predicts, the bound is
 
     -a' / (1 - a) 1[x_t = u] ( 1 - D(u) - 1[x_0 != u] (1 + log D(x_0)) )         a = alpha_t

@@ -137,7 +137,8 @@ def nce_loss(
 ):  # fmt: skip
     """
     Takes the place of token_loss, arguments there. Each token pays the nats of its block, so the mean over
-    tokens is that over blocks: 2 log 2 = 1.386 at first. Rows of block size 1 have nothing to learn.
+    tokens is that over blocks: 2 log 2 = 1.386 at first, times the share of rows with blocks above 1. Rows of
+    block size 1 have nothing to learn and pay 0.
     """
     x0, given, charged, noise = (y.to(device or x0.device) for y in (x0, given, charged, noise))
     x, given, charged = x0[:, start:], given[:, start:], charged[:, start:]
@@ -164,7 +165,9 @@ class Learner(methods.Learner):
         return self.token_loss
 
     def note(self):
-        return "the masked network is frozen: its bound stays. The loss is the energy's, 1.386 at first"
+        return (
+            "the masked network is frozen: its bound stays. The loss is the energy's, at most 1.386 at first"
+        )
 
 
 # ----- sampling

@@ -13,8 +13,8 @@ that is computed for a known token changes later, and its keys and values stay i
 alpha0 = 1 is masked diffusion, alpha0 = 0 is an autoregressive model. The sequential phase also sees what
 diffusion wrote to its right. Esoteric Language Models, arXiv 2506.01928, variant B. One block: the row.
 
-    python train.py config/sudoku.toml --method esolm --block_sizes 32:1
-    python sample.py --ckpt out/sudoku --sampler esolm --steps 8
+    python train.py config/sudoku.toml --method esolm --block_sizes 32:1 --out_dir out/esolm
+    python sample.py --ckpt out/esolm --sampler esolm --steps 8
 """
 
 from dataclasses import dataclass
@@ -156,7 +156,7 @@ class EsoLM(Transformer):
 # ----- the loss
 
 
-def costs(model, process, x0, sizes, t, sequential, objective, given, charged, schedule, noise):
+def eso_nats(model, process, x0, sizes, t, sequential, objective, given, charged, schedule, noise):
     """
     (B, T) nats. Rows `sequential` (B,) bool pay -log p(x_0,i | known tokens, x_0 at masks left of i) for what
     is left a mask at alpha0, the others -alpha'_t / (1 - alpha_t) * -log p(x_0,i | x_t) at masks of time t.
@@ -196,14 +196,14 @@ def eso_loss(
     last = objective, given, charged, schedule, noise
     if share is None:
         phases = [False] * (process.alpha0 > 0) + [True] * (process.alpha0 < 1)
-        parts = [costs(model, process, x0, sizes, t, torch.full_like(sizes, p) > 0, *last) for p in phases]
+        parts = [eso_nats(model, process, x0, sizes, t, torch.full_like(sizes, p) > 0, *last) for p in phases]
         per_token = torch.stack(parts).sum(0)
     else:
         share = {0.0: 1.0, 1.0: 0.0}.get(process.alpha0, share)  # one phase alone
         sequential = (t < share) | (sizes == 1)
         time = torch.where(sequential, 0.5, (t - share) / max(1 - share, 1e-9))
         weight = 1 / torch.where(sequential, share, 1 - share).masked_fill(sizes == 1, 1.0)
-        per_token = costs(model, process, x0, sizes, time, sequential, *last)
+        per_token = eso_nats(model, process, x0, sizes, time, sequential, *last)
         per_token = per_token * weight.to(per_token)[:, None]
     return per_token.sum(), per_token.detach()
 

@@ -1,5 +1,5 @@
 """
-GIDD: a hybrid of masked and uniform noise. A network that has seen wrong words, not just masks, can tell
+GIDD: a hybrid of masked and uniform noise. A network that has seen wrong tokens, not just masks, can tell
 which of its own are wrong.
 
     q(x_t | x_0) = a onehot(x_0) + m      a = (1 - t) / C,   m = (t mask + c uniform) / C,   C = 1 + c
@@ -8,8 +8,8 @@ which of its own are wrong.
 The clock is alpha = 1 - t. Loss, reverse step and conversion are those of any noise process
 (diffusion.NoiseProcess). Generalized Interpolating Discrete Diffusion, arXiv 2503.04482.
 
-    python train.py config/sudoku.toml --method gidd --p_uniform 0.2
-    python sample.py --ckpt out/sudoku --sampler self_correction
+    python train.py config/sudoku.toml --method gidd --p_uniform 0.2 --out_dir out/gidd
+    python sample.py --ckpt out/gidd --sampler self_correction
 """
 
 from dataclasses import dataclass
@@ -53,9 +53,9 @@ class GIDD(NoiseProcess):
         c, dc = B * root, B * (1 - 2 * alpha) / (2 * root)  # d/d alpha
         C = 1 + c
         mask = F.one_hot(torch.tensor(self.mask_id), self.vocab_size).to(alpha)
-        words = (1 - mask) / (self.vocab_size - 1)
-        m = (t[..., None] * mask + c[..., None] * words) / C[..., None]
-        dm = (dc[..., None] * words - mask - dc[..., None] * m) / C[..., None]
+        tokens = (1 - mask) / (self.vocab_size - 1)
+        m = (t[..., None] * mask + c[..., None] * tokens) / C[..., None]
+        dm = (dc[..., None] * tokens - mask - dc[..., None] * m) / C[..., None]
         return alpha / C, m, (1 - alpha * dc / C) / C, dm
 
     def prior(self, shape, noise=None, device=None):
@@ -94,7 +94,7 @@ ROWS = [
     {
         "system": "GIDD",
         "paper": "2503.04482",
-        "claim": "having seen wrong words, it corrects its own",
+        "claim": "having seen wrong tokens, it corrects its own",
         "train": "--method gidd --p_uniform 0.2",
         "control": "--method gidd --p_uniform 0",
         "sampler": "self_correction",

@@ -12,9 +12,9 @@ The label is read off the row by a rule (--label). In training it is added to th
 stream, and in some rows left out. The clean stream never sees it, so one cache serves both predictions.
 eval.py and all other samplers use the network without a label.
 
-    python train.py config/sudoku.toml --method guidance --label "16:1|2,19:3|4"
-    python sample.py --ckpt out/sudoku --sampler classifier_free --gamma 2
-    python sample.py --ckpt out/sudoku --sampler classifier_based --gamma 2 --first_order
+    python train.py config/sudoku.toml --method guidance --label "16:1|2,19:3|4" --out_dir out/guidance
+    python sample.py --ckpt out/guidance --sampler classifier_free --gamma 2
+    python sample.py --ckpt out/guidance --sampler classifier_based --gamma 2 --first_order
 """
 
 import copy
@@ -179,9 +179,9 @@ class Learner(methods.Learner):
 # ----- sampling
 
 
-def mix(log_c, log_u, gamma):
-    """gamma log_c + (1 - gamma) log_u, (..., V), not normalised. A floor under log 0: no -inf + inf."""
-    return gamma * log_c.clamp(min=-1e6) + (1 - gamma) * log_u.clamp(min=-1e6)
+def mix(log_told, log_untold, gamma):
+    """gamma log_told + (1 - gamma) log_untold, (..., V), not normalised. The floor avoids -inf + inf."""
+    return gamma * log_told.clamp(min=-1e6) + (1 - gamma) * log_untold.clamp(min=-1e6)
 
 
 def classifier_free_probs(process, told, untold, xt, alpha_t, alpha_s, gamma, temperature=1.0, top_p=1.0):
@@ -192,8 +192,8 @@ def classifier_free_probs(process, told, untold, xt, alpha_t, alpha_s, gamma, te
     """
     step = lambda logits: process.posterior_probs(logits, xt, alpha_t, alpha_s, temperature, top_p)
     if process.absorbing:
-        log_c, log_u = (process.loo_logits(z.double()).log_softmax(-1) for z in (told, untold))
-        return step(mix(log_c, log_u, gamma))
+        both = (process.loo_logits(z.double()).log_softmax(-1) for z in (told, untold))
+        return step(mix(*both, gamma))
     return mix(step(told).log(), step(untold).log(), gamma).softmax(-1)
 
 

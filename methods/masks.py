@@ -103,7 +103,8 @@ def grown(sizes, objective, largest):
 def complement(process, schedule, x, t, noise):
     """
     Hides the tokens that Masked.corrupt leaves visible with the same random numbers, so each token is hidden
-    in one view and visible in the other. The noise level is 1 - alpha_t. What token_loss takes as `corrupt`.
+    in one view and visible in the other. It returns 1 - alpha_t in place of alpha_t. What token_loss takes as
+    `corrupt`.
     """
     alpha, dalpha = schedule(t)
     hide = noise.uniform(1)[..., 0] > 1 - column(alpha, x)

@@ -1,5 +1,5 @@
 """
-PGM: two halves of the row predict each other, so training needs no mask and sampling reads no mask.
+PGM: two random groups of tokens predict each other, so training needs no mask and sampling reads no mask.
 
 Every token is in group 0 or 1: in group 1 with probability 1 - alpha_t, as it would be masked. Tokens read
 their own group (encoder). Then each position is predicted from the other group (decoder), both ways at once:
@@ -9,7 +9,7 @@ their own group (encoder). Then each position is predicted from the other group 
 
     w(alpha) = -alpha'_t / (1 - alpha)
 
-Each half is the bound of masked diffusion: the masks are group 1 at alpha_t, and group 0 at 1 - alpha_t. The
+Each term is the bound of masked diffusion: the masks are group 1 at alpha_t, and group 0 at 1 - alpha_t. The
 network is its own. A position is asked for by a vector that knows where it is, and nothing else:
 
     encoder    self-attention within a group
@@ -19,8 +19,8 @@ network is its own. A position is asked for by a vector that knows where it is, 
 Sampling reads the tokens that are written, and asks for those that the step writes: no other position costs
 anything. Partition Generative Modeling, arXiv 2505.18883. A start token and prompts are read by both groups.
 
-    python train.py config/sudoku.toml --method pgm --block_sizes 32:1
-    python sample.py --ckpt out/sudoku --sampler pgm --steps 8
+    python train.py config/sudoku.toml --method pgm --block_sizes 32:1 --out_dir out/pgm
+    python sample.py --ckpt out/pgm --sampler pgm --steps 8
 """
 
 from dataclasses import dataclass, replace
@@ -50,10 +50,8 @@ DEFAULTS = {"objective": "elbo"}
 
 def check(cfg, settings):
     if cfg.n_layers < 2 or not 0 <= settings.decoder_layers < cfg.n_layers:
-        problem = (
-            f"{cfg.n_layers} layers, {settings.decoder_layers} of them in the decoder: each half needs one"
-        )
-        die(problem, "--n_layers=4 --decoder_layers=2")
+        problem = f"{cfg.n_layers} layers, {settings.decoder_layers} of them in the decoder"
+        die(f"{problem}: encoder and decoder each need one", "--n_layers=4 --decoder_layers=2")
     if cfg.process != "masked" or cfg.next_token or cfg.time_conditioning == "true":
         what = "PGM is a form of masked noise, and sees no noise level"
         die(what, "--process=masked --next_token=false --time_conditioning=false")

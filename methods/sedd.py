@@ -1,8 +1,9 @@
 """
-SEDD: the network learns ratios of probabilities, and they need not sum to anything.
+SEDD: masked diffusion whose network says weights w that need not sum to 1. The loss adds a penalty on their
+sum U. It comes from learning ratios of probabilities:
 
     s_v ~ p_t(x_i = v) / p_t(x_i = mask), the others as they are       at a mask, for every token v
-    s_v = r w_v,    r = a / (1 - a),    log w is the network's output
+    s_v = r w_v,    r = a / (1 - a),    log w is the network's output, less the log of the number of tokens
 
 The right ratios sum to r, so the right w sum to 1. The loss is the score entropy,
 
@@ -49,7 +50,7 @@ class SEDD(Masked):
     def log_w(self, logits):
         """
         log w_v = log(s_v / r), float64 (..., V), -inf at the mask. A network that says 0 everywhere, as at
-        initialisation, has total 1: the output is offset by the log of the number of words (as published).
+        initialisation, has total 1: the output is offset by the log of the number of tokens, as published.
         """
         return self.loo_logits(logits).double() - math.log(self.vocab_size - 1)
 

@@ -10,11 +10,11 @@ the zero vector, and W_2 starts at 0: training begins as the plain network. In t
 pass on the same x_t, without a gradient, in half of the rows. Block size 1 reads no signal. The network sees
 no noise level. The AR loss is about the clean stream alone: it costs no further pass and depends on no noise.
 
-After DiffusionGemma's code (google-deepmind/gemma, gemma/diffusion); self-conditioning: arXiv 2208.04202. Not
-kept: the RMS norm behind the sum, canvases of one row at a time.
+After DiffusionGemma's code (google-deepmind/gemma, gemma/diffusion); self-conditioning: arXiv 2208.04202. Two
+differences: no RMS norm behind the sum, and the last step keeps all its draws.
 
-    python train.py config/sudoku_uniform.toml --method selfcond
-    python sample.py --ckpt out/sudoku_uniform --sampler self_conditioned --steps 8
+    python train.py config/sudoku_uniform.toml --method selfcond --out_dir out/selfcond
+    python sample.py --ckpt out/selfcond --sampler self_conditioned --steps 8
 """
 
 import copy
@@ -154,7 +154,8 @@ def bound(model, *args, **how):
 def self_conditioned(block, *, bound=0.1, hot=0.8, cold=0.4, sure=0.005, carry=True):
     """
     DiffusionGemma's sampler, for networks of --method selfcond. A step predicts the whole block from the
-    prediction before, at a temperature that falls from `hot` to `cold`. It draws every token, keeps those of
+    prediction before, at a temperature that falls from `hot` towards `cold`. (In
+    training the prediction that is read has temperature 1.) It draws every token, keeps those of
     the lowest entropies while
 
         H_(1) + ... + H_(k) - H_(k) <= bound,
@@ -164,7 +165,7 @@ def self_conditioned(block, *, bound=0.1, hot=0.8, cold=0.4, sure=0.005, carry=T
 
     bound: in nats
     hot: the first temperature; --temperature comes on top
-    cold: the one it falls to
+    cold: the one it falls towards
     sure: in nats; 0 never ends a row early, but for certain tokens
     carry: false leaves the prediction out, the control
     """

@@ -388,8 +388,8 @@ def test_what_it_cannot_serve_is_refused(slip, project):
     ask = lambda *more: slip(training.main, argv=[*FLAGS, "--max_steps=1", "--out_dir=c", *more])
     assert "the row, here of 12 tokens" in ask("--block_sizes=4:1")
     assert "no AR mode" in ask("--block_sizes=1:0.5,12:0.5")
-    assert "each half needs one" in ask("--block_sizes=12:1", "--decoder_layers=2")
-    assert "each half needs one" in ask("--block_sizes=12:1", "--n_layers=1")
+    assert "each need one" in ask("--block_sizes=12:1", "--decoder_layers=2")
+    assert "each need one" in ask("--block_sizes=12:1", "--n_layers=1")
     for wrong in ("--process=uniform", "--time_conditioning=true"):
         assert "masked noise" in ask("--block_sizes=12:1", wrong)
     assert "masked noise" in ask("--block_sizes=1:1", "--next_token")
