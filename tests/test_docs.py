@@ -131,6 +131,14 @@ def test_the_list_of_files_is_complete():
     assert listed <= files | {"data/NAME/prepare.py"}
 
 
+def test_the_list_of_methods_names_every_section():
+    """Sections, not files: a new file needs no edit here."""
+    text = text_of("docs/methods.md")
+    listed = re.findall(r"^\| \[`(\w+)`\]\(#\1\) \|", text, re.M)
+    assert sorted(listed) == sorted(re.findall(r"^## (\w+)$", text, re.M)) and len(listed) > 20
+    assert all((ROOT / f"methods/{name}.py").exists() for name in listed)
+
+
 # ----- commands
 
 
