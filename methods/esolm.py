@@ -195,7 +195,8 @@ def eso_loss(
     objective = objective if isinstance(objective, str) else objective[x0.size(1)]
     last = objective, given, charged, schedule, noise
     if share is None:
-        phases = [False] * (process.alpha0 > 0) + [True] * (process.alpha0 < 1)
+        in_turn = process.alpha0 < 1 or bool((sizes == 1).any())
+        phases = [False] * (process.alpha0 > 0) + [True] * in_turn
         parts = [eso_nats(model, process, x0, sizes, t, torch.full_like(sizes, p) > 0, *last) for p in phases]
         per_token = torch.stack(parts).sum(0)
     else:
@@ -277,6 +278,7 @@ def esolm(block, *, alpha0=-1.0, shared=True):
         extra = {"at": torch.cat((new, masks), dim=1), "real": torch.cat((real, mine), dim=1)}
         extra = {name: y.to(device) for name, y in extra.items()}
         logits = model(clean.to(device), noisy.to(device), T, cache=cache, **extra).to(block.x.device)
+        block.live = mine.any(1)  # who needs this pass
         block.count(clean.numel() + noisy.numel())
         noise = block.noise(k + 2)
         noise.key = noise.key.gather(1, masks)  # the numbers of these positions
@@ -284,7 +286,6 @@ def esolm(block, *, alpha0=-1.0, shared=True):
         y = torch.where(mine, y, block.x.gather(1, masks))
         block.write(block.x.scatter(1, masks, y))
         at, real = torch.cat((at, masks), dim=1), torch.cat((real, mine), dim=1)
-        block.live = block.live & (step > k).any(1)
         yield
 
 

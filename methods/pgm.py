@@ -264,13 +264,13 @@ def pgm(block, *, even=True):
         group = torch.where(block.open.gather(1, at), 0, BOTH).masked_fill(~real, NOBODY)
         extra = {"group": group.to(device), "at": at.to(device), "ask": ask.to(device)}
         logits = model(None, block.x.gather(1, at).to(device), T, **extra).to(block.x.device)
+        block.live = mine.any(1)  # who needs this pass
         block.count(len(at) + at.numel() + ask.numel())  # with the start token
         noise = block.noise(k + 1)
         noise.key = noise.key.gather(1, ask)  # the numbers of these positions
         y = draw(block.sharpen(process.loo_logits(logits.double())).softmax(-1), noise)
         y = torch.where(mine, y, block.x.gather(1, ask))
         block.write(block.x.scatter(1, ask, y))
-        block.live = block.live & (block.open & (step > k)).any(1)
         yield
 
 

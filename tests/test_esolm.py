@@ -270,6 +270,62 @@ def test_the_loss_of_training_has_the_mean_of_the_bound(alpha0, share):
     assert abs(total - entropy(p)) < 1e-9
 
 
+X0 = torch.randint(3, (4, 6), generator=torch.Generator().manual_seed(1))
+T4 = torch.tensor([0.2, 0.4, 0.6, 0.9], dtype=torch.float64)
+
+
+def asked(model, process, t=T4, objective="elbo", block_size=6, given=None, charged=None, **how):
+    """Nats per token (4, 6) of the rows X0."""
+    given = torch.zeros(4, 6) > 0 if given is None else given
+    how |= {"given": given, "charged": ~given if charged is None else charged}
+    noise = Noise(0, torch.arange(4), torch.arange(6))
+    return esolm.bound(model, process, X0, block_size, t, objective, noise=noise, **how)[1]
+
+
+def test_the_loss_follows_schedule_objective_and_what_is_charged():
+    """With alpha0 = 1, where it is the loss of masked diffusion; and who is not charged pays nothing."""
+    model, process = network(1.0, seq_len=6, letters=3)
+    alpha, slope = d.cosine(T4)
+    want = asked(model, process, 1 - alpha)
+    agree(asked(model, process, schedule=d.cosine), -slope[:, None] * want)
+    agree(asked(model, process, objective="ce"), T4[:, None] * asked(model, process))
+    model, process = network(0.5, seq_len=6, letters=3)
+    charged = (torch.arange(6) < 4).expand(4, 6)
+    part, whole = asked(model, process, charged=charged), asked(model, process)
+    assert (whole[:, 4:] > 0).any() and torch.equal(part, whole * charged)
+
+
+def test_prompts_come_first_in_training_too():
+    model, process = network(0.5, seq_len=6, letters=3)
+    given, seen = torch.zeros(4, 6) > 0, []
+    given[:, 3:5] = True
+    asked(lambda *args, rank: seen.append(rank) or model(*args, rank=rank), process, given=given)
+    assert len(seen) == 2 and all((rank[given] < 2).all() for rank in seen), "in both phases"
+
+
+def test_a_step_of_training_pays_for_one_phase_a_row():
+    model, process = network(0.5, seq_len=6, letters=3)
+    cfg = type("Cfg", (), {"seq_len": 6, "block_sizes": {6: 1.0}})
+    learner = esolm.Learner(cfg, esolm.Settings(sequential_share=0.3), model, process, None)
+    given = torch.zeros(4, 6) > 0
+
+    def paid(loss, **how):
+        how |= {"given": given, "charged": ~given, "noise": Noise(0, torch.arange(4), torch.arange(6))}
+        return loss(model, process, X0, 6, T4, "elbo", **how)[1]
+
+    ours = paid(learner.loss(0))
+    assert torch.equal(ours, paid(esolm.eso_loss, share=0.3))
+    assert not torch.equal(ours, paid(esolm.eso_loss)), "that is both phases"
+
+
+@pytest.mark.parametrize("alpha0", ALPHA0)
+def test_rows_of_block_size_1_pay_the_same_among_others(alpha0):
+    model, process = network(alpha0, seq_len=6, letters=3)
+    mixed = asked(model, process, block_size=torch.tensor([1, 6, 1, 6]))
+    agree(mixed[::2], asked(model, process, block_size=torch.ones(4, dtype=torch.long))[::2])
+    assert (mixed[::2].sum(1) > 0).all()
+
+
 def test_rows_of_block_size_1_are_the_ar_mode():
     model, process = network(seq_len=6, letters=3)
     x0, sizes = (
@@ -377,12 +433,51 @@ def test_a_text_does_not_depend_on_cache_or_company(path, shared):
         assert state.x[i, : len(prompt)].tolist() == list(prompt)
         assert torch.equal(run(prompts[: i + 1], steps=4).x[i], state.x[i])
     assert (state.x >= 0).all() and (state.x < 3).all()
-    greedy = run(prompts, steps=4, temperature=0.0)
-    assert torch.equal(greedy.x, run(prompts, steps=4, temperature=0.0, top_p=0.3).x)
     assert torch.equal(run([()], steps=4, max_new_tokens=5).x[0, :5], run([()], steps=4).x[0, :5])
     assert (run([(1,)], steps=4, max_new_tokens=5).x[0, 6:] < 0).all()
     after_ar = run(prompts, steps=4, ar_tokens=2)
     assert (after_ar.x >= 0).all()
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"top_p": 1e-6}])
+def test_the_surest_token_has_no_chance_in_it(how):
+    model, process = network(0.5, seed=1, seq_len=8, letters=3)
+    rows = {"block_size": 8, "sampler": esolm.esolm, "alpha0": 0.0}
+    x = last(GENERATE["fast"](model, process, [()] * 20, **rows, **how)).x
+    assert (x == x[0]).all() and (last(GENERATE["fast"](model, process, [()] * 20, **rows)).x != x).any()
+
+
+def test_masks_and_known_tokens_stand_in_an_order_at_random():
+    model, process = network(0.5, seed=1, seq_len=8, letters=3)
+    forward, seen = model.forward, []
+
+    def spy(clean, noisy, *args, at, real, **how):
+        seen.append(at[:, clean.size(1) :])
+        assert real.all()
+        return forward(clean, noisy, *args, at=at, real=real, **how)
+
+    model.forward = spy
+    rows = {"block_size": 8, "sampler": esolm.esolm, "alpha0": 1.0, "steps": 2, "seed": 5}
+    last(GENERATE["fast"](model, process, [()] * 20, **rows))
+    u = Noise(5, torch.arange(20), torch.arange(8), 0).uniform(1)[..., 0]
+    assert len(seen) == 2 and all((u.gather(1, at).diff(dim=1) > 0).all() for at in seen)
+
+
+def test_shared_rows_write_as_many_tokens_behind_prompts_too():
+    model, process = network(0.5, seed=1, seq_len=8, letters=3)
+    rows = {"block_size": 8, "sampler": esolm.esolm, "steps": 4, "seed": 5}
+    for state in GENERATE["fast"](model, process, [(0, 1, 2)] * 20, **rows):
+        written = ((state.x >= 0) & (state.x < 3)).sum(1)
+        assert (written == written[0]).all()
+
+
+def test_a_row_counts_the_passes_in_which_it_is_written_whoever_is_beside_it():
+    model, process = network(0.5, seed=1, seq_len=8, letters=3)
+    rows = {"block_size": 8, "sampler": esolm.esolm, "steps": 4, "seed": 5, "shared": False}
+    seen = list(GENERATE["fast"](model, process, [()] * 20, **rows))
+    wrote = sum((a.x != b.x).any(1).long() for a, b in itertools.pairwise(seen[1:]))
+    assert torch.equal(seen[-1].nfe_rows, wrote) and len(set(wrote.tolist())) > 1
+    assert last(GENERATE["fast"](model, process, [()], **rows)).nfe_rows == wrote[:1]
 
 
 def test_passes_and_tokens_are_counted():
@@ -435,7 +530,10 @@ def test_a_checkpoint_is_trained_resumed_sampled_and_evaluated(project, capsys, 
         "--n_samples=0",
         "--n_eval=4",
     ]
-    resumed(training.main, *flags)
+    one, _ = resumed(training.main, *flags)
+    assert one["config"]["objective"] == "elbo" and 0 < esolm.Settings().alpha0 < 1, (
+        "as nobody says otherwise"
+    )
     _, _, _, model, process = rebuild("parts", torch.device("cpu"))
     assert type(model) is EsoLM and type(process) is EsoMasked and process.alpha0 == 0.3
     capsys.readouterr()
@@ -461,8 +559,8 @@ def test_what_it_cannot_serve_is_refused(slip, project):
     ask = lambda *more: slip(training.main, argv=[*FLAGS, "--max_steps=1", "--out_dir=c", *more])
     assert "the row, here of 12 tokens" in ask("--block_sizes=4:1")
     assert "the row, here of 12 tokens" in ask("--block_sizes=1:0.5,4:0.5")
-    assert "alpha0" in ask("--block_sizes=12:1", "--alpha0=1.5")
-    assert "sequential_share" in ask("--block_sizes=12:1", "--sequential_share=0")
+    for wrong in ("alpha0=1.5", "alpha0=-0.5", "sequential_share=0", "sequential_share=1"):
+        assert wrong.partition("=")[0] in ask("--block_sizes=12:1", f"--{wrong}")
     for wrong in ("--process=uniform", "--time_conditioning=true", "--clean_causal=false"):
         assert "masks last" in ask("--block_sizes=12:1", wrong)
     assert "masks last" in ask("--block_sizes=1:1", "--next_token")

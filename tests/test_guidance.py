@@ -322,6 +322,54 @@ def test_the_classifier_is_asked_about_the_block_behind_its_text(kind, block):
     # the network: 4, then 8 tokens; the classifier: 4 passes of V versions, of 4 and of 8 tokens
     assert costs.nfe == 2 * (1 + 4)
     assert costs.token_forwards == 2 * (4 + 4 + 4 * process.vocab_size * 4 + 4 + 4 * process.vocab_size * 8)
+    how = {"block_size": 4, "steps": 1, "sampler": classifier_based, "first_order": True}
+    costs = last(generate(model, process, [()] * 2, **how))
+    assert costs.nfe == 2 * (1 + 1) and costs.token_forwards == 2 * (4 + 4 + 8 + 8), "one pass of one version"
+
+
+@pytest.mark.parametrize("block", [FastBlock, Block])
+def test_the_classifier_reads_a_rows_own_text_when_others_wait(block):
+    process = d.Masked(V3 + 1, V3)
+    model, seen = guided(process), []
+
+    def sampler(block):
+        begin = int(block.positions[0])
+        with torch.no_grad():
+            want = model.classifier(block.text[block.rows, :begin], block.x, 4, begin, None)[:, 0, 0]
+        agree(guidance.asker(block, 0.4, 0)(block.x), want)
+        seen.append((begin, block.rows.tolist()))
+        yield from SAMPLERS["ancestral"](block)
+
+    prompts = [(0, 1, 2, 1, 0, 1, 2, 1), (2, 2, 1, 0), (1, 1, 0, 2)]
+    last(generate(model, process, prompts, block_size=4, steps=2, sampler=sampler, block_class=block))
+    assert (4, [1, 2]) in seen
+
+
+@pytest.mark.parametrize("sampler", [classifier_free, classifier_based])
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"top_p": 1e-6}])
+def test_the_surest_token_has_no_chance_in_it(sampler, how):
+    process = d.Masked(V3 + 1, V3)
+    rows = {"block_size": 4, "max_new_tokens": 4, "steps": 1, "sampler": sampler, "gamma": 2.0}
+    write = lambda **more: last(generate(guided(process), process, [()] * 20, **rows, **more)).x
+    x = write(**how)
+    assert (x == x[0]).all() and (write() != x).any()
+
+
+@pytest.mark.parametrize("sampler", [classifier_free, classifier_based])
+def test_a_row_without_a_mask_takes_no_more_passes(sampler):
+    process = d.Masked(V3 + 1, V3)
+    rows = {"block_size": 4, "max_new_tokens": 4, "steps": 16, "sampler": sampler, "block_class": Block}
+    state = last(generate(guided(process), process, [()] * 20, **rows))
+    assert state.nfe_rows.min() < state.nfe_rows.max() == state.nfe
+
+
+def test_gamma_is_1_where_nothing_is_said():
+    process = d.Masked(V3 + 1, V3)
+    write = lambda **how: last(generate(guided(process), process, [()] * 20, block_size=4, steps=4, **how)).x
+    for sampler in (classifier_free, classifier_based):
+        x = write(sampler=sampler)
+        assert torch.equal(x, write(sampler=sampler, gamma=1.0))
+        assert (x != write(sampler=sampler, gamma=4.0)).any()
 
 
 @pytest.mark.parametrize("run", [generate, lesson.generate])
@@ -374,10 +422,20 @@ def test_a_label_reaches_its_own_row_and_no_label_is_a_label_of_its_own():
         agree(rows[label], one[label])
         assert (rows[label - 1] - one[label - 1]).abs().max() > 1e-3
     assert torch.equal(model(*x, 4), model(*x, 4, label=NO_LABEL))
+    before = model(*x, 4).detach()
+    model.label.weight.data[NO_LABEL, 0] += 1.0
+    assert (model(*x, 4) - before).abs().max() > 1e-3, "it is learned"
+    assert torch.equal(model(*x, 4, label=1)[1], rows[1])
     plain = net(d.Masked(V3 + 1, V3)).double()  # of the same weights
     want = plain.hidden(*x, 4)[0][:, :8]
     for label in (0, 1, NO_LABEL):
         assert torch.equal(model.hidden(*x, 4, label=label)[0][:, :8], want), "clean tokens see no label"
+
+
+def test_the_classifier_has_as_many_layers_as_are_asked_for():
+    cfg = guided(d.Masked(V3 + 1, V3)).cfg
+    assert cfg.n_layers == 2
+    assert [len(Guided(cfg, n).classifier.layers) for n in (1, 2, 3)] == [1, 2, 3]
 
 
 def test_the_classifier_reads_its_block_and_the_clean_text_before_it():
@@ -445,6 +503,26 @@ def test_the_loss_is_the_usual_one_with_labels_and_the_classifiers(kind):
                 assert g is None, f"{name} belongs to the other loss"
 
 
+def test_the_classifier_pays_where_the_noisy_stream_begins_later():
+    """All rows begin with a prompt of one block, so the noisy stream begins behind it."""
+    make, kw = KINDS["uniform denoiser, timed"]
+    process, model, seen = make(), guided(make(), **kw), []
+    x0, how, noise = a_step(4)
+    sizes, t = torch.tensor([1, 2, 4, 4]), torch.tensor([0.2, 0.5, 0.7, 0.9], dtype=torch.float64)
+
+    def spy(*args, **how):
+        seen.append(args)
+        return model(*args, **how)
+
+    spy.module = model
+    total, each = a_learner(model, process).loss(0)(spy, process, x0, sizes, t, "elbo", noise=noise(), **how)
+    ((_, noisy, _, _, sigma),) = seen
+    y = torch.tensor([int(x[0] in (1, 2) and x[2] == 0) for x in x0.tolist()])
+    log_c = model.classifier(x0, noisy, sizes, 4, sigma)
+    cost = sum(-log_c[r, i - 4, y[r]] for r in range(4) for i in range(4, 8) if how["charged"][r, i])
+    agree(total, each.sum() + cost)
+
+
 def test_labels_are_left_out_in_as_many_rows_as_asked_however_a_batch_is_split():
     process, model = d.Masked(V3 + 1, V3), guided(d.Masked(V3 + 1, V3), layers=0)
     shares = {}
@@ -508,6 +586,8 @@ def test_a_checkpoint_is_resumed_bit_for_bit_sampled_and_evaluated(project, caps
     assert "masked (guidance)" in capsys.readouterr().out
     more = ["--out_dir=parts", "--max_steps=5", "--resume", "--label=6:2"]
     assert "label" in slip(training.main, argv=[*FLAGS, *more])
+    more = ["--out_dir=parts", "--max_steps=5", "--resume", "--classifier_layers=2"]
+    assert "trained with classifier_layers 1, not 2" in slip(training.main, argv=[*FLAGS, *more])
     for wrong, word in (("--gamma=-1", "gamma"), ("--label=2", "label")):
         argv = ["--ckpt=parts", "--device=cpu", "--sampler=classifier_free", wrong]
         assert word in slip(sample.main, argv=argv)
@@ -528,6 +608,9 @@ def test_what_it_cannot_serve_is_refused(slip, project):
     for sampler in (classifier_free, classifier_based):
         with pytest.raises(ValueError, match="--method guidance"):
             last(generate(net(process), process, [()], block_size=4, sampler=sampler))
+        for gamma in (-1.0, 1e6, math.inf):
+            with pytest.raises(ValueError, match="gamma"):
+                last(generate(guided(process), process, [()], block_size=4, sampler=sampler, gamma=gamma))
     with pytest.raises(ValueError, match="classifier_layers"):
         last(generate(guided(process, layers=0), process, [()], block_size=4, sampler=classifier_based))
 

@@ -4,6 +4,7 @@ first of its two passes. The AR loss is that of an ordinary next-token model, wh
 The sampler follows its rule, written out in plain loops.
 """
 
+import inspect
 import math
 
 import pytest
@@ -137,6 +138,20 @@ def test_no_gradient_reaches_the_first_pass(timed):
     agree(ours, given(False))
     agree(slopes(lambda *args, **more: selfcond.bound(model, *args, **more)), given(False))
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(ours, given(True), strict=True))
+
+
+@TIMED
+def test_both_passes_know_where_the_noisy_stream_begins(timed):
+    _, model = conditioned(timed)
+    sizes, t = torch.tensor([1, 2, 4, 4]), torch.tensor([0.2, 0.5, 0.7, 0.9], dtype=torch.float64)
+    charged = (torch.arange(8) >= 4).expand(4, 8)
+
+    def nats(start):
+        how = {"given": torch.zeros(4, 8) > 0, "charged": charged, "start": start}
+        noise = Noise(3, torch.arange(4), torch.arange(start, 8))
+        return selfcond.bound(model, PROCESS, inputs()[0], sizes, t, "ce", noise=noise, **how)[1]
+
+    agree(nats(4), nats(0)[:, 4:])
 
 
 def test_block_size_1_reads_no_signal():
@@ -317,6 +332,24 @@ def test_a_network_that_is_certain_takes_two_passes_and_one_that_is_not_takes_al
     assert not (rows[0] == text).all() and (rows[1] == text).all()
 
 
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"top_p": 1e-6}])
+def test_the_surest_token_has_no_chance_in_it(how):
+    _, model = conditioned()
+    said = torch.linspace(0, 1, V3, dtype=torch.float64)
+    model.forward = lambda clean, noisy, *args, **how: said.expand(len(noisy), 4, V3)
+    rows = {"block_size": 4, "max_new_tokens": 4, "steps": 1, "sampler": self_conditioned}
+    write = lambda **more: last(generate(model, PROCESS, [()] * 20, **rows, **more)).x[:, :4]
+    assert (write(**how) == V3 - 1).all() and (write() != V3 - 1).any()
+
+
+def test_what_is_published_is_the_default():
+    """DiffusionGemma's bound, temperatures and limit."""
+    own = {name: p.default for name, p in inspect.signature(self_conditioned).parameters.items()}
+    assert own == {"block": inspect.Parameter.empty} | {
+        "bound": 0.1, "hot": 0.8, "cold": 0.4, "sure": 0.005, "carry": True,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("run", [generate, lesson.generate])
 def test_any_request_is_served(run):
     """Cold, narrow, ragged, cut short, ended early; one row and 33."""
@@ -363,6 +396,7 @@ def test_a_checkpoint_is_resumed_bit_for_bit_sampled_and_evaluated(project, caps
 def test_what_it_cannot_serve_is_refused(slip, project):
     for flags, word in (
         (["--self_cond_rate=1.5"], "self_cond_rate"),
+        (["--self_cond_rate=-0.1"], "self_cond_rate"),
         (["--ar_weight=-1"], "ar_weight"),
         (["--ar_weight=inf"], "ar_weight"),
         (["--process=masked"], "uniform noise"),
@@ -380,6 +414,14 @@ def test_what_it_cannot_serve_is_refused(slip, project):
     masked = d.Masked(V3 + 1, V3)
     with pytest.raises(ValueError, match="not defined for masked noise"):
         ask(net(masked), masked)
-    for wrong in ({"bound": -1.0}, {"bound": math.inf}, {"cold": 0.9}, {"cold": 0.0}, {"sure": -1.0}):
+    for wrong in (
+        {"bound": -1.0},
+        {"bound": math.inf},
+        {"cold": 0.9},
+        {"cold": 0.0},
+        {"sure": -1.0},
+        {"sure": math.inf},
+        {"hot": math.inf},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ask(model, **wrong)
