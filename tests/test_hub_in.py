@@ -322,6 +322,21 @@ def test_sdlm_is_the_published_loop(threshold):
             assert (found.log_softmax(-1) - window(model, x[0, :p].tolist(), 4))[:, :61].abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("how", [{"temperature": 1e-3}, {"top_p": 1e-6}])
+def test_sdlm_is_sure_of_the_surest_token_where_it_is_alone(how):
+    """Sharpened to one token it writes the greedy text, and is as sure of it as it can be."""
+    model, prompts = sequential_network(), [[3], [5, 9, 2, 2, 7]]
+
+    def write(**how):
+        how |= {"block_size": 4, "sampler": SAMPLERS["sdlm"]}
+        for state in generate(model, Masked(V, 61), prompts, max_new_tokens=12, **how):
+            pass
+        return state
+
+    greedy, sharp = write(temperature=0.0, threshold=0.0), write(threshold=0.9, **how)
+    assert torch.equal(sharp.x, greedy.x) and sharp.nfe == greedy.nfe < write(threshold=0.9).nfe
+
+
 def test_a_sequential_block_knows_nothing_of_its_answer():
     """A later clean token changes nothing in a block; the last one before it, and its own others, do."""
     model = sequential_network()

@@ -181,6 +181,15 @@ def test_edits_follow_their_rule(path, kind, seed):
     draws(blocks(model, process, 3, 30_000, token_editing, prompt=(1,), post=2, **how), p, *others)
 
 
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"top_p": 1e-6}])
+def test_the_surest_token_has_no_chance_in_it(how):
+    model, process = on("fast", net(KINDS["masked"][0]()), KINDS["masked"][0]())
+    rows = {"block_size": 4, "sampler": token_editing, "edit": 2.0}
+    write = lambda **more: last(GENERATE["fast"](model, process, [()] * 20, **rows, **more)).x
+    x = write(**how)
+    assert (x == x[0]).all() and (write() != x).any()
+
+
 def test_options_out_of_range_are_refused():
     model, process = on("fast", net(KINDS["masked"][0]()), KINDS["masked"][0]())
     for bad in (
