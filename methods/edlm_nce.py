@@ -58,6 +58,11 @@ def check(cfg, s):
         die(f"{s.ckpt} does not fill masks in blocks: there are no candidates", "--ckpt of a masked network")
     if cfg.fsdp:
         die("FSDP does not keep a part of a network frozen", "--fsdp=false")
+    if cfg.dropout:
+        die(
+            "with dropout the frozen network would draw other candidates than it does in sampling",
+            "--dropout=0",
+        )
 
 
 # ----- the networks
@@ -136,9 +141,9 @@ def nce_loss(
     device=None,
 ):  # fmt: skip
     """
-    Takes the place of token_loss, arguments there. Each token pays the nats of its block, so the mean over
-    tokens is that over blocks: 2 log 2 = 1.386 at first, times the share of rows with blocks above 1. Rows of
-    block size 1 have nothing to learn and pay 0.
+    Takes the place of token_loss, arguments there; given, charged and noise are never None. Each token pays
+    the nats of its block, so the mean over tokens is that over blocks: 2 log 2 = 1.386 at first, times the
+    share of rows with blocks above 1. Rows of block size 1 have nothing to learn and pay 0.
     """
     x0, given, charged, noise = (y.to(device or x0.device) for y in (x0, given, charged, noise))
     x, given, charged = x0[:, start:], given[:, start:], charged[:, start:]

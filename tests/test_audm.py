@@ -156,6 +156,7 @@ def test_block_size_1_is_the_nll_and_reads_one_id_of_its_own():
     with torch.no_grad():
         log_p = model(x0, seen[0], 1, 0, d.sigma(torch.zeros(1).double())).log_softmax(-1)
     agree(each, -log_p.gather(-1, x0[..., None])[..., 0])
+    assert PROCESS.exact_ar, "so eval.py calls it exact, and no bound"
 
 
 def net_of(seed=1):

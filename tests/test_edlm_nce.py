@@ -129,7 +129,45 @@ def test_the_loss_compares_true_text_with_a_draw_at_the_same_masks(start):
     assert all(w.grad is not None and w.grad.isfinite().all() for w in model.energy.parameters())
 
 
+def test_what_it_draws_has_the_networks_law_and_the_masks_that_of_the_schedule():
+    """All masked positions of 4,000 rows together: z of each letter, and the share of masks."""
+    model, _, process = network(seq_len=8, letters=3)
+    n, t = 4000, torch.full((4000,), 0.4, dtype=torch.float64)
+    x0 = torch.tensor([[0, 1, 2, 0]]).expand(n, 4)
+    given, noise, spy = torch.zeros(n, 4) > 0, Noise(0, torch.arange(n), torch.arange(4)), Spy(model)
+    with torch.no_grad():
+        nce_loss(spy, process, x0, 4, t, "ce", given, ~given, schedule=d.cosine, noise=noise)
+    (base, _, logits), _, (_, false_is, _) = spy.calls
+    masks, p = base[1] == 3, logits[..., :3].softmax(-1)
+    hit = torch.nn.functional.one_hot(false_is["candidate"], 3).double()
+    z = (hit - p)[masks].sum(0) / (p * (1 - p))[masks].sum(0).sqrt()
+    assert z.abs().max() < 4.5, "one of 50,000 tests"
+    want = 1 - d.cosine(t)[0][0]
+    assert abs(masks.double().mean() - want) < 4.5 * math.sqrt(want * (1 - want) / (4 * n))
+
+
+def test_a_timed_network_is_told_the_level_of_its_row_three_times():
+    model, _, process = network(seq_len=8, letters=3, time_conditioning=True)
+    spy, t = Spy(model), torch.tensor([0.2, 0.7], dtype=torch.float64)
+    spy.timeless = False
+    given, noise = torch.zeros(2, 4) > 0, Noise(0, torch.arange(2), torch.arange(4))
+    x0 = torch.zeros(2, 4).long()
+    nce_loss(spy, process, x0, 4, t, "ce", given, ~given, schedule=d.cosine, noise=noise)
+    assert len(spy.calls) == 3
+    for args, _, _ in spy.calls:
+        agree(args[4], d.sigma(d.cosine(t)[0]))
+
+
 # ----- the networks
+
+
+def test_an_energy_feels_the_noise_level():
+    model, _, _ = network(seq_len=8, letters=3, time_conditioning=True)
+    for p in model.energy.parameters():
+        torch.nn.init.normal_(p, 0.0, 0.5)
+    x = torch.zeros(1, 8).long()
+    level = lambda s: model(x, x, 8, 0, torch.tensor([s], dtype=torch.float64), candidate=x)
+    assert (level(0.1) - level(5.0)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kw", [{}, {"time_conditioning": True}])
@@ -211,13 +249,13 @@ def by_enumeration(model, process, alphas, candidates, sign=-1.0):
 
 @pytest.mark.parametrize("path", GENERATE)
 def test_texts_have_the_distribution_that_enumeration_gives(path):
-    """And not that of exp(+E), nor that without an energy."""
-    model, _, process = network(seed=1, scale=2.0)
-    p, wrong, none = (by_enumeration(model, process, [0.0, 0.5, 1.0], 2, s) for s in (-1.0, 1.0, 0.0))
+    """And not that of exp(+E), nor that without an energy, nor that of the best candidate."""
+    model, _, process = network(seed=3, scale=1.5)
+    p, *others = (by_enumeration(model, process, [0.0, 0.5, 1.0], 2, s) for s in (-1.0, 1.0, 0.0, -50.0))
     how = {"candidates": 2, "start": 1.0, "stop": 0.0, "steps": 2, "seed": 3}
     n = 2000
     state = last(GENERATE[path](model, process, [()] * n, block_size=L, sampler=edlm_nce.edlm_nce, **how))
-    draws(code(state.x, V).bincount(minlength=V**L), p, wrong, none)
+    draws(code(state.x, V).bincount(minlength=V**L), p, *others)
 
 
 @pytest.mark.parametrize("path", GENERATE)
@@ -235,9 +273,72 @@ def test_a_text_does_not_depend_on_cache_or_company(path):
         assert state.x[i, : len(prompt)].tolist() == list(prompt)
         assert torch.equal(run(prompts[: i + 1]).x[i], state.x[i])
     assert (state.x >= 0).all() and (state.x < 3).all()
-    greedy = run(prompts, temperature=0.0)
-    assert torch.equal(greedy.x, run(prompts, temperature=0.0, top_p=0.3).x)
     assert (run([(1,)], max_new_tokens=2).x[0, 3:] < 0).all()
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"top_p": 1e-6}])
+def test_the_surest_token_has_no_chance_in_it(how):
+    model, _, process = network(seq_len=8, letters=3)
+    rows = {"block_size": 4, "max_new_tokens": 4, "steps": 1, "start": 1.0, "sampler": edlm_nce.edlm_nce}
+    write = lambda **more: last(GENERATE["fast"](model, process, [()] * 20, **rows, **more)).x
+    x = write(**how)
+    assert (x == x[0]).all() and (write() != x).any()
+
+
+@pytest.mark.parametrize("path", GENERATE)
+def test_a_row_does_not_feel_who_leaves_before_it(path):
+    """Row 0 is a full prompt, which needs no block, or an empty one, which needs two."""
+    model, _, process = network(seq_len=8, letters=3)
+    how = {"block_size": 4, "sampler": edlm_nce.edlm_nce, "steps": 4, "start": 1.0, "stop": 0.0, "seed": 5}
+    others = lambda first: last(GENERATE[path](model, process, [first] + [()] * 20, **how)).x[1:]
+    assert torch.equal(others((0, 1, 2, 0, 1, 2, 0, 1)), others(()))
+
+
+def test_outside_the_window_it_is_ancestral_sampling_bit_for_bit():
+    model, plain, process = network(seq_len=8, letters=3)
+    how = {"block_size": 4, "steps": 4, "seed": 5}
+    own = {"sampler": edlm_nce.edlm_nce, "start": 0.45, "stop": 0.3}
+    text = last(GENERATE["fast"](model, process, [()] * 40, **how, **own)).x
+    assert torch.equal(text, last(GENERATE["fast"](plain, process, [()] * 40, **how)).x)
+
+
+def test_no_random_number_is_used_twice_in_a_step(monkeypatch):
+    model, _, process = network(seq_len=8, letters=3)
+    handed, real = [], Noise.uniform
+    monkeypatch.setattr(Noise, "uniform", lambda self, n: handed.append(real(self, n)) or handed[-1])
+    how = {"block_size": 4, "max_new_tokens": 4, "steps": 1, "start": 1.0, "candidates": 3}
+    last(GENERATE["lesson"](model, process, [()], sampler=edlm_nce.edlm_nce, **how))
+    numbers = torch.cat([u.flatten() for u in handed])
+    assert len(numbers) > 4 and len(numbers.unique()) == len(numbers)
+
+
+def test_a_text_that_is_written_takes_no_more_passes():
+    model, _, process = network(seq_len=8, letters=3)
+    how = {"block_size": 4, "max_new_tokens": 1, "steps": 50, "sampler": edlm_nce.edlm_nce}
+    how |= {"start": 0.015, "stop": 0.0}  # times 1, 0.98, ..., 0.02: none is inside
+    states = [last(GENERATE["lesson"](model, process, [(1, 2, 0)], seed=s, **how)) for s in range(8)]
+    assert min(state.nfe for state in states) < 25
+
+
+def test_candidates_are_judged_at_the_level_at_which_they_are_drawn():
+    model, _, process = network(seq_len=8, letters=3, time_conditioning=True)
+    for window in ({"start": 1.0, "stop": 0.0}, {}):
+        seen, forward = [], model.forward
+
+        def spy(clean, noisy, b, start=0, sigma=None, *more, candidate=None, forward=forward, seen=seen):
+            seen.append((candidate is not None, sigma.tolist()))
+            return forward(clean, noisy, b, start, sigma, *more, candidate=candidate)
+
+        model.forward = spy
+        how = {"block_size": 4, "max_new_tokens": 4, "steps": 4, "sampler": edlm_nce.edlm_nce}
+        last(GENERATE["lesson"](model, process, [()], **how, **window))
+        model.forward = forward
+        alpha = [d.loglinear(torch.tensor([1 - k / 4]).double())[0] for k in range(4)]
+        judged = [True] * 4 if window else [False, False, True, False]
+        want = [
+            (c, d.sigma(a).tolist()) for a, j in zip(alpha, judged, strict=True) for c in [0, *[1] * 2 * j]
+        ]
+        assert [(int(c), s) for c, s in seen] == want[: len(seen)] and len(seen) > 3
 
 
 def test_an_energy_is_asked_inside_the_window():
@@ -279,10 +380,15 @@ BASE = [
 ]
 
 
-def test_a_checkpoint_is_trained_resumed_sampled_and_evaluated(project, capsys):
+def test_a_checkpoint_is_trained_resumed_sampled_and_evaluated(project, capsys, slip):
     run(training.main, *BASE, "--block_sizes=1:0.25,4:0.75", "--max_steps=2", "--out_dir=base", "--lr=0.1")
     flags = [*BASE, "--method=edlm_nce", "--ckpt=base", "--eval_every=2"]
     (a, _), base = resumed(training.main, *flags), checkpoint.load("base")
+    run(training.main, "--method=edlm_nce", "--ckpt=base", "--max_steps=1", "--n_samples=0")
+    mine = checkpoint.load("base_edlm")["config"]
+    assert all(mine[name] == base["config"][name] for name in edlm_nce.INHERITS) and mine["batch_size"] == 4
+    other = ["--method=edlm_nce", "--ckpt=whole", "--out_dir=parts", "--max_steps=5", "--resume"]
+    assert "trained with ckpt base, not whole" in slip(training.main, argv=[*BASE, *other])
     assert all(torch.equal(a[part][k], base["ema"][k]) for part in ("model", "ema") for k in base["ema"])
     assert not torch.equal(a["model"]["energy.join.weight"], a["ema"]["energy.join.weight"]), "it learns"
     _, _, _, model, _ = rebuild("parts", torch.device("cpu"))
@@ -314,6 +420,14 @@ def test_what_it_cannot_serve_is_refused(slip, project):
     published = "hf:a/b/c"
     cfg = TrainConfig(init_from=published)
     assert "published weights" in slip(edlm_nce.check, cfg, edlm_nce.Settings(published))
+    for wrong in ({"fsdp": True}, {"dropout": 0.1}):
+        cfg = TrainConfig(init_from="out/a", **wrong)
+        assert next(iter(wrong)).replace("fsdp", "FSDP") in slip(
+            edlm_nce.check, cfg, edlm_nce.Settings("out/a")
+        )
+    assert edlm_nce.DEFAULTS(edlm_nce.Settings("out/a/ckpt.pt")) == {
+        "init_from": "out/a/ckpt.pt", "out_dir": "out/a_edlm", "lr": 1e-3, "ema": 0.99,
+    }  # fmt: skip
     assert "no checkpoint" in ask("--ckpt=nowhere")
     model, plain, process = network(seq_len=8, letters=3)
     how = {"sampler": edlm_nce.edlm_nce, "block_size": 4}

@@ -152,9 +152,10 @@ def test_complementary_masks_vary_less_as_enumerated():
 
 
 def rates(t, b, late, n=4000, given=(), L=None):
-    """Which tokens are hidden, (n, L) bool."""
+    """Which tokens are hidden, (n, L) bool. t: a time, or several, of the rows in turn."""
     L, spy = L or b, Spy()
-    x0, t = torch.randint(V3, (n, L)), torch.full((n,), t, dtype=torch.float64)
+    x0, t = torch.randint(V3, (n, L)), torch.tensor(t, dtype=torch.float64).view(-1)
+    t = t.repeat(n // len(t))
     loss = learner(masks="position", late=late).loss(0)
     loss(spy, PROCESS, x0, b, t, "ce", noise=noise_of(n, L), **shown(n, L, *given))
     ((noisy, *_),) = spy.seen
@@ -171,6 +172,13 @@ def test_late_positions_are_hidden_more_often():
         assert abs(share[0] - first) < 0.025 and abs(share[-1] - last) < 0.02, share
     for hide in (rates(0.5, 16, 1e6), rates(0.999, 16, 0.1)):  # without a preference, and at the end
         assert (hide.double().mean(0) - hide.double().mean()).abs().max() < 0.04
+    mixed = rates((0.5, 0.9), 16, 0.1)  # a row goes by its own time
+    for hide, first, last in ((mixed[::2], 0.11, 0.95), (mixed[1::2], 0.79, 0.94)):
+        share = hide.double().mean(0)
+        assert abs(share[0] - first) < 0.035 and abs(share[-1] - last) < 0.03, share
+    share = rates(0.5, 16, 0.1, L=32).double().mean(0)  # and by the length of its blocks, not by its own
+    for at in (0, 16):
+        assert abs(share[at] - 0.11) < 0.025 and abs(share[at + 15] - 0.95) < 0.02, share
     two = rates(0.5, 8, 0.1, L=16)  # every block begins anew
     assert (two.double().mean(0)[:8] - two.double().mean(0)[8:]).abs().max() < 0.05
     assert not torch.equal(two[:, :8], two[:, 8:])
@@ -197,11 +205,12 @@ def test_the_hidden_ones_are_drawn_one_after_the_other_without_replacement(t, b,
         assert chi_squared(counts, torch.tensor(list(want.values())).double()) > P_VALUE
 
 
-def test_rows_of_several_block_sizes():
+@pytest.mark.parametrize("schedule", d.SCHEDULES)
+def test_rows_of_several_block_sizes(schedule):
     n, spy = 400, Spy()
     sizes = torch.tensor([1, 2, 4, 8]).repeat(n // 4)
     t = torch.rand(n).double()
-    how = shown(n, 8, 0)
+    how, hidden_share = shown(n, 8, 0) | {"schedule": d.SCHEDULES[schedule]}, 1 - d.SCHEDULES[schedule](t)[0]
     x0 = torch.randint(V3, (n, 8))
     learner(masks="position").loss(0)(spy, PROCESS, x0, sizes, t, "ce", noise=noise_of(n, 8), **how)
     hide = spy.seen[0][0] == MASK
@@ -210,10 +219,21 @@ def test_rows_of_several_block_sizes():
         rows = hide[sizes == b].unflatten(1, (-1, b)).sum(-1)  # (rows, blocks)
         open = torch.full((8 // b,), float(b)).double()
         open[0] -= 1
-        assert torch.equal(rows.double(), (t[sizes == b, None] * open).round())
+        assert torch.equal(rows.double(), (hidden_share[sizes == b, None] * open).round())
 
 
-def test_position_masks_are_no_bound():
+def test_position_masks_know_where_the_noisy_stream_begins():
+    """All rows begin with a prompt of more than a block, so the noisy stream begins at 4."""
+    n, spy = 400, Spy()
+    t, how = torch.rand(n).double(), shown(n, 8, *range(5)) | {"start": 4}
+    noise = Noise(3, torch.arange(n), torch.arange(4, 8))
+    learner(masks="position").loss(0)(spy, PROCESS, torch.randint(V3, (n, 8)), 4, t, "ce", noise=noise, **how)
+    hide = spy.seen[0][0] == MASK
+    assert not hide[:, 0].any() and torch.equal(hide.sum(1).double(), (3 * t).round())
+
+
+@pytest.mark.parametrize("schedule", d.SCHEDULES)
+def test_position_masks_are_no_bound(schedule):
     """
     Even without a preference: of three independent fair letters it counts 2.67 ln 3, for k = round(3 t) is
     rounded. sum_k k ln(end_k / begin_k) = ln 3 + 2 ln(5/3) + 3 ln(6/5)
@@ -223,7 +243,8 @@ def test_position_masks_are_no_bound():
     exact = Bayes(PROCESS, x, torch.full((27,), 1 / 27), timeless=True)
     t = ((torch.arange(n) + 0.5) / n).double()
     x0, loss = x[torch.arange(n) % 27], learner(masks="position", late=1e6).loss(0)
-    total = loss(exact, PROCESS, x0, 3, t, "elbo", noise=noise_of(n, 3), **shown(n, 3))[0] / n
+    how = shown(n, 3) | {"schedule": d.SCHEDULES[schedule]}
+    total = loss(exact, PROCESS, x0, 3, t, "elbo", noise=noise_of(n, 3), **how)[0] / n
     want = (math.log(3) + 2 * math.log(5 / 3) + 3 * math.log(6 / 5)) * math.log(3)
     assert abs(total - want) < 0.01 < 3 * math.log(3) - want
 
@@ -251,6 +272,18 @@ def test_blocks_grow_and_the_objective_goes_with_them():
         spy = Spy()
         grow.loss(step)(spy, PROCESS, x0, 8, t, {8: "ce"}, **how)  # all rows of one size
         assert spy.seen[0][1].tolist() == [want[-1]] * 4
+
+
+def test_position_masks_grow_too():
+    grow, n = learner(masks="position", growth="2,4,8", stage_steps=10), 100
+    t, x0 = torch.rand(n).double(), torch.randint(V3, (n, 8))
+    for step, b in ((0, 2), (10, 4), (20, 8)):
+        spy = Spy()
+        grow.loss(step)(spy, PROCESS, x0, 8, t, {8: "ce"}, noise=noise_of(n, 8), **shown(n, 8))
+        ((noisy, sizes, _),) = spy.seen
+        hidden = (noisy == MASK).unflatten(1, (-1, b)).sum(-1)
+        assert sizes.tolist() == [b] * n
+        assert torch.equal(hidden.double(), (b * t).round()[:, None].expand(hidden.shape))
 
 
 @pytest.mark.parametrize("path", ["fast", "lesson"])
@@ -310,6 +343,7 @@ def test_what_it_cannot_serve_is_refused(slip, project):
     for flags, word in (
         (["--masks=half"], "complementary"),
         (["--late=0"], "late"),
+        (["--late=nan"], "late"),
         (["--process=uniform"], "masks"),
         (["--next_token", "--block_sizes=1:1"], "masks"),
         (["--block_sizes=1:1"], "block size 1"),
@@ -321,4 +355,6 @@ def test_what_it_cannot_serve_is_refused(slip, project):
         (["--growth=2,4", "--stage_steps=0"], "stage_steps"),
     ):
         assert word in slip(training.main, argv=[*FLAGS, *flags])
-    assert masks.stages("") == [] and masks.stages("2, 4") == [2, 4]
+    assert masks.stages("") == [] and masks.stages("2, 4") == [2, 4] and masks.stages("2,2") is None
+    run(training.main, *FLAGS, "--growth=2,4", "--block_sizes=4:0.5,6:0.5", "--max_steps=1")  # both are of 2
+    assert masks.Settings() == masks.Settings("complementary", 0.1, "", 300), "lambda as published"

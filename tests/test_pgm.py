@@ -51,6 +51,33 @@ def partition(B=16, T=6, letters=3):
 # ----- the network
 
 
+def test_positions_are_read_by_their_distance():
+    """Rotary: keys, and positions that are asked for, moved by 3 together, change nothing. One alone does."""
+    model, _ = network(seq_len=12, letters=3)
+    x, outputs = torch.randn(2, 2, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    at = torch.arange(5).expand(2, 5)
+    mask = torch.ones(2, 1, 5, 5) > 0
+    read = lambda asks, keys: model.swap(x, outputs, model.rope(at + asks), model.rope(at + keys), mask)
+    agree(read(3, 3), read(0, 0))
+    for one in (read(3, 0), read(0, 3)):
+        assert (one - read(0, 0)).abs().max() > 1e-3
+
+
+def test_dropout_is_of_what_a_layer_of_the_decoder_adds():
+    cfg = ModelConfig(4, 6, n_layers=2, n_heads=2, d_model=16, dropout=1.0)
+    layer, model = pgm.CrossLayer(cfg).double().train(), network(seq_len=6, letters=3)[0]
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    where = x, model.rope(torch.arange(5).expand(2, 5)), model.rope(torch.arange(5).expand(2, 5)), None
+    assert torch.equal(layer(x, *where), x) and not torch.equal(layer.eval()(x, *where), x)
+
+
+def test_half_of_the_layers_are_the_decoders():
+    for n, asked, want in ((4, 0, 2), (5, 0, 2), (4, 1, 1), (4, 3, 3)):
+        cfg = ModelConfig(4, 6, n_layers=n, n_heads=2, d_model=16)
+        model = pgm.network(cfg, pgm.Settings(decoder_layers=asked))
+        assert (len(model.layers), len(model.decoder)) == (n - want, want)
+
+
 def test_nothing_crosses_within_a_group():
     """Bit for bit: another token changes the predictions of the other group alone. A prompt changes all."""
     model, _ = network(seq_len=6, letters=3)
@@ -248,6 +275,16 @@ def test_who_pays():
     agree(one, torch.where(given | (group == 0), 0.0, nats / t[:, None]))
 
 
+def test_training_pays_for_both_groups():
+    model, process = network(seq_len=6, letters=3)
+    cfg = type("Cfg", (), {"seq_len": 6, "block_sizes": {6: 1.0}})
+    x0, given = torch.zeros(16, 6).long(), torch.zeros(16, 6) > 0
+    how = {"given": given, "charged": ~given, "noise": Noise(0, torch.arange(16), torch.arange(6))}
+    learner = pgm.Learner(cfg, pgm.Settings(), model, process, None)
+    each = learner.loss(0)(model, process, x0, 6, torch.full((16,), 0.5).double(), "elbo", **how)[1]
+    assert (each > 0).all()
+
+
 # ----- the sampler
 
 
@@ -335,10 +372,35 @@ def test_a_text_does_not_depend_on_company(even):
         assert state.x[i, : len(prompt)].tolist() == list(prompt)
         assert torch.equal(run(prompts[: i + 1], steps=4).x[i], state.x[i])
     assert (state.x >= 0).all() and (state.x < 3).all()
-    greedy = run(prompts, steps=4, temperature=0.0)
-    assert torch.equal(greedy.x, run(prompts, steps=4, temperature=0.0, top_p=0.3).x)
     assert torch.equal(run([()], steps=4, max_new_tokens=5).x[0, :5], run([()], steps=4).x[0, :5])
     assert (run([(1,)], steps=4, max_new_tokens=5).x[0, 6:] < 0).all()
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"top_p": 1e-6}])
+def test_the_surest_token_has_no_chance_in_it(how):
+    model, process = network(seed=1, seq_len=8, letters=3)
+    rows = {"block_size": 8, "sampler": pgm.pgm, "steps": 1}
+    write = lambda **more: last(GENERATE["fast"](model, process, [()] * 20, **rows, **more)).x
+    x = write(**how)
+    assert (x == x[0]).all() and (write() != x).any()
+
+
+def test_a_row_counts_the_passes_in_which_it_is_written():
+    model, process = network(seed=1, seq_len=8, letters=3)
+    prompts = [(), (1,), (0, 2, 1), (2,) * 6, (2,) * 7]
+    how = {"block_size": 8, "sampler": pgm.pgm, "steps": 4}
+    state = last(GENERATE["fast"](model, process, prompts, **how))
+    assert state.nfe == 4 and state.nfe_rows.tolist() == [4, 4, 4, 2, 1]
+    # at random: what is prompt is not asked for
+    asked, forward = [], model.forward
+
+    def spy(clean, noisy, *args, ask=None, **more):
+        asked.append(ask)
+        return forward(clean, noisy, *args, ask=ask, **more)
+
+    model.forward = spy
+    last(GENERATE["fast"](model, process, [(2,) * 6], even=False, **how))
+    assert sorted(torch.cat(asked, dim=1)[0].tolist()) == [6, 7]
 
 
 def test_passes_and_tokens_are_counted():
@@ -372,7 +434,8 @@ def test_a_checkpoint_is_trained_resumed_sampled_and_evaluated(project, capsys):
         "--n_samples=0",
         "--n_eval=4",
     ]
-    resumed(training.main, *flags)
+    one, _ = resumed(training.main, *flags)
+    assert one["config"]["objective"] == "elbo"
     _, _, _, model, _ = rebuild("parts", torch.device("cpu"))
     assert type(model) is PGM and len(model.layers) == 1 and len(model.decoder) == 2
     capsys.readouterr()

@@ -65,6 +65,16 @@ def test_the_loss_is_that_of_mdlm_plus_a_penalty_on_the_total(alpha):
     assert PROCESS.nll(logits, x0, xt, at, slope).isfinite().all()
 
 
+def test_each_token_may_have_a_noise_level_of_its_own():
+    """eval.py draws how many masks a block has, so blocks with prompts have other levels."""
+    x0, xt, logits, _, _ = some(0.5, n=50)
+    at, slope = torch.rand(2, 50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    each = PROCESS.nll(logits, x0, xt, at, -slope)
+    for i in range(4):
+        agree(each[:, i], PROCESS.nll(logits, x0, xt, at[:, i], -slope[:, i])[:, i])
+    assert (each != 0).any(0).all()
+
+
 def test_the_gradient_vanishes_at_the_right_ratios_alone():
     """The mean over a law of x_0 has its minimum at w = that law: no other w, and no other total, will do."""
     law = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
