@@ -207,6 +207,19 @@ def test_the_search_finds_what_plain_loops_find():
         best[b] = RANGES[int(np.argmin(found))]
     assert one.ranges == best and best[2] != best[4], "every size has its own"
     agree(asked[-1][0], rates(t, sizes, torch.arange(4, 12), 12, best), 1e-15)
+    for k in range(draws):  # and the times of a draw are spread between those of the others
+        want = rates((t + k / draws) % 1, sizes, torch.arange(4, 12), 12, dict.fromkeys((2, 4), RANGES[0]))
+        agree(of(k, 0)[0], want, 1e-15)
+
+
+def test_a_step_searches_once_and_never_where_it_is_switched_off():
+    x0, sizes, t, _ = case()
+    for search, want in ((True, 4 * len(RANGES) + 2), (False, 2)):
+        one = learner({2: 0.5, 4: 0.5}, made_up(asked := []), search=search)
+        loss = one.loss(5)
+        for _ in range(2):  # a step of two batches
+            loss(None, PROCESS, x0, sizes, t, {2: "elbo", 4: "elbo"}, **case()[-1])
+        assert len(asked) == want
 
 
 def test_rows_of_one_size_and_several_processes(monkeypatch):
