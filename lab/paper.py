@@ -384,11 +384,14 @@ def write(results, cfg):
         words += f" --{flag} {value}" if value != getattr(usual, flag) else ""
     minutes = sum(line["train_seconds"] for line in lines) / 60
     fewest = min(sum(row in r for r in results) for row in rows)
+    seeds = f"{fewest} to {len(results)}" if fewest < len(results) else fewest
     out = [
         f"{HEAD}: `{cfg.rows}`",
         f"""
-Made by `{words}`: one network for each row of `{cfg.rows}`
-and each seed, {fewest} to {len(results)} seeds a row; {where}; {minutes:.0f} minutes of training.
+    {words}
+
+made it: one network for each row of `{cfg.rows}` and each seed, {seeds} seeds a row; {where};
+{minutes:.0f} minutes of training.
 A row is a TOML file: change one and run it again, and only that row is trained.
 
 A claim is one number for each seed that should be above 0; `CLAIMS` in `lab/paper.py` defines it. It is
