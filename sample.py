@@ -30,7 +30,7 @@ from methods import infilling
 from options import SampleConfig
 from run import machine, record, screen
 from run.cli import die
-from run.flags import load_with_sampler, options
+from run.flags import load_with_sampler, options, served
 from run.restore import restore
 from samplers import SAMPLERS
 from samplers.constraint import writer
@@ -41,10 +41,8 @@ def settled(cfg, sampler, own, trained):
     if cfg.sampler == "ar" and cfg.block_size not in (0, 1):
         fix = "--sampler ancestral, or leave --block_size out"
         die(f"--sampler ar is block size 1, not {cfg.block_size}", fix)
+    trained = served(sampler, trained, cfg.block_size)
     b = 1 if cfg.sampler == "ar" else cfg.block_size or trained[-1]
-    if "any block" in sampler.needs:
-        b = cfg.block_size or (b if b > 1 else 16)
-        trained = sorted({*trained, b})
     for size in (b, 1) if cfg.ar_tokens else (b,):
         if size not in trained:
             problem = f"{cfg.ckpt} was trained on block sizes {', '.join(map(str, trained))}, not {size}"

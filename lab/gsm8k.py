@@ -38,7 +38,7 @@ from hub import published
 from lab import sandbox
 from run import checkpoint
 from run.cli import die, said, writable
-from run.flags import load_with_sampler
+from run.flags import load_with_sampler, served
 from run.machine import Signals, guard, mixed
 from run.restore import restore
 from samplers import SAMPLERS
@@ -153,10 +153,9 @@ def interval(correct, seed=0, n=10_000):
 
 def settled_sampler(cfg, sampler, run, model, trained):
     """(name, block size, steps or None), as asked or as fits the checkpoint."""
+    trained = served(sampler, trained, cfg.block_size)
     b = cfg.block_size or (1 if cfg.sampler == "ar" else trained[-1])
-    if sampler is not None and "any block" in sampler.needs:
-        b = cfg.block_size or (b if b > 1 else 16)
-    elif b not in trained:
+    if b not in trained:
         die(
             f"it was trained on block sizes {', '.join(map(str, trained))}, not {b}",
             f"--block_size {trained[-1]}",

@@ -10,10 +10,9 @@ measures them, and writes docs/paper.md.
     python -m lab.paper --rows config/paper_sudoku --out out/paper_sudoku --page docs/paper_sudoku
                                             the question of few steps again, on sudoku
 
-The page is written over, with the seeds that are asked for. What was measured stays in docs/paper.jsonl,
-and is not trained again. Change a TOML in config/paper and run it
-again: that row is, and nothing else. After a change of model.py, diffusion.py, generate.py or train.py,
-delete that file.
+The page is written over, with the seeds that are asked for. What was measured stays in docs/paper.jsonl, and
+is not trained again. Change a TOML in config/paper and run it again: that row is, and nothing else. After a
+change of model.py, diffusion.py, generate.py or train.py, delete docs/paper.jsonl.
 """
 
 import hashlib

@@ -40,7 +40,7 @@ from generate import NOTHING
 from rng import Noise
 from run import checkpoint
 from run.cli import die, writable
-from run.flags import load_with_sampler
+from run.flags import load_with_sampler, served
 from run.machine import guard, mixed
 from run.restore import dataset_for, noise_name, rebuild, restore
 from samplers import SAMPLERS
@@ -475,9 +475,8 @@ def main():
     cfg.ckpt, flag = cfg.init_from or cfg.ckpt, "--init_from" if cfg.init_from else "--ckpt"
     run, meta, step, model, process = restore(cfg.ckpt, cfg.device, cfg.plain, flag)
     data, trained = dataset_for(cfg.ckpt, run, meta, model, cfg.dataset), sorted(run.block_sizes)
-    if sampler is not None and "any block" in sampler.needs:
-        trained = sorted({*trained, cfg.block_size or (16 if trained[-1] == 1 else trained[-1])})
-    elif cfg.block_size and cfg.block_size not in trained:
+    trained = served(sampler, trained, cfg.block_size)
+    if cfg.block_size and cfg.block_size not in trained:
         die(
             f"{cfg.ckpt} was trained on block sizes {', '.join(map(str, trained))}, not {cfg.block_size}",
             f"--block_size {trained[-1]}",

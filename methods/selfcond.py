@@ -154,9 +154,8 @@ def bound(model, *args, **how):
 def self_conditioned(block, *, bound=0.1, hot=0.8, cold=0.4, sure=0.005, carry=True):
     """
     DiffusionGemma's sampler, for networks of --method selfcond. A step predicts the whole block from the
-    prediction before, at a temperature that falls from `hot` towards `cold`. (In
-    training the prediction that is read has temperature 1.) It draws every token, keeps those of
-    the lowest entropies while
+    prediction before, at a temperature that falls from `hot` towards `cold`. (In training the prediction that
+    is read has temperature 1.) It draws every token, keeps those of the lowest entropies while
 
         H_(1) + ... + H_(k) - H_(k) <= bound,
 

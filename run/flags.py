@@ -64,6 +64,16 @@ def explain(sampler, own):
     print(f"What they share: python {command()} --help")
 
 
+def served(sampler, trained, block_size):
+    """
+    The block sizes that may be asked for: those that were trained. For a sampler that serves any block also
+    block_size; where that is 0, and 1 alone was trained, 16.
+    """
+    if sampler is None or "any block" not in sampler.needs:
+        return trained
+    return sorted({*trained, block_size or (trained[-1] if trained[-1] > 1 else 16)})
+
+
 def load_with_sampler(cls, argv):
     """
     (settings, sampler, its options) from command-line words: `cls` and the options of the sampler that

@@ -368,6 +368,7 @@ def load_state(ckpt, state, whose=None, **parts):
             part.load_state_dict(saved, **({"assign": True} if empty else {}))
     except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as e:
         if whose:
-            saved, here = (f"--method={m}" if m else "no --method" for m in whose)
-            die(f"{ckpt} holds the network of {saved}, not of {here}", f"{saved} with --init_from={ckpt}")
+            saved, here = (f"--method={m}" if m else "no method" for m in whose)
+            fix = saved if whose[0] else "leave --method out"
+            die(f"{ckpt} holds the network of {saved}, not of {here}", f"{fix}, with --init_from={ckpt}")
         die(f"{ckpt}: its {name} does not fit its settings: {said(e)}", f"train again: --out_dir={ckpt}")

@@ -302,9 +302,9 @@ def test_a_network_of_another_method_is_named(project, slip, saved, here):
     tiny = ["--seq_len=8", "--block_sizes=8:1", "--max_steps=1"]
     run("--out_dir=a", "--n_layers=2", *tiny, *flags(saved), *(["--decoder_layers=1"] if saved else []))
     err = slip(train.main, argv=[*TINY, *tiny, "--out_dir=b", "--init_from=a", *flags(here)])
-    name = lambda method: f"--method={method}" if method else "no --method"
+    name = lambda method: f"--method={method}" if method else "no method"
     assert f"a holds the network of {name(saved)}, not of {name(here)}\n" in err
-    assert f"try: {name(saved)} with --init_from=a" in err
+    assert f"try: {name(saved) if saved else 'leave --method out'}, with --init_from=a" in err
 
 
 def test_noise_that_cannot_be_is_refused(project, slip):
