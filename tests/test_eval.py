@@ -888,7 +888,7 @@ def test_one_row_of_the_paper_is_made_again_and_no_other(toys, monkeypatch, caps
         return (toys / "pages/paper.md").read_text()
 
     page = go()
-    assert len(runs) == 4 and "at most 2 seeds" in " ".join(page.split()) and "| `masked_mixture` |" in page
+    assert len(runs) == 4 and "2 seeds a row" in " ".join(page.split()) and "| `masked_mixture` |" in page
     assert "masked: the mixture costs its AR mode nats | undecided | " in page
     assert (
         "| uniform: the same |" not in page and " more claims of `CLAIMS` need rows that are not here" in page
