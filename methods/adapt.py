@@ -46,7 +46,7 @@ from generate import sampler
 from methods import llama
 from model import KVCache, attention_mask, rotate
 from run.cli import die
-from samplers.lossless import DRAFTS, OF_MASKS, TOGETHER, Lossless
+from samplers.lossless import DRAFTS, OF_MASKS, PIECE, TOGETHER, Lossless
 from samplers.pieces import need, so_far, write_ahead
 
 
@@ -217,10 +217,21 @@ class Packed:
             self.A, self.B = packed_linear(adapter.A, None, dtype), packed_linear(adapter.B, None, dtype)
 
     def __call__(self, x, C):
-        y = self.W(x)
+        y = self.W(x) if x[..., 0].numel() <= PIECE else self.apart(x, C)
         if C < x.size(1) and self.adapted:
             y[:, C:].add_(self.B(self.A(x[:, C:])))
         return y
+
+    def apart(self, x, C):
+        """W x, the clean rows in pieces and the noisy ones at once."""
+        y = in_pieces(self.W, x[:, :C])
+        return torch.cat((y, self.W(x[:, C:])), dim=1) if C < x.size(1) else y
+
+
+def in_pieces(product, x):
+    """product(x) of x (..., in), of at most PIECE rows at a time."""
+    y = [product(rows) for rows in x.flatten(0, -2).split(PIECE)]
+    return torch.cat(y).unflatten(0, x.shape[:-1])
 
 
 def packed_linear(weight, bias, dtype):
@@ -479,7 +490,7 @@ class Adapted(llama.Llama):
 
     def base_head(self, h):
         """to_logits by packed weights, in their precision."""
-        return wide(self.whole_head(self.norm(h)))
+        return wide(in_pieces(self.whole_head, self.norm(h)))
 
     def told(self, name, s, *more, packed=False):
         """

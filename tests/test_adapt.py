@@ -358,6 +358,28 @@ def test_no_pass_is_so_small_that_a_cpu_rounds_it_otherwise(n_rows, monkeypatch)
     assert len(tokens) == 1 and tokens[0] >= 4 and min(queries) >= 4 * 2, "two heads share one of keys"
 
 
+@pytest.mark.parametrize("draft", ["masks", "head+lookup"])
+def test_no_product_has_so_many_clean_rows_that_a_cpu_rounds_it_otherwise(draft, monkeypatch):
+    """A CPU with AMX rounds more than 32 rows in bfloat16 otherwise. Here it is far off, and the text is AR's."""
+    exact = adapt.packed_linear
+
+    def off(*weights):
+        product = exact(*weights)
+        return lambda x: product(x) * (1 if x[..., 0].numel() <= 32 else 1.5)
+
+    text, found = torch.full((12, T), -1), []
+    for row, prompt in zip(text, PROMPTS * 3, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    for packed_linear, drafts in ((exact, "none"), (off, "none"), (off, draft)):
+        monkeypatch.setattr(adapt, "packed_linear", packed_linear)
+        state = Lossless(pair()[1], Masked(V, V - 1), text, torch.arange(12), 7, 1.0, 1.0, drafts, 3)
+        with torch.no_grad():
+            while (state.n < 40).any():
+                state.round(state.n < 40)
+        found.append(state.tokens[:, :40])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_draft_that_knows_the_text_is_always_right(temperature):
     """
