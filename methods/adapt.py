@@ -150,13 +150,14 @@ class Layer(llama.Layer):
         return both[name] if name in both else (getattr(self, name),)
 
     def product(self, name, x, C, cache):
-        """W x of x (B, S, in), and B A x more behind the first C, the clean ones. Slots: packed weights."""
+        """
+        W x of x (B, S, in), and B A x more behind the first C, the clean ones. Slots: packed weights. Without
+        them all are clean, or none.
+        """
         if isinstance(cache, Slots):
             return self.packed[name](x, C)
         y = torch.cat([module(x) for module in self.products(name)], dim=-1)
-        if C == x.size(1) or name not in self.adapters:
-            return y
-        return torch.cat((y[:, :C], y[:, C:] + self.adapters[name](x[:, C:])), dim=1)
+        return y if C or name not in self.adapters else y + self.adapters[name](x)
 
     def forward(self, x, C, rope, mask, cache, i):
         """x (B, S, D), the first C clean. mask: see queries_mask. The cache may be a KVCache or Slots."""

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,10 +114,10 @@ def test_adapters_change_no_bit_of_the_base(dtype, kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("beside", ["qkv,out,wide,down", "out,down"])
-def test_the_merged_pass_is_the_passes_it_merges(beside):
+@pytest.mark.parametrize("beside, bias", [("qkv,out,wide,down", False), ("out,down", True)])
+def test_the_merged_pass_is_the_passes_it_merges(beside, bias):
     """Packed weights, slots, several rows at places of their own, against the plain passes. Float64."""
-    _, model = pair(beside=beside)
+    _, model = pair(beside=beside, qkv_bias=bias)
     assert {name for layer in model.layers for name in layer.adapters} == set(beside.split(","))
     text, k = torch.randint(V - 1, (3, 40)), 3
     cache = model.new_cache(3, 40)
@@ -138,6 +139,41 @@ def test_the_merged_pass_is_the_passes_it_merges(beside):
     assert (model.base_head(found)[..., :-1] - model.to_logits(found)[..., :-1]).abs().max() < 1e-12
 
 
+@torch.no_grad()
+def test_what_learns_begins_as_if_it_were_not_there():
+    """Adapters, head and chain add nothing at first, and a mask is the mean of all tokens."""
+    base, model = pair()
+    state = base.state_dict()
+    state["embed.weight"][-1] = 100.0  # the mask of a language model, which nobody has trained
+    model.load_state_dict(state)
+    for adapter in (a for layer in model.layers for a in layer.adapters.values()):
+        assert (
+            adapter.A.abs().max() > 0 and adapter(torch.randn(2, adapter.A.size(1)).double()).abs().max() == 0
+        )
+    assert (model.masks - base.embed.weight[:-1].mean(0)).abs().max() < 1e-12
+    s, x = torch.randn(2, 5, 24).double()
+    for name, more in (("drafter", (x,)), ("chain", (s, x))):
+        assert torch.equal(model.told(name, s, *more), torch.nn.functional.rms_norm(s, (24,)))
+
+
+@torch.no_grad()
+def test_weights_are_packed_again_where_something_has_changed():
+    _, model = pair()
+    h = torch.randn(2, 24).double()
+    model.pack()
+    before, same = model.draft_logits(h, packed=True), model.layers[0].packed
+    model.pack()
+    assert model.layers[0].packed is same
+    model.draft_ids[0] = 6
+    model.pack()
+    assert not torch.equal(model.draft_logits(h, packed=True), before)
+    model.head.weight.mul_(2)
+    model.pack()
+    assert (model.draft_logits(h, packed=True) - model.draft_logits(h)).abs().max() < 1e-12
+    model.pack(torch.float32)
+    assert model.layers[0].packed["out"](h[None].float(), 2).dtype == torch.float32
+
+
 @pytest.mark.parametrize("form, place", [("anchored", 0), ("in_place", 1)])
 @torch.no_grad()
 def test_a_mask_sees_the_text_before_it_and_no_later_token(form, place):
@@ -155,6 +191,10 @@ def test_a_mask_sees_the_text_before_it_and_no_later_token(form, place):
     other[:, 11] = (other[:, 11] + 1) % (V - 1)
     changed = (behind(text) - behind(other)).abs().amax((-1, -2))[0]
     assert changed[0] == 0 and changed[1] > 1e-3
+    cache = model.new_cache(1, 20)
+    model.read(text, cache)
+    longer, shorter = (model.behind(end, k, cache, 20) for k in (3, 2))
+    assert (longer[:, :, :2] - shorter).abs().max() < 1e-12, "and no later mask"
     assert model.places(end, 3).tolist() == [[e + j + place for e in (4, 11) for j in (1, 2, 3)]]
 
 
@@ -203,9 +243,53 @@ def test_the_cost_is_the_distance_to_the_base_s_softmax_behind_the_true_prefix(k
                         )
     wanted = 3 * torch.stack(costs).mean() * charged.sum()  # masks, head and chain, each a mean
     assert abs(found - wanted) < 1e-9 * wanted
+    s.head, noise = False, Noise(0, torch.arange(2), torch.arange(24))
+    masks_alone = torch.stack(costs[::3]).mean() * charged.sum()
+    assert abs(learner.distill(model, text, charged, noise) - masks_alone) < 1e-9 * wanted
     found.backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def test_masks_stand_behind_every_token_that_has_enough_of_its_text_behind_it():
+    """From the last token of the prompt on. A text of fewer than k tokens more teaches nothing."""
+    _, model = pair()
+    model.settings.ends = 24
+    learner = adapt.Learner(TrainConfig(dataset="none"), model.settings, model, None, None)
+    text, ends = torch.randint(V - 1, (3, 24)), []
+    charged = torch.zeros(3, 24, dtype=torch.bool)
+    charged[0, 6:], charged[1, 10:15], charged[2, 20:22] = True, True, True
+    model.behind, plain = lambda end, *args: ends.append(end) or plain(end, *args), model.behind
+    for seed in range(8):
+        learner.distill(model, text, charged, Noise(seed, torch.arange(3), torch.arange(24)))
+    end = torch.cat(ends, dim=1)
+    assert set(end[0].tolist()) == set(range(5, 21)) and set(end[1].tolist()) == {9, 10, 11}
+    alone = charged & (torch.arange(3) == 0)[:, None]
+    noise = lambda: Noise(0, torch.arange(3), torch.arange(24))
+    first = learner.distill(model, text, alone, noise()) / alone.sum()
+    alone[2, 20:22] = True
+    assert abs(learner.distill(model, text, alone, noise()) / alone.sum() - first) < 1e-12
+    one = learner.distill(model, text[:1], alone[:1], Noise(0, torch.arange(1), torch.arange(24)))
+    assert abs(one / alone[:1].sum() - first) < 1e-12
+
+
+@pytest.mark.parametrize("learn, cost", [("distill", 3.0), ("masked", 5.0), ("both", 8.0)])
+def test_a_run_learns_what_it_is_told_to(learn, cost):
+    """distill, masked diffusion, or their sum. Rows of block size 1 learn the next larger one: the base knows its own."""
+    cfg = TrainConfig(dataset="none", block_sizes={1: 0.25, 4: 0.5, 8: 0.25})
+    learner, sizes = adapt.Learner(cfg, Settings(learn=learn), None, None, None), []
+    learner.distill = lambda net, x0, charged, noise: 3.0
+
+    def masked_loss(model, process, x0, block_size, *args, **how):
+        sizes.append(block_size.tolist())
+        return 5.0, None
+
+    x0 = torch.zeros(3, 8, dtype=torch.long)
+    args = x0, torch.tensor([1, 4, 8]), None, "ce", x0 > 0, x0 == 0, None
+    called = lambda *args, part: part(None)
+    assert learner.cost(called, None, *args, masked_loss=masked_loss) == (cost, None)
+    assert sizes == ([] if learn == "distill" else [[4, 4, 8]])
 
 
 def test_distances_are_zero_between_equals():
@@ -271,6 +355,8 @@ def test_a_path_is_the_best_of_all_and_follows_the_text():
                 scores[y] = (logq[0, y[0]] + logq[1, y[1]] + p3).item() / 2
             assert abs(scores[tuple(found[row])] - max(scores.values())) < 1e-12
         assert logits is not alike or found[0] == [3, 4]
+    model.draft_ids.copy_(model.draft_ids.flip(0))
+    assert state.path(logits.flip(-1)).tolist() == found, "logits are of the draft ids"
 
 
 def test_a_row_has_as_many_drafts_checked_as_stayed_lately():
@@ -291,6 +377,10 @@ def test_a_row_has_as_many_drafts_checked_as_stayed_lately():
         state.adapt_length(n, torch.stack((good * n[0], n[1].clamp(max=1), n[2])))
         found.append(state.length.tolist())
     assert found == [[3, 3, 4], [2, 3, 4], [1, 2, 4], [2, 2, 4], [2, 2, 4], [3, 2, 4]], found
+    state = Lossless(model, Masked(V, V - 1), text, torch.arange(3), 0, 0.0, 1.0, "head", 3, adaptive=True)
+    for _ in range(9):
+        state.adapt_length(state.length, torch.zeros(3, dtype=torch.long))
+    assert state.length.tolist() == [1, 1, 1], "none would never be more again"
     checked = []
     for adaptive in (False, True):
         state = Lossless(
@@ -316,8 +406,12 @@ def test_rows_that_end_leave_the_others_as_they_are(eos_id):
 def test_the_text_ends_where_the_context_does():
     base, model = pair()
     how = {"temperature": 0.0}
-    prompts = [list(range(10)) * 9]
-    assert texts(written(base, prompts, "ar", **how)) == texts(written(model, prompts, "lossless", **how))
+    for prompts in (
+        [list(range(10)) * 9],
+        [list(range(10)) * 9, [1, 2]],
+    ):  # one row ends where others have drafts
+        ar = texts(written(base, prompts, "ar", **how))
+        assert texts(written(model, prompts, "lossless", **how)) == ar and len(ar[0]) == T
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -440,9 +534,59 @@ def test_drafts_are_what_was_learned(draft):
         assert found == drafts.tolist()
 
 
+@torch.no_grad()
+def test_jacobi_drafts_what_the_base_said_behind_a_wrong_draft():
+    base, model = pair()
+    text = torch.full((1, T), -1)
+    text[0, :12] = torch.tensor(PROMPTS[0])
+    for right in range(4):
+        ar, state = (
+            Lossless(model, Masked(V, V - 1), text, torch.arange(1), 7, 0.0, 1.0, draft, 3)
+            for draft in ("none", "jacobi")
+        )
+        for _ in range(4):
+            ar.round(torch.ones(1, dtype=torch.bool))
+        y = (ar.tokens[0, 12:15] + 3 * (torch.arange(3) >= right)) % (V - 1)
+        state.drafts, state.n_drafts = y[None].clone(), torch.tensor([3])
+        state.round(torch.ones(1, dtype=torch.bool))
+        said = []
+        for j in range(right + 1, 4):  # behind y_1 ... y_j, of which the last are wrong
+            prefix = torch.cat((text[0, :12], y[:j]))[None]
+            said.append(int(base(prefix, prefix[:, :1], 1, 12 + j)[0, 0, : V - 1].argmax()))
+        assert state.drafts[0, : len(said)].tolist() == said
+
+
+@torch.no_grad()
+def test_what_is_offered_and_what_stays_is_counted_by_place():
+    """Of the rows' drafts 0, 1 and 2 are right, of the third only one is checked, and the last row waits."""
+    _, model = pair()
+    text = torch.full((4, T), -1)
+    for row, prompt in zip(text, PROMPTS, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    make = lambda draft: Lossless(model, Masked(V, V - 1), text, torch.arange(4), 7, 0.0, 1.0, draft, 3)
+    ar, state = make("none"), make("path")
+    for _ in range(4):
+        ar.round(torch.ones(4, dtype=torch.bool))
+    state.n_drafts[:] = torch.tensor([3, 3, 1, 3])
+    for r, n in enumerate(state.n.tolist()):
+        state.drafts[r] = (ar.tokens[r, n : n + 3] + (torch.arange(3) >= r)) % (V - 1)
+    begun, found = state.n, []
+    state.path = lambda logits: found.append(logits) or torch.full((4, 3), 5)
+    state.round(torch.tensor([True, True, True, False]))
+    assert (state.n - begun).tolist() == [1, 2, 2, 0]
+    assert state.offered.tolist() == [3, 1, 0] and state.accepted.tolist() == [2, 0, 0]
+    assert len(found) == 1 and (state.drafts == 5).all(), "a path's drafts are its own"
+    for _ in range(T):
+        state.round(torch.ones(4, dtype=torch.bool))
+    assert (state.n == T).all(), "and a row that is full stays so"
+
+
 def test_tokens_are_counted_as_they_go_through_the_network():
     """The prompt without its last token; then 4 tokens a pass at least, and k masks behind each."""
     _, model = pair()
+    how = {"draft": "none", "temperature": 0.0, "max_new_tokens": 24, "ahead": 8}
+    state = written(model, [[1, 2, 3, 4, 5, 6, 7]], "lossless", **how)
+    assert state.token_forwards == 6 + 4 * state.nfe, "what was not drafted is not checked"
     for draft, each in (("none", 4), ("head", 4), ("masks", 4 * (1 + 3))):
         how = {"draft": draft, "temperature": 0.0, "max_new_tokens": 24, "ahead": 3}
         state = written(model, [[1, 2, 3, 4, 5, 6, 7]], "lossless", **how)
@@ -457,7 +601,54 @@ def test_looking_up():
         and look_up([3, 1, 3], 2, 2) == []
         and look_up([3, 1, 3], 2, 1) == [1, 3]
     )
-    assert look_up([4, 4, 4], 3, 2) == [4, 4, 4], "into its own copy"
+    assert look_up([4, 4, 4], 3, 2) == [4, 4, 4] and look_up([1, 2, 1, 2], 3, 2) == [1, 2, 1], (
+        "into its own copy"
+    )
+    assert look_up([1, 2, 9, 2, 5, 1, 2], 1, 1) == [9] and look_up([1, 2, 9, 2, 5, 3, 2], 1, 1) == [5], (
+        "longest first"
+    )
+    _, model = pair()
+    text = torch.full((3, T), -1)
+    text[0, :7] = torch.tensor([1, 2, 3, 9, 1, 2, 3])
+    text[1, :7] = torch.tensor([1, 2, 3, 9, 5, 2, 3])  # two tokens are there twice, and three are not
+    text[2, :7] = torch.arange(7)
+    for draft, n in (("lookup", [2, 0, 0]), ("head+lookup", [2, 2, 2])):
+        how = {"ahead": 2, "draft": draft, "ngram": 3}
+        state = Lossless(model, Masked(V, V - 1), text, torch.arange(3), 0, 0.0, 1.0, **how)
+        state.make_drafts(torch.zeros(3, 1, 24).double(), None, text[:, :1], torch.zeros(3, dtype=torch.long))
+        assert state.n_drafts.tolist() == n and state.drafts[0].tolist() == [9, 1]
+
+
+def test_lossless_is_told_all_its_options(monkeypatch):
+    _, model = pair()
+    told = []
+    monkeypatch.setattr(
+        adapt, "Lossless", lambda *args, **how: told.append((args, how)) or Lossless(*args, **how)
+    )
+    how = {
+        "draft": "lookup",
+        "ahead": 2,
+        "ngram": 3,
+        "adaptive": True,
+        "seed": 5,
+        "top_p": 0.5,
+        "temperature": 0.7,
+    }
+    written(model, PROMPTS, "lossless", max_new_tokens=2, **how)
+    args, how = told[0]
+    assert args[4:] == (5, 0.7, 0.5, "lookup", 2) and how == {"ngram": 3, "adaptive": True, "dtype": None}
+    with torch.autocast("cpu", torch.bfloat16):
+        written(model, PROMPTS, "lossless", max_new_tokens=2)
+    assert told[1][1]["dtype"] == torch.bfloat16 and model.packed_as == torch.bfloat16
+
+
+@pytest.mark.parametrize("draft", ["masks", "chain"])
+def test_many_masks_have_room(draft):
+    """17 tokens and 16 masks behind each of them."""
+    base, model = pair(masks=16)
+    how = {"temperature": 0.0, "max_new_tokens": 40}
+    ar = texts(written(base, PROMPTS, "ar", **how))
+    assert texts(written(model, PROMPTS, "lossless", draft=draft, ahead=16, **how)) == ar
 
 
 def test_what_lossless_refuses():
@@ -504,6 +695,101 @@ def test_a_block_reads_the_text_before_it_and_itself():
     both = model(clean, torch.cat((noisy[:, 8:16],) * 2, 1), sizes, torch.arange(8, 16).repeat(2))
     assert (both[:, :8] - model(clean, noisy[:, 8:16], 1, 8)).abs().max() < 1e-12
     assert (both[:, 8:] - logits[:, 8:16]).abs().max() < 1e-12
+
+
+def block_by_hand(model, clean, noisy, b):
+    """
+    Logits (N, V) of one row, block after block and token after token: what a noisy token is fed, where it stands,
+    and whom it reads. Clean tokens go through W, noisy ones through W + B A.
+    """
+    s, logits, F = model.settings, [], torch.nn.functional
+
+    def layer(x, at, layer, before, adapted):
+        """One layer for x (n, D) at positions `at`: they read `before`, keys and values, and `reads` of themselves."""
+
+        def weights(name):
+            W = torch.cat([m.weight for m in layer.products(name)])
+            adapter = layer.adapters[name]
+            return W + adapter.B @ adapter.A if adapted else W
+
+        n = F.rms_norm(x, x.shape[-1:], layer.norm1.weight, s.norm_eps)
+        bias = torch.cat([m.bias for m in layer.products("qkv")])
+        q, k, v = (n @ weights("qkv").T + bias).split((24, 12, 12), dim=-1)  # 4 heads of 6, 2 of keys
+        angle = torch.tensor(at).double()[:, None] * 300.0 ** (-torch.arange(3).double() / 3)
+        turn = torch.polar(torch.ones_like(angle), angle)[:, None]  # (n, 1, 3)
+
+        def turned(y):
+            z = torch.complex(*y.unflatten(-1, (-1, 2, 3)).unbind(-2)) * turn  # j pairs with j + 3
+            return torch.cat((z.real, z.imag), dim=-1)
+
+        q, k, v = turned(q), turned(k), v.unflatten(-1, (-1, 6))
+        keys, values = (torch.cat((old, new)) for old, new in zip(before, (k, v), strict=True))
+        y = torch.zeros_like(q)
+        for i in range(len(x)):
+            last = (
+                len(keys) if adapted else len(before[0]) + i + 1
+            )  # a clean token reads what stands before it
+            for head in range(4):
+                weight = (keys[:last, head // 2] @ q[i, head] / 6**0.5).softmax(0)
+                y[i, head] = weight @ values[:last, head // 2]
+        x = x + y.flatten(1) @ weights("out").T
+        gate, up = (F.rms_norm(x, x.shape[-1:], layer.norm2.weight, s.norm_eps) @ weights("wide").T).chunk(
+            2, -1
+        )
+        return x + (F.silu(gate) * up) @ weights("down").T, (keys, values)
+
+    nothing = [torch.zeros(2, 0, 2, 6).double()] * 2
+    for e in range(0, len(noisy), b):
+        kept, x = [], model.embed(clean[:e])
+        for i, net in enumerate(model.layers):
+            x, kv = layer(x, list(range(e)), net, nothing[i], False)
+            kept.append(kv)
+        fed, at = [], []
+        for d in range(b):
+            if s.form == "in_place":
+                token, which, place = noisy[e + d], d, e + d
+            elif d:
+                token, which, place = noisy[e + d - 1], d - 1, e + d - 1
+            else:  # the last clean token comes first
+                token, which, place = clean[e - 1] if e else torch.tensor(V - 1), 0, max(e - 1, 0)
+            fed.append(model.masks[min(which, 2)] if token == V - 1 else model.embed(token))
+            at.append(place)
+        x = torch.stack(fed)
+        for net, kv in zip(model.layers, kept, strict=True):
+            x, _ = layer(x, at, net, kv, True)
+        logits.append(F.rms_norm(x, x.shape[-1:], model.norm.weight, s.norm_eps) @ model.head.weight.T)
+    return torch.cat(logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["anchored", "in_place"])
+def test_a_block_by_hand(form):
+    """Block sizes 2 and 6, also side by side in a batch with block size 1, which is the base."""
+    base, model = pair(form=form, qkv_bias=True)
+    clean, noisy = torch.randint(V - 1, (2, 3, 12))
+    noisy[:, [1, 2, 4, 5, 7, 8, 9]] = V - 1
+    wanted = [block_by_hand(model, clean[r], noisy[r], b)[:, : V - 1] for r, b in ((1, 2), (2, 6))]
+    ar = torch.cat([base(clean[:1, :i], clean[:1, :1], 1, i)[0, :, : V - 1] for i in range(1, 12)])
+    both = model(clean, noisy, torch.tensor([1, 2, 6]))[..., : V - 1]
+    assert (both[0, 1:] - ar).abs().max() < 1e-12 and both[0, 0].abs().max() == 0, (
+        "before all text: equally likely"
+    )
+    for r, b in ((1, 2), (2, 6)):
+        assert (both[r] - wanted[r - 1]).abs().max() < 1e-12
+        alone = model(clean[r : r + 1], noisy[r : r + 1], b)[0, :, : V - 1]
+        assert (alone - wanted[r - 1]).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_what_a_network_with_adapters_cannot_read():
+    _, model = pair()
+    text = torch.zeros(1, T + 8, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"position {T} is beyond seq_len {T}"):
+        model(text[:, : T + 1], text[:, :0], 1)
+    with pytest.raises(ValueError, match=f"position {T + 7} is beyond seq_len {T}"):
+        model(text[:, :T], text[:, :8], 8, T)
+    with pytest.raises(ValueError, match="position 8 and 7 clean tokens: some before it are missing"):
+        model(text[:, :7], text[:, :1], 1, 8)
 
 
 # ----- as a command
@@ -584,6 +870,13 @@ def test_it_answers_learns_and_writes_the_base_s_own_text(chatty, capsys):
         run(sample.main, *source, "--chat=Who?", "--temperature=0", "--max_new_tokens=30", "--seq_len=256")
         texts.append(capsys.readouterr().out.splitlines()[1:-1])
     assert len(texts[0]) > 0 and all(text == texts[0] for text in texts), texts
+
+
+def test_a_run_keeps_the_form_it_began_with(chatty, slip):
+    run(train.main, *FLAGS, "--max_steps=1", "--out_dir=run")
+    for flag in ("--form=in_place", "--rank=5"):
+        said = slip(train.main, argv=[*FLAGS, "--max_steps=2", "--out_dir=run", "--resume", flag])
+        assert "was trained with" in said and "another --out_dir" in said
 
 
 @pytest.fixture
@@ -686,6 +979,13 @@ def test_what_cannot_be_ends_in_two_lines(chatty, slip):
     assert "no such product" in slip(adapt.check, cfg, Settings(beside="out,up"))
     assert "--distance=ce" in slip(adapt.check, cfg, Settings(distance="js"))
     assert "at least 1" in slip(adapt.check, cfg, Settings(rank=0))
+    for wrong in (
+        {"dropout": 0.1},
+        {"process": "uniform"},
+        {"clean_causal": False, "block_sizes": {16: 1.0}},
+        {"fsdp": True},
+    ):
+        assert "adapt is for masked noise" in slip(adapt.check, replace(cfg, **wrong), Settings()), wrong
     assert "no network of the kind llama" in slip(adapt.begin, Settings(), {"method": None})
     assert "by itself" in slip(sample.main, argv=["--init_from=gguf:tiny.gguf", "--chat=Who?", "--prompt=a"])
 
