@@ -218,7 +218,7 @@ class Packed:
             self.A, self.B = packed_linear(adapter.A, None, dtype), packed_linear(adapter.B, None, dtype)
 
     def __call__(self, x, C):
-        y = self.W(x) if x[..., 0].numel() <= PIECE else self.apart(x, C)
+        y = self.W(x) if len(x) * x.size(1) <= PIECE else self.apart(x, C)
         if C < x.size(1) and self.adapted:
             y[:, C:].add_(self.B(self.A(x[:, C:])))
         return y
@@ -230,9 +230,11 @@ class Packed:
 
 
 def in_pieces(product, x):
-    """product(x) of x (..., in), of at most PIECE rows at a time."""
-    y = [product(rows) for rows in x.flatten(0, -2).split(PIECE)]
-    return torch.cat(y).unflatten(0, x.shape[:-1])
+    """product(x) of x (B, S, in), of at most PIECE rows at a time."""
+    if len(x) * x.size(1) <= PIECE:
+        return product(x)
+    y = [product(rows) for rows in x.flatten(0, 1).split(PIECE)]
+    return torch.cat(y).unflatten(0, x.shape[:2])
 
 
 def packed_linear(weight, bias, dtype):
