@@ -218,23 +218,19 @@ class Packed:
             self.A, self.B = packed_linear(adapter.A, None, dtype), packed_linear(adapter.B, None, dtype)
 
     def __call__(self, x, C):
-        y = self.W(x) if len(x) * x.size(1) <= PIECE else self.apart(x, C)
+        y = in_pieces(self.W, x, C)
         if C < x.size(1) and self.adapted:
             y[:, C:].add_(self.B(self.A(x[:, C:])))
         return y
 
-    def apart(self, x, C):
-        """W x, the clean rows in pieces and the noisy ones at once."""
-        y = in_pieces(self.W, x[:, :C])
-        return torch.cat((y, self.W(x[:, C:])), dim=1) if C < x.size(1) else y
 
-
-def in_pieces(product, x):
-    """product(x) of x (B, S, in), of at most PIECE rows at a time."""
+def in_pieces(product, x, C):
+    """product(x) of x (B, S, in). The first C, clean tokens, go in pieces of at most PIECE rows."""
     if len(x) * x.size(1) <= PIECE:
         return product(x)
-    y = [product(rows) for rows in x.flatten(0, 1).split(PIECE)]
-    return torch.cat(y).unflatten(0, x.shape[:2])
+    clean = x[:, :C].flatten(0, 1).split(PIECE)
+    y = torch.cat([product(rows) for rows in clean]).unflatten(0, (len(x), C))
+    return torch.cat((y, product(x[:, C:])), dim=1) if C < x.size(1) else y
 
 
 def packed_linear(weight, bias, dtype):
@@ -492,8 +488,8 @@ class Adapted(llama.Llama):
         return wide(self.draft_head(h) if packed else F.linear(h, self.head.weight[self.draft_ids]))
 
     def base_head(self, h):
-        """to_logits by packed weights, in their precision."""
-        return wide(in_pieces(self.whole_head, self.norm(h)))
+        """to_logits of clean tokens (B, S, D) by packed weights, in their precision."""
+        return wide(in_pieces(self.whole_head, self.norm(h), h.size(1)))
 
     def told(self, name, s, *more, packed=False):
         """

@@ -25,8 +25,8 @@ BOTH = [f"{draft}+lookup" for draft in (*OF_MASKS, "head")]
 DRAFTS = (*OF_MASKS, "head", "lookup", *BOTH, "jacobi", "none")
 # Rounding should not depend on what else is in a pass. A CPU adds up 512 keys at a time. So a pass has a
 # multiple of KEYS, or all slots of the text with ROOM for masks, and hides the others. It has TOGETHER tokens
-# at least: one alone is computed otherwise, and not faster. And a product has PIECE clean rows at most: with
-# more a CPU with AMX rounds bfloat16 otherwise.
+# at least: one alone is computed otherwise, and not faster. A CPU with AMX rounds bfloat16 otherwise in a
+# product of more than PIECE rows. So no product has more clean ones.
 KEYS, ROOM, TOGETHER, PIECE = 512, 64, 4, 32
 
 
